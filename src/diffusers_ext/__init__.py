@@ -1,0 +1,32 @@
+"""diffusers_ext: model families that Hugging Face diffusers has dropped, never had, or has only for sampling.
+
+Importing it introduces its classes to diffusers (see `registration.py`; `DIFFUSERS_EXT_NO_REGISTER=1` opts out).
+"""
+
+# diffusers' loader looks for the base classes in the namespace that `model_index.json` names, so they are re-exported.
+from diffusers import DiffusionPipeline as DiffusionPipeline
+from diffusers import ModelMixin as ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin
+from diffusers.guiders import BaseGuidance as BaseGuidance
+from transformers import PreTrainedModel as PreTrainedModel
+
+from .guidance import classifier_free_guidance
+from .models.discriminator import PatchDiscriminator
+from .models.unet_paella import PaellaUNet
+from .models.vq_paella import GumbelVQModel
+from .pipelines.pipeline_paella import PaellaPipeline
+from .registration import register
+from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DiscreteRenoisingScheduler",
+    "GumbelVQModel",
+    "PaellaPipeline",
+    "PaellaUNet",
+    "PatchDiscriminator",
+    "classifier_free_guidance",
+]
+
+register()

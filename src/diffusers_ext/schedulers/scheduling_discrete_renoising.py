@@ -1,0 +1,610 @@
+"""Discrete renoising: the sampler and the corruption process of Paella, on vector-quantized tokens.
+
+Paper: Rampas, Pernias, Zhong, Aubreville, "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent
+Spaces", arXiv 2211.07292 (its November 2022 text is "v1" here, its 2023 text "v3"). Locally typical sampling: Meister
+et al., arXiv 2202.00666. Confidence-ordered positions: MaskGIT, arXiv 2202.04200. Original code (MIT, weights MIT):
+dome272/Paella@b1f88ef (v1) and @e1ab72b (v3).
+
+Differences from the original: probabilities are clamped to [0, 1]; the filter is safe for every mass in (0, 1];
+positions may also be chosen by confidence; every draw takes a generator and can be injected; masks exist for v3 too.
+
+Letters in shape comments: b images, v token classes, (h, w) the token grid, n = b*h*w rows of logits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from torch import Generator, Tensor
+
+from diffusers_ext.schedulers.token_sampling import (
+    check_typical,
+    discrete_renoising_step,
+    replaced_positions,
+    typical_filter,  # noqa: F401 (public here)
+)
+
+Generators = Generator | Sequence[Generator] | None
+
+_CHOICES = {
+    "noise_schedule": ("cosine", "linear"),
+    "time_convention": ("v1", "v3"),
+    "sampling": ("gumbel", "multinomial", "argmax"),
+    "renoise_mode": ("start", "prev", "rand"),
+    "renoise_positions": ("random", "confidence"),
+}
+
+
+@dataclass
+class DiscreteRenoisingSchedulerOutput(BaseOutput):
+    """What one step returns.
+
+    Attributes:
+        prev_sample: LongTensor (b, h, w), the tokens that the model receives next (partly renoised).
+        pred_original_sample: LongTensor (b, h, w), the tokens drawn for the clean image, kept positions restored.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
+    """Scheduler of Paella: replace tokens by random ones (training), predict and partly renoise (sampling).
+
+    Time is continuous. A level of noise is a number in [0, 1], `r` in the v1 convention (0 = all noise, 1 = clean),
+    `t` in the v3 convention (1 = all noise, 0 = clean); the share of replaced tokens there is `noise_ratio(level)`.
+    A step (arXiv 2211.07292, section 3) draws every token from the model's prediction and then replaces the share of
+    the *next* level: by the tokens the run started from (`start`), by those the step started from (`prev`), or by
+    fresh random ones (`rand`). The scheduler holds the grid of one run and nothing else, so a step depends only on
+    its arguments.
+
+    Settings of the releases: v1 as the defaults here; v3 is `noise_schedule="linear", time_convention="v3",
+    sampling="multinomial", typical_filtering=False, temperature=(0.7, 0.3)`.
+
+    Order of draws in `step` (with a list of generators: in this order from each image's own): the tokens (`gumbel`:
+    uniforms (h*w, v); `multinomial`: uniforms (h*w, 2); `argmax`: none), then, if the step renoises, uniforms (h, w)
+    for the positions, then, for `rand`, random tokens (h, w). In `add_noise`: uniforms (h, w), then random tokens
+    (h, w). An injected draw replaces its own and consumes nothing. Draws happen on the generator's device.
+
+    Args:
+        num_vec_classes: number of tokens v in the codebook.
+        noise_schedule: share of replaced tokens over the run, from 1 to 0: `cosine` or `linear`.
+        time_convention: `v1` or `v3`, see above; also how ties between uniform and share fall (`<` and `<=`).
+        sampling: how tokens are drawn, `gumbel`, `multinomial` (equal in law) or `argmax`.
+        typical_filtering: filter the logits by `typical_filter` first.
+        typical_mass: probability that the filter keeps, in (0, 1].
+        typical_min_tokens: number of tokens that the filter keeps at least.
+        renoise_mode: what renoised positions receive: `start`, `prev` or `rand`.
+        renoise_positions: `random` (the original), or `confidence`: of every image the least probable drawn tokens.
+        temperature: first and last step's temperature, linear in between; divides the filtered logits.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0  # the initial tokens are uniform over the codebook, nothing to scale
+    _compatibles: list[str] = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_vec_classes: int = 8192,
+        noise_schedule: str = "cosine",
+        time_convention: str = "v1",
+        sampling: str = "gumbel",
+        typical_filtering: bool = True,
+        typical_mass: float = 0.2,
+        typical_min_tokens: int = 1,
+        renoise_mode: str = "start",
+        renoise_positions: str = "random",
+        temperature: tuple[float, float] = (1.0, 1.0),
+    ):
+        if isinstance(num_vec_classes, bool) or not isinstance(num_vec_classes, int) or num_vec_classes < 2:
+            raise ValueError(f"`num_vec_classes` must be an integer >= 2, got {num_vec_classes!r}.")
+        _check_choice("noise_schedule", noise_schedule)
+        _check_choice("time_convention", time_convention)
+        _check_choice("sampling", sampling)
+        _check_choice("renoise_mode", renoise_mode)
+        _check_choice("renoise_positions", renoise_positions)
+        check_typical(typical_mass, typical_min_tokens)
+        _check_temperature(temperature)
+        self.set_timesteps(12)  # the original's default, so that `timesteps` and `len` are never empty
+        self.num_inference_steps = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        # diffusers looks names up on its own module only, where this class need not be registered
+        return [cls, *(c for c in super()._get_compatibles() if c is not cls)]
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Tokens need no scaling: returns `sample`."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        timesteps: Sequence[float] | Tensor | None = None,
+        temperature: tuple[float, float] | None = None,
+        start_index: int = 0,
+        renoise_steps: int | None = None,
+        renoise_mode: str | None = None,
+        t_start: float | None = None,
+        t_end: float | None = None,
+    ) -> None:
+        """Lay out one run; everything of an earlier run is forgotten.
+
+        Sets `timesteps` (float32, what the model receives), `renoise_levels` (the level after each step) and
+        `temperatures`, all without the first `start_index` steps, and `num_inference_steps` (with them).
+
+        Args:
+            num_inference_steps: steps T of the whole grid, >= 1. v1: r_i = i / T; v3: T + 1 points from `t_start` to
+                `t_end`, of which the last is only renoised to.
+            device: where the tables live.
+            timesteps: custom levels instead, in descending noise; after the last one comes the clean level.
+            temperature: first and last temperature of the whole grid, >= 0. Default: the config's.
+            start_index: first step that is run, 0..T-1, as for editing from tokens noised to `timesteps[0]`.
+            renoise_steps: renoise after steps of index below this (counted from the grid's start, not from
+                `start_index`), 0..T. Default: T - 1, that is after all but the last.
+            renoise_mode: overrides the config's for this run.
+            t_start: v3 only, first level. Default 1.
+            t_end: v3 only, level after the last step. Default 0.
+
+        Raises:
+            ValueError: for a value outside the ranges above.
+        """
+        clean = 1.0 if self.config["time_convention"] == "v1" else 0.0
+        if timesteps is not None:
+            if num_inference_steps is not None or t_start is not None or t_end is not None:
+                raise ValueError(
+                    "`timesteps` is the whole grid: pass either it, or `num_inference_steps` (and `t_start`, `t_end`)."
+                )
+            grid = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu").flatten()
+            grid = torch.cat([grid, torch.tensor([clean])])
+            self._check_grid(grid)
+        elif isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
+        elif num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be >= 1, got {num_inference_steps}.")
+        elif self.config["time_convention"] == "v1":
+            if t_start is not None or t_end is not None:
+                raise ValueError(
+                    f"`t_start` and `t_end` belong to the v3 time convention, got {t_start} and {t_end}: in v1 choose "
+                    "`start_index`, or pass `timesteps`."
+                )
+            grid = torch.linspace(0.0, 1.0, num_inference_steps + 1)
+        else:
+            t_start, t_end = 1.0 if t_start is None else float(t_start), 0.0 if t_end is None else float(t_end)
+            if not 0.0 <= t_end < t_start <= 1.0:
+                raise ValueError(f"0 <= `t_end` < `t_start` <= 1 is needed, got t_start={t_start} and t_end={t_end}.")
+            grid = torch.linspace(t_start, t_end, num_inference_steps + 1)
+
+        steps = len(grid) - 1
+        temperature = _check_temperature(self.config["temperature"] if temperature is None else temperature)
+        start_index = _check_integer("start_index", start_index, 0, steps - 1)
+        renoise_steps = _check_integer(
+            "renoise_steps", steps - 1 if renoise_steps is None else renoise_steps, 0, steps
+        )
+        if renoise_mode is not None:
+            _check_choice("renoise_mode", renoise_mode)
+
+        levels = grid[1:].clone()
+        levels[renoise_steps:] = clean
+        temperatures = torch.linspace(temperature[0], temperature[1], steps)
+        self.num_inference_steps = steps
+        self.timesteps = grid[:-1][start_index:].to(device)
+        self.renoise_levels = levels[start_index:].to(device)
+        self.temperatures = temperatures[start_index:].to(device)
+        self.renoise_mode = self.config["renoise_mode"] if renoise_mode is None else renoise_mode
+        self._renoises = [i < renoise_steps for i in range(start_index, steps)]
+        self._timestep_values = grid[:-1][start_index:].tolist()  # host copy, for the look-up of a step
+
+    def _check_grid(self, grid: Tensor) -> None:
+        falling = (grid.diff() > 0) if self.config["time_convention"] == "v1" else (grid.diff() < 0)
+        if len(grid) < 2 or not bool(falling.all()) or not bool(((grid >= 0) & (grid <= 1)).all()):
+            order = (
+                "rising from 0 (all noise) to below 1"
+                if self.config["time_convention"] == "v1"
+                else ("falling from 1 (all noise) to above 0")
+            )
+            raise ValueError(f"`timesteps` must be strictly {order}, got {grid[:-1].tolist()}.")
+
+    def noise_ratio(self, timesteps: float | Tensor) -> Tensor:
+        """Share of tokens that are replaced at a level, in [0, 1], float32, of the shape of `timesteps`.
+
+        v1 cosine: cos(pi r / 2); v3 linear: t; the other two combinations use r = 1 - t.
+        """
+        level = torch.as_tensor(timesteps, dtype=torch.float32)
+        if level.device.type == "cpu" and not bool(((level >= 0) & (level <= 1)).all()):
+            raise ValueError(f"`timesteps` are levels of noise in [0, 1], got {level.flatten().tolist()}.")
+        if self.config["noise_schedule"] == "linear":
+            ratio = 1 - level if self.config["time_convention"] == "v1" else level
+        elif self.config["time_convention"] == "v1":
+            ratio = torch.cos(level * math.pi * 0.5)
+        else:
+            ratio = torch.sin(level * math.pi * 0.5)
+        return ratio.clamp(0.0, 1.0)  # float32 puts cos(pi / 2) below 0
+
+    def random_tokens(
+        self, shape: Sequence[int], device: str | torch.device | None = None, *, generator: Generators = None
+    ) -> Tensor:
+        """Tokens uniform over the codebook: the start of a run (its first draw), or what replaces others.
+
+        Args:
+            shape: (b, h, w).
+            device: where the result lies; drawn on the generator's device.
+            generator: a generator, or one per image.
+
+        Returns:
+            LongTensor of that shape.
+        """
+
+        def draw(size: Sequence[int], **where) -> Tensor:
+            return torch.randint(0, self.config["num_vec_classes"], size, **where)
+
+        return _draw(draw, shape, _check_generators(generator, shape[0]), torch.device(device or "cpu"))
+
+    def add_noise(
+        self,
+        original_samples: Tensor,
+        noise: Tensor | None = None,
+        timesteps: float | Tensor | None = None,
+        *,
+        generator: Generators = None,
+        mask: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        return_mask: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Corrupt clean tokens to a level: each position is replaced with probability `noise_ratio(timesteps)`.
+
+        Replacement may draw the original token again. With a list of generators, image k depends on generator k alone.
+
+        Args:
+            original_samples: LongTensor (b, h, w).
+            noise: LongTensor (b, h, w), what replaced positions receive. Default: uniform random tokens.
+            timesteps: level of each image, in [0, 1], shape (b,) or a scalar.
+            generator: a generator, or one per image.
+            mask: (b, h, w), replace exactly where it is 1, instead of drawing.
+            uniforms: (b, h, w) uniforms in [0, 1), injected in place of the draw.
+            return_mask: also return which positions were replaced.
+
+        Returns:
+            LongTensor (b, h, w); with `return_mask`, and the boolean mask (b, h, w).
+        """
+        _check_tokens("original_samples", original_samples)
+        shape, device = original_samples.shape, original_samples.device
+        generators = _check_generators(generator, shape[0])
+        if mask is not None:
+            mask = _check_mask("mask", mask, shape, device)
+        elif timesteps is None:
+            raise ValueError("`timesteps` is needed: one level of noise in [0, 1] per image (or a `mask`).")
+        else:
+            ratio = self.noise_ratio(timesteps).to(device)
+            if ratio.ndim > 1 or ratio.numel() not in (1, shape[0]):
+                raise ValueError(
+                    f"`timesteps` has shape {tuple(ratio.shape)} for a batch of {shape[0]}: pass one level, or one "
+                    "per image."
+                )
+            ratio = ratio.reshape(-1, *[1] * (len(shape) - 1))  # (b, 1, 1)
+            uniforms = _draw(torch.rand, shape, generators, device, "uniforms", uniforms)
+            mask = replaced_positions(uniforms, ratio, inclusive=self.config["time_convention"] == "v3")
+            mask = mask.expand(shape)
+        if noise is None:
+            noise = self.random_tokens(shape, device, generator=generators)
+        else:
+            _check_tokens("noise", noise, shape)
+        noisy = torch.where(mask, noise.to(device), original_samples)
+        return (noisy, mask) if return_mask else noisy
+
+    def step_up(
+        self,
+        sample: Tensor,
+        from_timestep: float | Tensor,
+        to_timestep: float | Tensor,
+        *,
+        noise: Tensor | None = None,
+        generator: Generators = None,
+        mask: Tensor | None = None,
+        uniforms: Tensor | None = None,
+    ) -> Tensor:
+        """Take tokens at one level of noise to a noisier one, so that their law is that of `add_noise` there.
+
+        If a share p of the tokens is already replaced and q >= p is wanted, each position is replaced with probability
+        (q - p) / (1 - p): then 1 - q of the clean tokens survive. From the clean level this is `add_noise`.
+
+        Args:
+            sample: LongTensor (b, h, w), tokens at `from_timestep`.
+            from_timestep: their level, in [0, 1].
+            to_timestep: the wanted level, of equal or higher `noise_ratio`.
+            noise: what replaced positions receive. Default: uniform random tokens.
+            generator: a generator, or one per image; draws uniforms (h, w), then tokens (h, w).
+            mask: (b, h, w), 1 where tokens are generated; other positions stay.
+            uniforms: (b, h, w) uniforms in [0, 1), injected in place of the draw.
+
+        Returns:
+            LongTensor (b, h, w).
+
+        Raises:
+            ValueError: if `to_timestep` is the cleaner one.
+        """
+        _check_tokens("sample", sample)
+        shape, device = sample.shape, sample.device
+        generators = _check_generators(generator, shape[0])
+        present, wanted = self.noise_ratio(from_timestep).to(device), self.noise_ratio(to_timestep).to(device)
+        if not bool((wanted >= present).all()):
+            raise ValueError(
+                f"`to_timestep` must be at least as noisy as `from_timestep`, got {to_timestep} (noise ratio "
+                f"{wanted.tolist()}) after {from_timestep} (noise ratio {present.tolist()}): going down is `step`."
+            )
+        ratio = torch.where(present < 1, (wanted - present) / (1 - present).clamp(min=1e-7), torch.zeros_like(wanted))
+        uniforms = _draw(torch.rand, shape, generators, device, "uniforms", uniforms)
+        replaced = replaced_positions(uniforms, ratio.reshape(-1, *[1] * (len(shape) - 1)))
+        if mask is not None:
+            replaced = replaced & _check_mask("mask", mask, shape, device)
+        noise = self.random_tokens(shape, device, generator=generators) if noise is None else noise.to(device)
+        return torch.where(replaced, noise, sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        *,
+        initial_noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        generator: Generators = None,
+        gumbel_uniforms: Tensor | None = None,
+        exponentials: Tensor | None = None,
+        cdf_uniforms: Tensor | None = None,
+        renoise_uniforms: Tensor | None = None,
+        renoise_mask: Tensor | None = None,
+        renoise_tokens: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DiscreteRenoisingSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step: tokens drawn from the logits, then renoised to the level of the next step.
+
+        Args:
+            model_output: logits (b, v, h, w), guidance already applied; any real dtype, the maths is float32.
+            timestep: one of `timesteps`.
+            sample: LongTensor (b, h, w), the tokens that the model received.
+            initial_noise: LongTensor (b, h, w), the tokens of the run's start; where `mask` is 0 it holds the tokens
+                to keep. Needed with a `mask`, and by a renoising step of mode `start`.
+            mask: (b, h, w) or broadcastable, 1 = generate, 0 = keep. Kept positions never change in
+                `pred_original_sample`. In `prev_sample` they do not change either under `start` and `prev`; under
+                `rand` with random positions they are corrupted as all others, as in the original, so that the model
+                sees the level of noise it was told, and the next step restores them. With positions by confidence
+                only generated ones are renoised.
+            generator: a generator, or one per image.
+            gumbel_uniforms: injected draw (b*h*w, v) in [0, 1), for `sampling="gumbel"`.
+            exponentials: injected draw (b*h*w, v) of Exp(1), for `sampling="multinomial"`.
+            cdf_uniforms: injected draw (b*h*w, 2) in [0, 1), for `sampling="multinomial"`.
+            renoise_uniforms: injected draw (b, h, w) in [0, 1).
+            renoise_mask: injected positions (b, h, w), 1 = renoise; `renoise_uniforms` are then not drawn.
+            renoise_tokens: injected random tokens (b, h, w), for `rand`.
+            return_dict: return a plain tuple if False.
+
+        Returns:
+            `DiscreteRenoisingSchedulerOutput`, or the tuple `(prev_sample, pred_original_sample)`.
+
+        Raises:
+            ValueError: no `set_timesteps` yet, an unknown timestep, wrong shapes, a missing `initial_noise`, or logits
+                with NaN, +inf, or nothing but -inf at a position.
+        """
+        index = self._index_for_timestep(timestep)
+        self._check_step(model_output, sample)
+        _check_finite(model_output, index, self._timestep_values[index])
+        b, v, h, w = model_output.shape
+        shape, device = sample.shape, model_output.device
+        generators = _check_generators(generator, b)
+        renoises = self._renoises[index]
+        if initial_noise is None and (mask is not None or (renoises and self.renoise_mode == "start")):
+            raise ValueError(
+                "`initial_noise` is needed by a step with a `mask` or of renoise mode 'start': pass the tokens that "
+                "the run started from (with a mask: holding the tokens to keep where the mask is 0)."
+            )
+        if initial_noise is not None:
+            _check_tokens("initial_noise", initial_noise, shape)
+            initial_noise = initial_noise.to(device)
+        if mask is not None:
+            mask = _check_mask("mask", mask, shape, device)
+
+        sampling, draws = self._token_draws(
+            (b, h * w, v), generators, device, gumbel_uniforms, exponentials, cdf_uniforms
+        )
+        replacement = None
+        if renoises:
+            if renoise_mask is not None:
+                renoise_mask = _check_mask("renoise_mask", renoise_mask, shape, device)
+            else:
+                renoise_uniforms = _draw(torch.rand, shape, generators, device, "renoise_uniforms", renoise_uniforms)
+            if self.renoise_mode == "start":
+                replacement = initial_noise
+            elif self.renoise_mode == "prev":
+                replacement = sample.to(device)
+            elif renoise_tokens is not None:
+                _check_tokens("renoise_tokens", renoise_tokens, shape)
+                replacement = renoise_tokens.to(device)
+            else:
+                replacement = self.random_tokens(shape, device, generator=generators)
+
+        prev_sample, pred_original_sample = discrete_renoising_step(
+            model_output,
+            draws,
+            self.temperatures[index],
+            sampling=sampling,
+            typical_mass=self.config["typical_mass"] if self.config["typical_filtering"] else None,
+            typical_min_tokens=self.config["typical_min_tokens"],
+            mask=mask,
+            known=initial_noise,
+            replacement=replacement,
+            renoise_mask=renoise_mask,
+            renoise_uniforms=renoise_uniforms,
+            noise_ratio=self.noise_ratio(self.renoise_levels[index]).to(device),
+            renoise_positions=self.config["renoise_positions"],
+            inclusive=self.config["time_convention"] == "v3",
+        )
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return DiscreteRenoisingSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _index_for_timestep(self, timestep: float | Tensor) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
+        values = torch.as_tensor(timestep).flatten().tolist()
+        index = min(range(len(self)), key=lambda i: abs(self._timestep_values[i] - values[0])) if values else 0
+        if not values or any(abs(self._timestep_values[index] - value) > 1e-4 for value in values):
+            raise ValueError(
+                f"`timestep` must be one of `timesteps` (the same for the whole batch), got {values}; this run has "
+                f"{[round(value, 6) for value in self._timestep_values]}."
+            )
+        return index
+
+    def _check_step(self, model_output: Tensor, sample: Tensor) -> None:
+        _check_tokens("sample", sample)
+        if sample.ndim != 3 or model_output.ndim != 4 or not model_output.is_floating_point():
+            raise ValueError(
+                f"`model_output` must be floating-point logits (b, v, h, w) and `sample` tokens (b, h, w), got shapes "
+                f"{tuple(model_output.shape)} ({model_output.dtype}) and {tuple(sample.shape)}."
+            )
+        expected = (sample.shape[0], self.config["num_vec_classes"], *sample.shape[1:])
+        if model_output.shape != expected:
+            raise ValueError(
+                f"`model_output` has shape {tuple(model_output.shape)}, expected {expected}: (b, num_vec_classes, h, "
+                "w) for this `sample` and the scheduler's `num_vec_classes`."
+            )
+
+    def _token_draws(
+        self,
+        shape: tuple[int, int, int],
+        generators: Generators,
+        device: torch.device,
+        gumbel_uniforms: Tensor | None,
+        exponentials: Tensor | None,
+        cdf_uniforms: Tensor | None,
+    ) -> tuple[str, Tensor | None]:
+        """How `sample_tokens` is to draw, and its draws as rows, for logits of shape (b, h*w, v)."""
+        b, positions, v = shape
+        injected = {"gumbel_uniforms": gumbel_uniforms, "exponentials": exponentials, "cdf_uniforms": cdf_uniforms}
+        injected = {name: draw for name, draw in injected.items() if draw is not None}
+        forms = {  # name of the draw -> how it is used, its width
+            "gumbel": {"gumbel_uniforms": ("gumbel", v)},
+            "multinomial": {"exponentials": ("race", v), "cdf_uniforms": ("inverse_cdf", 2)},
+            "argmax": {},
+        }[self.config["sampling"]]
+        if len(injected) > 1 or not injected.keys() <= forms.keys():
+            raise ValueError(
+                f"the injected draws {', '.join(f'`{name}`' for name in injected)} do not fit "
+                f"sampling={self.config['sampling']!r}, which takes "
+                f"{' or '.join(f'`{name}`' for name in forms) or 'none'}."
+            )
+        if not forms:
+            return "argmax", None
+        name, given = next(iter(injected.items()), (list(forms)[-1], None))
+        sampling, width = forms[name]
+        if given is not None:
+            return sampling, _draw(torch.rand, (b * positions, width), None, device, name, given)
+        return sampling, _draw(torch.rand, (b, positions, width), generators, device).flatten(0, 1)
+
+
+def _draw(
+    draw: Callable[..., Tensor],
+    shape: Sequence[int],
+    generators: Generators,
+    device: torch.device,
+    name: str = "",
+    given: Tensor | None = None,
+) -> Tensor:
+    """The injected draw if it fits; else one drawn on the generator's device, each image from its own in a list."""
+    if given is not None:
+        if given.shape != tuple(shape):
+            raise ValueError(f"the injected `{name}` has shape {tuple(given.shape)}, expected {tuple(shape)}.")
+        return given.to(device=device, dtype=torch.float32)
+    if generators is None:
+        return draw(tuple(shape), device=device)
+    if isinstance(generators, Generator):
+        return draw(tuple(shape), generator=generators, device=generators.device).to(device)
+    return torch.stack([draw(tuple(shape[1:]), generator=g, device=g.device).to(device) for g in generators])
+
+
+def _check_generators(generator: Generators, batch_size: int) -> Generators:
+    if generator is None or isinstance(generator, Generator):
+        return generator
+    generators = list(generator)
+    if len(generators) != batch_size or not all(isinstance(g, Generator) for g in generators):
+        raise ValueError(
+            f"`generator` must be one torch.Generator, or one per image: got {len(generators)} entries for a batch of "
+            f"{batch_size}."
+        )
+    return generators
+
+
+def _check_tokens(name: str, tokens: Tensor, shape: Sequence[int] | None = None) -> None:
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(
+            f"`{name}` must be a tensor of integer tokens, got {kind}: images are encoded to tokens first."
+        )
+    if tokens.ndim < 2:
+        raise ValueError(f"`{name}` must be a batch of token maps (b, h, w), got shape {tuple(tokens.shape)}.")
+    if shape is not None and tokens.shape != shape:
+        raise ValueError(f"`{name}` has shape {tuple(tokens.shape)}, expected {tuple(shape)} as the other tokens.")
+
+
+def _check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The mask as booleans of the whole shape; integer and float masks must hold 0 and 1 only."""
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"`{name}` must hold only 0 and 1, got values in [{mask.min()}, {mask.max()}]: threshold it."
+            )
+        mask = mask == 1
+    try:
+        return mask.to(device).expand(tuple(shape))
+    except RuntimeError as error:
+        raise ValueError(f"`{name}` has shape {tuple(mask.shape)}, expected {tuple(shape)} (b, h, w).") from error
+
+
+def _check_finite(logits: Tensor, index: int, timestep: float) -> None:
+    # the maximum over classes is NaN, +inf or -inf exactly where a position cannot be sampled; one read-back
+    if bool(logits.amax(dim=1).isfinite().all()):
+        return
+    nan, inf = int(logits.isnan().sum()), int((logits == torch.inf).sum())
+    empty = int((logits == -torch.inf).all(dim=1).sum())
+    raise ValueError(
+        f"`model_output` cannot be sampled at step index {index} (timestep {timestep:.6g}): {nan + inf} of "
+        f"{logits.numel()} logits are non-finite ({nan} NaN, {inf} +inf), {empty} positions hold nothing but -inf. No "
+        "token was drawn; check the model's dtype (float16 may overflow: try bfloat16 or float32) and the guidance "
+        "scale."
+    )
+
+
+def _check_choice(name: str, value: str) -> None:
+    if value not in _CHOICES[name]:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}.")
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"`{name}` must be an integer in {low}..{high} for this grid, got {value!r}.")
+    return value
+
+
+def _check_temperature(temperature: Sequence[float]) -> tuple[float, float]:
+    if (
+        not isinstance(temperature, Sequence)
+        or len(temperature) != 2
+        or not all(isinstance(t, (int, float)) and math.isfinite(t) and t >= 0 for t in temperature)
+    ):
+        raise ValueError(f"`temperature` must be a pair (first, last) of finite numbers >= 0, got {temperature!r}.")
+    return float(temperature[0]), float(temperature[1])
