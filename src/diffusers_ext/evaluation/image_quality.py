@@ -1,0 +1,23 @@
+"""Picture-to-picture figures and the grid in which results are looked at."""
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+
+def psnr(image: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images (b, 3, h, w) in [-1, 1]: the mean over the samples' own values."""
+    error = (image.float() - target.float()).square().flatten(1).mean(1)  # peak-to-peak range 2
+    return float((10 * (4.0 / error.clamp_min(1e-12)).log10()).mean())
+
+
+def picture_grid(images: Tensor, columns: int, padding: int = 2) -> Image.Image:
+    """Tiles images (b, 3, h, w) in [-1, 1] row by row on a white sheet."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    count, height, width, _ = pixels.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
+        sheet[top : top + height, left : left + width] = picture
+    return Image.fromarray(sheet)

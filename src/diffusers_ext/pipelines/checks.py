@@ -1,0 +1,98 @@
+"""Checks of what users hand to a pipeline: each raises before any model runs, and its message names the way out.
+
+What is common to several pipelines stands here; what concerns one pipeline's components stands with that pipeline.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
+    """An integer (of Python or numpy, but no bool), at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an integer, received {value!r}.")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, received {value}.")
+
+
+def check_guidance_scale(guidance_scale: Any) -> None:
+    """A finite number, at least 0."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+        raise TypeError(f"`guidance_scale` must be a number, received {guidance_scale!r}.")
+    if not math.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(
+            f"`guidance_scale` must be finite and at least 0, received {guidance_scale}: 0 ignores the prompt, 1 is"
+            " the plain conditional prediction, larger values follow the prompt more closely."
+        )
+
+
+def check_output_type(output_type: Any) -> None:
+    """One of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; received {output_type!r}.")
+
+
+def check_callback_tensors(names: Sequence[str] | None, allowed: Sequence[str]) -> None:
+    """Names of tensors that the pipeline offers to callbacks."""
+    unknown = sorted(set(names or ()) - set(allowed))
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {unknown}; allowed are {list(allowed)}.")
+
+
+def check_side(name: str, value: Any, multiple: int, smallest: int, *, because: str) -> None:
+    """A side in pixels that the networks take; otherwise the message gives the nearest ones that they do.
+
+    Args:
+        multiple, smallest: Valid are the multiples of the one, from the other on.
+        because: What makes the multiple, for the message.
+    """
+    check_integer(name, value)
+    if value >= smallest and value % multiple == 0:
+        return
+    nearest = sorted({max(round_ * multiple, smallest) for round_ in (value // multiple, -(-value // multiple))})
+    raise ValueError(
+        f"`{name}` must be a multiple of {multiple} pixels ({because}) and at least {smallest}; received {value},"
+        f" nearest valid: {' or '.join(map(str, nearest))}."
+    )
+
+
+def check_generator(generator: Any, batch_size: int, device: torch.device) -> None:
+    """None, one generator, or a list with one an image; on the CPU or where the pipeline runs."""
+    if generator is None:
+        return
+    several = isinstance(generator, (list, tuple))
+    for one in generator if several else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                "`generator` must be a torch.Generator or a list of them, received"
+                f" {type(one).__name__}{' in the list' if several else ''}."
+            )
+        if one.device.type not in ("cpu", device.type):
+            raise ValueError(
+                f"`generator` is on {one.device}, the pipeline runs on {device}; use a generator on the CPU or there."
+            )
+    if several and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for (prompts x"
+            " `num_images_per_prompt`); pass one generator an image."
+        )
+
+
+def as_texts(name: str, texts: Any) -> list[str]:
+    """Texts as a list; a single one becomes a list of one. The empty text passes, the empty list does not."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, (list, tuple)):
+        raise TypeError(f"`{name}` must be a string or a list of strings, received {type(texts).__name__}.")
+    if len(texts) == 0:
+        raise ValueError(f"`{name}` is an empty list; pass at least one text.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` must hold strings, received {type(text).__name__}: {text!r}.")
+    return list(texts)
