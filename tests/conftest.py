@@ -12,7 +12,6 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_XET="1",
-    ACCELERATE_CONFIG_FILE=os.path.join(_home.name, "no-accelerate-config.yaml"),
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",

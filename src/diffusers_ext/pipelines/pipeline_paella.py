@@ -59,7 +59,8 @@ class PaellaPipeline(DiffusionPipeline):
     Args:
         vqvae: Image tokenizer; a stock `VQModel` of any downsampling factor or a `GumbelVQModel`.
         tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
-        text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`.
+        text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the tokenizer
+            are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
         unet: Token predictor.
         scheduler: Draws the tokens of each step and renoises them.
         image_encoder: CLIP image tower of the same embedding space, kept for pipelines that start from an image; this
@@ -70,7 +71,7 @@ class PaellaPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vqvae"
-    _optional_components = ["image_encoder", "feature_extractor"]
+    _optional_components = ["tokenizer", "text_encoder", "image_encoder", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
 
     vqvae: VQModel
@@ -82,8 +83,8 @@ class PaellaPipeline(DiffusionPipeline):
     def __init__(
         self,
         vqvae: VQModel | GumbelVQModel,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: CLIPTextModelWithProjection | None,
         unet: PaellaUNet,
         scheduler: DiscreteRenoisingScheduler,
         image_encoder: CLIPVisionModelWithProjection | None = None,

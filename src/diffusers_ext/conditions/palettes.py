@@ -1,0 +1,61 @@
+"""Label palettes: integer class maps as pictures that people can look at and draw, and back."""
+
+import numpy as np
+from PIL import Image
+
+# the built-in `scenes`: ground, then one class a shape (the object's own colour is not part of the map)
+SCENES_CLASSES = ("ground", "circle", "square", "triangle", "star", "ring", "cross")
+SCENES_PALETTE = np.array(
+    [(32, 32, 32), (230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 225, 25), (240, 50, 230), (70, 240, 240)],
+    dtype=np.uint8,
+)
+
+
+def colorize_labels(labels: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE) -> np.ndarray:
+    """Class ids (h, w) as a picture: uint8 (h, w, 3).
+
+    Args:
+        labels: Integers from 0 to len(palette) - 1, or a PIL picture of mode L or P that holds them.
+        palette: uint8 (classes, 3).
+    """
+    ids = np.asarray(labels)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`labels` must be integers of shape (h, w), but is {ids.dtype} {ids.shape}.")
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(palette):
+        raise ValueError(
+            f"`labels` must lie between 0 and {len(palette) - 1} for this palette, but lie between {ids.min()} and "
+            f"{ids.max()}."
+        )
+    return palette[ids]
+
+
+def labels_from_colors(
+    picture: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE, *, tolerance: int = 24
+) -> np.ndarray:
+    """Class ids of a picture drawn in the palette's colours: uint8 (h, w).
+
+    Args:
+        picture: uint8 (h, w, 3), or a PIL picture.
+        palette: uint8 (classes, 3), at most 256 classes.
+        tolerance: Largest difference in a channel from the nearest palette colour (lossy files shift colours).
+
+    Raises:
+        ValueError: A pixel is farther from every colour of the palette.
+    """
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"`picture` must be uint8 of shape (h, w, 3), but is {pixels.dtype} {pixels.shape}.")
+    if not 1 <= len(palette) <= 256:
+        raise ValueError(f"`palette` must have 1 to 256 colours, but has {len(palette)}.")
+    colors, where = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)  # few colours, many pixels
+    distance = np.abs(colors[:, None].astype(np.int16) - palette[None].astype(np.int16)).max(axis=-1)  # (n, classes)
+    nearest = distance.argmin(axis=1)
+    far = distance.min(axis=1) > tolerance
+    if far.any():
+        row, column = divmod(int(np.flatnonzero(far[where.ravel()])[0]), pixels.shape[1])
+        rgb = tuple(int(value) for value in pixels[row, column])
+        raise ValueError(
+            f"`picture` has the colour {rgb} in row {row}, column {column}, which is no colour of the palette: "
+            f"draw with its {len(palette)} colours, without anti-aliasing."
+        )
+    return nearest[where.ravel()].reshape(pixels.shape[:2]).astype(np.uint8)

@@ -1,0 +1,193 @@
+"""Original Paella v1 checkpoints to the models of this package.
+
+Token predictor: dome272/Paella@b1f88ef `DenoiseUNet` (weights MIT); files such as `f8_600000.pt` (text),
+`f8_img_40000.pt` (image embeddings). Tokenizer: ai-forever/ru-dalle@0255cec `GumbelVQ`, file
+`vqgan.gumbelf8-sber.model.ckpt`, whose keys are those of taming-transformers.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..models.unet_paella import PaellaUNet
+from ..models.vq_paella import GumbelVQModel
+from .keys import Rules, build_empty, load_strict, rename_keys, under, unwrap_state_dict
+
+_PAELLA_BLOCK: Rules = [
+    ("gamma", "layer_scale"),
+    ("depthwise.1.*", "depthwise.*"),  # index 0 is the reflection padding
+    ("ln.gamma", "norm.gain"),
+    ("ln.beta", "norm.shift"),
+    ("ln.ln.*", "norm.*"),
+    ("channelwise.{}.*", "channelwise.{}.*"),
+    ("cond_mapper.*", "cond_mapper.*"),
+]
+
+_TAMING_RESNET: Rules = [
+    ("norm1.*", "norm1.*"),
+    ("conv1.*", "conv1.*"),
+    ("norm2.*", "norm2.*"),
+    ("conv2.*", "conv2.*"),
+    ("nin_shortcut.*", "conv_shortcut.*"),
+]
+_TAMING_ATTENTION: Rules = [
+    ("norm.*", "group_norm.*"),
+    ("q.*", "to_q.*"),
+    ("k.*", "to_k.*"),
+    ("v.*", "to_v.*"),
+    ("proj_out.*", "to_out.0.*"),
+]
+_TAMING_ENDS: Rules = [
+    *under("mid.block_1.", "mid_block.resnets.0.", _TAMING_RESNET),
+    *under("mid.attn_1.", "mid_block.attentions.0.", _TAMING_ATTENTION),
+    *under("mid.block_2.", "mid_block.resnets.1.", _TAMING_RESNET),
+    ("conv_in.*", "conv_in.*"),
+    ("norm_out.*", "conv_norm_out.*"),
+    ("conv_out.*", "conv_out.*"),
+]
+
+
+def convert_paella_unet(state_dict: Mapping[str, Any], *, time_embed_dim: int = 64) -> PaellaUNet:
+    """Converts the weights of `DenoiseUNet`; every size is read off the shapes.
+
+    Args:
+        state_dict: original weights, flat or under `"state_dict"`.
+        time_embed_dim: the original's `c_r`. The shapes only tell its sum with the width of the condition.
+
+    Returns:
+        The network in eval mode, in the dtype of the weights.
+
+    Raises:
+        ValueError: listing keys that are unknown, missing, misshaped or not finite.
+    """
+    weights = unwrap_state_dict(state_dict)
+    _require(weights, "a Paella v1 DenoiseUNet", "embedding.weight", "down_blocks.0.0.cond_mapper.weight")
+    num_levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
+    down_layers = [_count(weights, f"down_blocks.{level}.", ".gamma") for level in range(num_levels)]
+    up_layers = [_count(weights, f"up_blocks.{level}.", ".gamma") for level in range(num_levels)]
+
+    rules: list[tuple[str, str]] = [("embedding.*", "token_embedding.*"), ("clf.*", "proj_out.*")]
+    for level in range(num_levels):
+        if level > 0:  # the strided convolution comes first
+            rules.append((f"down_blocks.{level}.0.weight", f"down_levels.{level}.downsample.weight"))
+            rules.append((f"down_blocks.{level}.0.bias", f"down_levels.{level}.downsample.bias"))
+        for layer in range(down_layers[level]):
+            source = f"down_blocks.{level}.{layer + (level > 0)}."
+            rules += under(source, f"down_levels.{level}.blocks.{layer}.", _PAELLA_BLOCK)
+        for layer in range(up_layers[level]):
+            rules += under(f"up_blocks.{level}.{layer}.", f"up_levels.{level}.blocks.{layer}.", _PAELLA_BLOCK)
+        if level < num_levels - 1:  # the transposed convolution comes last
+            source, target = f"up_blocks.{level}.{up_layers[level]}", f"up_levels.{level}.upsample"
+            rules += [(f"{source}.weight", f"{target}.weight"), (f"{source}.bias", f"{target}.bias")]
+    renamed = rename_keys(weights, rules)
+
+    num_vq_embeddings = weights["embedding.weight"].shape[0]
+    cond_dim = weights["down_blocks.0.0.cond_mapper.weight"].shape[1]
+    if time_embed_dim >= cond_dim:
+        raise ValueError(
+            f"`time_embed_dim` is {time_embed_dim}, but condition and time together have {cond_dim} channels: pass "
+            "the `c_r` that the checkpoint was trained with."
+        )
+    model = build_empty(
+        PaellaUNet,
+        num_vq_embeddings=num_vq_embeddings,
+        block_out_channels=tuple(
+            renamed[f"down_levels.{level}.blocks.0.layer_scale"].shape[0] for level in range(num_levels)
+        ),
+        down_layers_per_block=tuple(down_layers),
+        up_layers_per_block=tuple(up_layers),
+        condition_dim=cond_dim - time_embed_dim,
+        time_embed_dim=time_embed_dim,
+        kernel_size=weights["down_blocks.0.0.depthwise.1.weight"].shape[-1],
+    )
+    return load_strict(model, renamed)
+
+
+def convert_paella_vqgan_gumbel(
+    state_dict: Mapping[str, Any],
+    *,
+    sample_size: int = 256,
+    norm_num_groups: int = 32,
+    ignore: Iterable[str] = ("loss.*",),
+) -> GumbelVQModel:
+    """Converts the weights of the f8 Gumbel-VQGAN (or one of other sizes); every size is read off the shapes.
+
+    Args:
+        state_dict: original weights, flat or under `"state_dict"`.
+        sample_size: side of the pictures it was trained on, a note in the config only.
+        norm_num_groups: groups of the normalisations, 32 throughout taming-transformers.
+        ignore: patterns of keys to leave out. The released file was saved from the training and is loaded non-strictly
+            by its own repository; `loss.*` are the perceptual network and the discriminator. Any other key is an error
+            that names it: add a pattern here if it is none of encoder, decoder and quantizer.
+
+    Returns:
+        The tokenizer in eval mode, in the dtype of the weights.
+
+    Raises:
+        ValueError: listing keys that are unknown, missing, misshaped or not finite; or for a first level that is wider
+            than the first convolution (`ch_mult` does not start with 1), which `VQModel` cannot express.
+    """
+    weights = unwrap_state_dict(state_dict)
+    _require(weights, "a Gumbel-VQGAN", "encoder.conv_in.weight", "quantize.embed.weight", "quantize.proj.weight")
+    num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
+    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
+    if weights["encoder.conv_in.weight"].shape[0] != widths[0]:
+        raise ValueError(
+            f"The encoder starts with {weights['encoder.conv_in.weight'].shape[0]} channels and its first level has "
+            f"{widths[0]}: VQModel needs the same, that is a `ch_mult` that starts with 1."
+        )
+    has_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(num_levels)]
+
+    rules: list[tuple[str, str]] = [
+        ("quant_conv.*", "quant_conv.*"),
+        ("post_quant_conv.*", "post_quant_conv.*"),
+        ("quantize.embed.weight", "quantize.embedding.weight"),
+        ("quantize.proj.*", "quantize_proj.*"),
+        *under("encoder.", "encoder.", _TAMING_ENDS),
+        *under("decoder.", "decoder.", _TAMING_ENDS),
+        *_taming_levels("encoder.down.{}.", "encoder.down_blocks.{}.", "downsample"),
+    ]
+    for level in range(num_levels):  # the original counts upward levels from the finest, diffusers from the deepest
+        source, target = f"decoder.up.{level}.", f"decoder.up_blocks.{num_levels - 1 - level}."
+        rules += _taming_levels(source, target, "upsample")
+
+    model = build_empty(
+        GumbelVQModel,
+        in_channels=weights["encoder.conv_in.weight"].shape[1],
+        out_channels=weights["decoder.conv_out.weight"].shape[0],
+        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention),
+        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)),
+        block_out_channels=tuple(widths),
+        layers_per_block=_count(weights, "encoder.down.0.block.", ".conv1.weight"),
+        latent_channels=weights["encoder.conv_out.weight"].shape[0],
+        sample_size=sample_size,
+        num_vq_embeddings=weights["quantize.embed.weight"].shape[0],
+        norm_num_groups=norm_num_groups,
+        vq_embed_dim=weights["quantize.embed.weight"].shape[1],
+    )
+    return load_strict(model, rename_keys(weights, rules, ignore=ignore))
+
+
+def _taming_levels(source: str, target: str, resample: str) -> Rules:
+    """One level (or all, with an index in both prefixes): residual blocks, attention and resampling."""
+    return [
+        *under(source + "block.{}.", target + "resnets.{}.", _TAMING_RESNET),
+        *under(source + "attn.{}.", target + "attentions.{}.", _TAMING_ATTENTION),
+        (source + f"{resample}.conv.*", target + f"{resample}rs.0.conv.*"),
+    ]
+
+
+def _count(weights: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
+    """Number of keys `prefix<index>suffix`."""
+    pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
+    return sum(pattern.fullmatch(key) is not None for key in weights)
+
+
+def _require(weights: Mapping[str, Tensor], what: str, *keys: str) -> None:
+    missing = [key for key in keys if key not in weights]
+    if missing:
+        raise ValueError(
+            f"`state_dict` is not {what}: it lacks {', '.join(missing)}. It starts with {list(weights)[:3]}."
+        )

@@ -1,0 +1,262 @@
+"""Pictures to codebook indices and back: the tokenizers of Paella v1.
+
+`GumbelVQModel` is the f8 Gumbel-VQGAN of Paella v1: ruDALL-E's, ai-forever/ru-dalle@0255cec (Apache-2.0, weights
+Apache-2.0), after taming-transformers (Esser, Rombach, Ommer, arXiv 2012.09841). Encoder and decoder are those of
+diffusers' `VQModel`; one 1x1 convolution to logits over the codebook chooses the code.
+
+The functions serve it and a stock `VQModel` of any downsampling factor alike. Difference from the original: indices
+are the most probable ones by default; Paella's own helper always draws them (pass `sample=True`).
+
+Letters in shape comments: b images, (h, w) the token grid, d latent channels, k codes, n = b*h*w rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Generator, Tensor, nn
+
+_ROWS_PER_CHUNK = 4096  # bounds the scores to rows x codes floats: 134 MB for 8192 codes
+
+
+class GumbelVQModel(VQModel):
+    """A `VQModel` whose codes are chosen by a learned projection instead of by distance.
+
+    The arguments are those of `diffusers.VQModel`. The released f8 tokenizer has `block_out_channels=(128, 128, 256,
+    512)`, attention on the last level (`AttnDownEncoderBlock2D`, `AttnUpDecoderBlock2D`), `layers_per_block=2`,
+    `latent_channels=256`, `num_vq_embeddings=8192`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float = 0.18215,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=num_vq_embeddings,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            norm_type=norm_type,
+            mid_block_add_attention=mid_block_add_attention,
+            lookup_from_codebook=lookup_from_codebook,
+            force_upcast=force_upcast,
+        )
+        self.quantize_proj = nn.Conv2d(self.quantize.vq_embed_dim, num_vq_embeddings, 1)
+
+    def encode_indices(
+        self,
+        image: Tensor,
+        *,
+        sample: bool = False,
+        gumbel_noise: Tensor | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> Tensor:
+        """The module's `encode_indices` as a method."""
+        return encode_indices(self, image, sample=sample, gumbel_noise=gumbel_noise, generator=generator)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """The module's `decode_indices` as a method."""
+        return decode_indices(self, indices)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, ...] | None = None,
+    ) -> DecoderOutput | Tensor:
+        """Decodes latents (batch, d, h, w) to pictures as `VQModel.decode`, but with the projection's codes."""
+        if force_not_quantize:
+            return super().decode(h, force_not_quantize=True, return_dict=return_dict, shape=shape)
+        sample = decode_indices(self, most_probable_codes(h, self.quantize_proj))
+        commit_loss = sample.new_zeros(h.shape[0])  # nothing to commit to
+        if not return_dict:
+            return sample, commit_loss  # type: ignore[return-value] # as the parent, whose annotation is wrong
+        return DecoderOutput(sample=sample, commit_loss=commit_loss)  # type: ignore[arg-type]
+
+
+def downsample_factor(vqvae: VQModel) -> int:
+    """How many pixels a side one token stands for."""
+    return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def encode_indices(
+    vqvae: VQModel,
+    image: Tensor,
+    *,
+    sample: bool = False,
+    gumbel_noise: Tensor | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+) -> Tensor:
+    """Pictures to codebook indices.
+
+    Args:
+        vqvae: a `VQModel` (nearest code) or a `GumbelVQModel` (most probable code).
+        image: (batch, channels, height, width) in [-1, 1]; sides are multiples of the downsampling factor.
+        sample: draw each index from softmax(logits) instead of taking the most probable one. Only `GumbelVQModel`
+            has logits. The original Paella trains and edits with drawn indices.
+        gumbel_noise: the draws of `sample`, (batch, k, h, w), for replay.
+        generator: source of the draws, one image after the other; or a list with one for each image.
+
+    Returns:
+        int64 (batch, h, w).
+
+    Raises:
+        ValueError: for a picture of unfit shape, for `sample` with a `VQModel`, or a list of unfit length.
+    """
+    factor = downsample_factor(vqvae)
+    in_channels = vqvae.config["in_channels"]
+    if image.ndim != 4 or image.shape[1] != in_channels:
+        raise ValueError(
+            f"`image` has shape {tuple(image.shape)}, the tokenizer takes (batch, {in_channels}, height, width)."
+        )
+    height, width = image.shape[2:]
+    if height % factor or width % factor:
+        nearest = [max(factor, round(side / factor) * factor) for side in (height, width)]
+        raise ValueError(
+            f"`image` is {height}x{width} pixels, the tokenizer takes multiples of {factor}; the nearest valid size "
+            f"is {nearest[0]}x{nearest[1]}."
+        )
+    sample = sample or gumbel_noise is not None
+    if sample and not isinstance(vqvae, GumbelVQModel):
+        raise ValueError(
+            f"`sample=True` needs a GumbelVQModel: a {type(vqvae).__name__} takes the nearest code and has no logits."
+        )
+    latents = vqvae.encode(image.to(vqvae.dtype)).latents  # (b, d, h, w)
+    if not isinstance(vqvae, GumbelVQModel):
+        return nearest_codes(latents, vqvae.quantize.embedding.weight)
+    if not sample:
+        return most_probable_codes(latents, vqvae.quantize_proj)
+    return _draw_codes(latents, vqvae.quantize_proj, gumbel_noise, generator)
+
+
+@apply_forward_hook  # moves an offloaded tokenizer before its codebook is read
+def decode_indices(vqvae: VQModel, indices: Tensor) -> Tensor:
+    """Codebook indices to pictures; the grid need not be square.
+
+    Args:
+        vqvae: a `VQModel` or a `GumbelVQModel`.
+        indices: int64 (batch, h, w), values 0..num_vq_embeddings-1.
+
+    Returns:
+        (batch, channels, height, width), nominally in [-1, 1]; the decoder may overshoot, nothing is clamped.
+
+    Raises:
+        ValueError: for a shape other than (batch, h, w), or for indices beyond the codebook (checked on a CPU only).
+    """
+    if indices.ndim != 3:
+        raise ValueError(f"`indices` has shape {tuple(indices.shape)}, the tokenizer takes (batch, h, w).")
+    try:
+        codes = vqvae.quantize.embedding(indices).permute(0, 3, 1, 2)  # (b, d, h, w)
+    except IndexError as error:
+        raise ValueError(
+            f"`indices` go from {indices.min().item()} to {indices.max().item()}, the codebook has "
+            f"0..{vqvae.config['num_vq_embeddings'] - 1}: they come from another tokenizer."
+        ) from error
+    if vqvae.config["lookup_from_codebook"]:  # such a model looks unquantized input up by itself
+        shape = (indices.shape[0], *codes.shape[2:], codes.shape[1])
+        return vqvae.decode(indices, force_not_quantize=True, return_dict=False, shape=shape)[0]
+    return vqvae.decode(codes, force_not_quantize=True, return_dict=False)[0]
+
+
+@torch.no_grad()
+def nearest_codes(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest row of the codebook by squared L2, in float32.
+
+    |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 changes no order: one matrix product a chunk of rows, instead of the
+    (n, k, d) differences.
+
+    Args:
+        latents: (batch, d, h, w).
+        codebook: (k, d).
+
+    Returns:
+        int64 (batch, h, w).
+    """
+    codebook = codebook.float()
+    offsets = codebook.square().sum(dim=1)  # (k,)
+    with torch.autocast(latents.device.type, enabled=False):
+        chunks = [torch.addmm(offsets, rows, codebook.T, alpha=-2).argmin(dim=1) for rows in _rows(latents)]
+    return torch.cat(chunks).view(latents.shape[0], *latents.shape[2:])
+
+
+@torch.no_grad()
+def most_probable_codes(latents: Tensor, proj: nn.Conv2d) -> Tensor:
+    """Index of the greatest logit of the 1x1 convolution `proj` for each of (batch, d, h, w), in float32."""
+    weight, bias = _affine(proj)
+    with torch.autocast(latents.device.type, enabled=False):
+        chunks = [torch.addmm(bias, rows, weight.T).argmax(dim=1) for rows in _rows(latents)]
+    return torch.cat(chunks).view(latents.shape[0], *latents.shape[2:])
+
+
+@torch.no_grad()
+def _draw_codes(
+    latents: Tensor,
+    proj: nn.Conv2d,
+    gumbel_noise: Tensor | None,
+    generator: Generator | Sequence[Generator] | None,
+) -> Tensor:
+    """argmax(logits + Gumbel noise) is distributed as softmax(logits); image by image, so memory stays bounded."""
+    batch, _, height, width = latents.shape
+    shape = (proj.out_channels, height, width)
+    if gumbel_noise is not None and gumbel_noise.shape != (batch, *shape):
+        raise ValueError(f"`gumbel_noise` has shape {tuple(gumbel_noise.shape)}, expected {(batch, *shape)}.")
+    generators = [generator] * batch if generator is None or isinstance(generator, Generator) else list(generator)
+    if len(generators) != batch:
+        raise ValueError(f"`generator` is a list of {len(generators)} for {batch} images: give one for each image.")
+    weight, bias = _affine(proj)
+    indices = []
+    for image, image_generator in enumerate(generators):
+        if gumbel_noise is None:
+            device = latents.device if image_generator is None else image_generator.device
+            exponentials = torch.empty(shape, device=device).exponential_(generator=image_generator)
+            noise = -exponentials.to(latents.device).log()
+        else:
+            noise = gumbel_noise[image].to(latents.device)
+        with torch.autocast(latents.device.type, enabled=False):
+            rows = latents[image].float().flatten(1).T  # (h*w, d)
+            logits = torch.addmm(bias, rows, weight.T)  # (h*w, k)
+        indices.append((logits + noise.flatten(1).T).argmax(dim=1))
+    return torch.stack(indices).view(batch, height, width)
+
+
+def _rows(latents: Tensor) -> tuple[Tensor, ...]:
+    """(b, d, h, w) to chunks of rows (n, d), float32."""
+    return latents.float().permute(0, 2, 3, 1).flatten(0, 2).split(_ROWS_PER_CHUNK)
+
+
+def _affine(proj: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    if proj.bias is None:
+        raise ValueError("`proj` has no bias: expected the 1x1 convolution of a GumbelVQModel.")
+    return proj.weight.float().flatten(1), proj.bias.float()

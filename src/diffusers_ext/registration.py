@@ -1,0 +1,94 @@
+"""Makes diffusers' own loaders find this library's classes.
+
+diffusers 0.42 has no plug-in mechanism and refuses to import a library only because a `model_index.json` names it, so
+`import diffusers_ext` does the introduction. Everything here is guarded: a diffusers in which a table has moved leaves
+class-based loading (`PaellaPipeline.from_pretrained(folder)`) untouched and says what no longer works.
+"""
+
+import importlib.util
+import os
+import sys
+from importlib.abc import MetaPathFinder
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.guiders import BaseGuidance
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+OPT_OUT = "DIFFUSERS_EXT_NO_REGISTER"
+LIBRARY = __name__.partition(".")[0]
+AUTO_MODULE = "diffusers.pipelines.auto_pipeline"
+
+# AutoPipeline table -> its key -> our pipeline. The same key in two tables links the variants for `from_pipe`.
+AUTO_PIPELINES = {
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline"},
+}
+
+
+def register() -> bool:
+    """Registers the public classes with diffusers; repeating it changes nothing. Runs on `import diffusers_ext`.
+
+    Afterwards `model_index.json` records `["diffusers_ext", "PaellaUNet"]` whatever file the class lives in,
+    `DiffusionPipeline.from_pretrained` finds our pipelines on disk and on the Hub, and AutoPipeline knows them.
+    A name that diffusers already has is never replaced.
+
+    Returns:
+        False when the environment variable `DIFFUSERS_EXT_NO_REGISTER=1` asks to leave diffusers alone.
+    """
+    if os.environ.get(OPT_OUT, "0") not in ("", "0"):
+        return False
+    if hasattr(pipeline_loading_utils, "LOADABLE_CLASSES"):
+        # The value stays empty: base classes are matched through diffusers' and transformers' own entries.
+        pipeline_loading_utils.LOADABLE_CLASSES.setdefault(LIBRARY, {})
+    else:
+        logger.warning(
+            f"diffusers {diffusers.__version__} has no table of loadable libraries: {LIBRARY} loads from "
+            "local folders only. From the Hub: PaellaPipeline.from_pretrained(huggingface_hub.snapshot_download(id))."
+        )
+    package = sys.modules[LIBRARY]
+    bases = (DiffusionPipeline, ModelMixin, SchedulerMixin, BaseGuidance)
+    for name in package.__all__:
+        public = getattr(package, name)
+        if isinstance(public, type) and issubclass(public, bases) and not hasattr(diffusers, name):
+            setattr(diffusers, name, public)
+    if AUTO_MODULE in sys.modules:
+        _add_auto_pipelines(sys.modules[AUTO_MODULE])
+    elif not any(isinstance(finder, _AutoPipelineWatch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoPipelineWatch())
+    return True
+
+
+def _add_auto_pipelines(auto_pipeline) -> None:
+    package = sys.modules[LIBRARY]
+    for table_name, pipelines in AUTO_PIPELINES.items():
+        table = getattr(auto_pipeline, table_name, None)
+        if table is None:
+            logger.warning(
+                f"diffusers {diffusers.__version__} has no {table_name}: its AutoPipeline ignores {LIBRARY}."
+            )
+            continue
+        for key, name in pipelines.items():
+            table.setdefault(key, getattr(package, name))
+
+
+class _AutoPipelineWatch(MetaPathFinder):
+    """Fills the AutoPipeline tables right after somebody imports them. Their module imports all pipelines of
+    diffusers, which takes twenty times as long as the rest of `import diffusers_ext`."""
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_fill(module) -> None:
+                execute(module)
+                _add_auto_pipelines(module)
+
+            spec.loader.exec_module = execute_and_fill
+        return spec

@@ -1,0 +1,213 @@
+"""What the documents promise runs: every Python block, every shell line, every preset.
+
+Python blocks run in fresh processes, those under one heading together and in order, in a copy of what a
+clone holds, with a double of the Hub; `runs/<name>`, where the shell lines train to, is the bundled checkpoint there.
+
+A shell line is checked by its first words (environment assignments in front are skipped):
+
+| line | check |
+|---|---|
+| `make X` | X is a target of the Makefile |
+| `accelerate launch training/train_R.py ...` | R's own parser accepts the words as they stand |
+| `diffusers-ext ...`, `python FILE ...`, `python -m MODULE ...` | runs with `--help`, which names every option used |
+| `pip install ...` | the extras exist |
+| `git clone`, `cd`, `source`, `hf` | nothing of ours runs |
+
+Anything else fails: a new kind of line needs a rule here.
+"""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_ext import cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "training/README.md", "CONTRIBUTING.md")]
+PRESETS = sorted((ROOT / "training" / "presets").glob("*.yaml"))
+
+# `-paper-` preset -> the recipe's function that builds the network from the parsed arguments, and the exact count.
+PAPER_PARAMETERS = {
+    "paella-paper-v1.yaml": ("build_unet", 577_995_184),
+}
+
+
+def blocks(document: Path, *languages: str) -> list[tuple[str, str]]:
+    """(heading, text) of every fenced block in one of `languages`, in order."""
+    heading, fence, found = "", None, []
+    for line in document.read_text(encoding="utf-8").splitlines():
+        if fence is None and re.match(r"#+ ", line):
+            heading = line.lstrip("# ")
+        elif fence is None and (match := re.match(r"\s*```(\w*)", line)):
+            fence, lines = match[1], []
+        elif fence is not None and line.strip() == "```":
+            if fence in languages:
+                found.append((heading, "\n".join(lines)))
+            fence = None
+        elif fence is not None:
+            lines.append(line)
+    assert fence is None, f"{document}: a code block is not closed"
+    return found
+
+
+def python_sections() -> list[tuple[str, str]]:
+    """("document: heading", the heading's blocks one after another)."""
+    sections: dict[str, list[str]] = {}
+    for document in filter(Path.exists, DOCUMENTS):
+        for heading, text in blocks(document, "python", "py"):
+            sections.setdefault(f"{document.relative_to(ROOT)}: {heading}", []).append(text)
+    return [(name, "\n".join(texts)) for name, texts in sections.items()]
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    """("document:line", command) with continued lines joined; comments and prompts dropped."""
+    found = []
+    for document in filter(Path.exists, DOCUMENTS):
+        for _, text in blocks(document, "shell", "bash", "sh", "console"):
+            for line in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                for separator, group in itertools.groupby(words, lambda word: word in ("&&", "||", ";")):
+                    if not separator:
+                        found.append((str(document.relative_to(ROOT)), shlex.join(group)))
+    return list(dict.fromkeys(found))
+
+
+@cache
+def recipe(name: str):
+    """The module `training/train_<name>.py`."""
+    path = ROOT / "training" / f"train_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+SECTIONS = python_sections()
+LINES = shell_lines()
+
+
+def test_the_readme_has_something_to_check():
+    assert [name for name, _ in SECTIONS if name.startswith("README.md")], "README.md shows no Python"
+    commands = {line.split()[0] for document, line in LINES if document == "README.md"}
+    assert {"make", "accelerate"} <= commands, commands
+
+
+@pytest.mark.parametrize("code", [code for _, code in SECTIONS], ids=[name for name, _ in SECTIONS])
+def test_python_blocks_run(code, hub, tmp_path):
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("benchmarks", "checkpoints", "pipelines", "training"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in set(re.findall(r"runs/([\w.-]+)", code)):
+        shutil.copytree(ROOT / "checkpoints" / "paella-scenes-64", clone / "runs" / name)
+    environment = {k: v for k, v in {**os.environ, **hub.env(tmp_path / "home")}.items() if v is not None}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{code}\n---\n{result.stdout}{result.stderr}"
+
+
+def check_line(words: list[str]) -> None:
+    """Applies the rule of the table above; AssertionError or SystemExit when the line would not work."""
+    while re.match(r"\w+=", words[0]):
+        words = words[1:]
+    options = [word.split("=")[0] for word in words if word.startswith("--")]
+    match words:
+        case ["make", *targets]:
+            known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+            wanted = [target for target in targets if "=" not in target]
+            assert wanted and set(wanted) <= set(known), f"the Makefile has only {known}"
+        case ["accelerate", "launch", *rest]:
+            at = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+            script = re.fullmatch(r"training/train_(\w+)\.py", rest[at])
+            assert script, f"{rest[at]} is no recipe"
+            recipe(script[1]).parse_args([str(ROOT / w) if w.endswith(".yaml") else w for w in rest[at + 1 :]])
+        case ["diffusers-ext", *rest]:
+            assert set(options) <= set(re.findall(r"--\w[\w-]*", cli_help(rest)))
+        case [python, *rest] if re.fullmatch(r"(\.venv/bin/)?python3?", python):
+            target = rest[:2] if rest[0] == "-m" else rest[:1]
+            result = subprocess.run([sys.executable, *target, "--help"], cwd=ROOT, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert set(options) <= set(re.findall(r"--\w[\w-]*", result.stdout))
+        case [pip, "install", *_] if pip.endswith("pip"):
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            named = {
+                extra for word in words for group in re.findall(r"\[([\w,]+)\]", word) for extra in group.split(",")
+            }
+            assert named <= project["optional-dependencies"].keys()
+        case ["git", "clone", *_] | ["cd", _] | ["source" | ".", _] | ["hf", *_]:
+            pass
+        case _:
+            raise AssertionError(f"no rule for {words[0]!r}: give tests/test_readme.py one")
+
+
+def cli_help(words: list[str]) -> str:
+    """What `diffusers-ext <command> --help` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        cli.main([words[0], "--help"])
+    assert end.value.code == 0, printed.getvalue()
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(("document", "line"), LINES, ids=[f"{d}: {line[:60]}" for d, line in LINES])
+def test_shell_lines_work(document, line):
+    check_line(shlex.split(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make no-such-target",
+        "accelerate launch training/train_paella.py --no_such_option 1",
+        "accelerate launch training/train_paella.py training/presets/no-such-preset.yaml",
+        "diffusers-ext no-such-command",
+        "diffusers-ext export-hub somewhere --no_such_option",
+        "python no_such_file.py",
+        "pip install diffusers-ext[no_such_extra]",
+        "no-such-program --help",
+    ],
+)
+def test_a_wrong_line_is_found(line):
+    with pytest.raises((AssertionError, SystemExit, ValueError, OSError)):
+        check_line(shlex.split(line))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=[path.name for path in PRESETS])
+def test_presets_parse(preset):
+    match = re.fullmatch(r"([a-z]+)-(paper-\w[\w-]*|scenes-\w[\w-]*|smoke|\w[\w-]*)\.yaml", preset.name)
+    assert match and (ROOT / "training" / f"train_{match[1]}.py").exists(), (
+        "<recipe>-<what>.yaml for train_<recipe>.py"
+    )
+    parsed = recipe(match[1]).parse_args([str(preset)])
+    assert len(parsed) >= 3
+
+
+def test_each_recipe_has_a_smoke_preset():
+    recipes = {path.stem.removeprefix("train_") for path in (ROOT / "training").glob("train_*.py")}
+    assert recipes and recipes <= {path.name.removesuffix("-smoke.yaml") for path in PRESETS}
+
+
+def test_paper_presets_have_the_papers_size():
+    assert {path.name for path in PRESETS if "-paper-" in path.name} == PAPER_PARAMETERS.keys()
+    for name, (build, count) in PAPER_PARAMETERS.items():
+        module = recipe(name.split("-")[0])
+        arguments = module.parse_args([str(ROOT / "training" / "presets" / name)])[0]
+        with torch.device("meta"):
+            network = getattr(module, build)(arguments)
+        assert sum(parameter.numel() for parameter in network.parameters()) == count, name
+        assert all(parameter.is_meta for parameter in network.parameters())
