@@ -30,8 +30,8 @@ class PictureSource(Protocol):
 def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tuple["Dataset", "Dataset"]:
     """Training and validation set, map-style: rows are dictionaries with a PIL picture and what goes with it.
 
-    `scenes` has a validation split of its own. From any other source a tenth, at most 256 pictures, is held out by a
-    fixed permutation.
+    `scenes` has a validation split of its own, and its configurations are grounds (`plain`, `plain+gradient` ...; all
+    four by default). From any other source a tenth, at most 256 pictures, is held out by a fixed permutation.
 
     Args:
         source: Which data set; see `PictureSource`.
@@ -43,10 +43,10 @@ def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tu
         if unknown:
             raise ValueError(f"`scenes` has no column {unknown}; it has {', '.join(COLUMNS)}.")
         size = source.max_train_samples or SCENES_SAMPLES
-        return (
-            load_scenes(size, resolution=source.resolution, columns=wanted),
-            load_scenes(VALIDATION_SAMPLES, resolution=source.resolution, columns=wanted, split="validation"),
-        )
+        options = {"resolution": source.resolution, "columns": wanted}
+        if source.dataset_config_name:
+            options["grounds"] = tuple(source.dataset_config_name.split("+"))
+        return load_scenes(size, **options), load_scenes(VALIDATION_SAMPLES, split="validation", **options)
     dataset = load_image_dataset(
         source.train_data_dir,
         source.dataset_name,

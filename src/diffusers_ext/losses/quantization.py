@@ -46,7 +46,7 @@ def gumbel_quantize(
         position.
     """
     tiny = torch.finfo(torch.float32).tiny
-    gumbel = -torch.log(-torch.log(uniforms.float().clamp_min(tiny)).clamp_min(tiny))
+    gumbel = -torch.log((-torch.log(uniforms.float().clamp_min(tiny))).clamp_min(tiny))
     soft = torch.softmax((logits.float() + gumbel) / temperature, dim=1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
     weights = hard - soft.detach() + soft

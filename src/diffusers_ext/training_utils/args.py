@@ -22,7 +22,9 @@ class DataArgs:
     dataset_name: str | None = field(
         default=None, metadata={"help": "`scenes` (built in), or the name of a data set on the Hub."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the Hub data set; the grounds of `scenes`."}
+    )
     train_data_dir: str | None = field(
         default=None, metadata={"help": "Folder of pictures: with metadata.jsonl, class folders, or plain."}
     )

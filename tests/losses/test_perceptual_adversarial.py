@@ -1,0 +1,67 @@
+"""Perceptual distances name their network; adversarial terms follow VQGAN's equations."""
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from diffusers_ext.losses.adversarial import adaptive_weight, generator_loss, hinge_discriminator_loss
+from diffusers_ext.losses.perceptual import LPIPSDistance, perceptual_distance
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    shared = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+    }
+    text = CLIPTextConfig(vocab_size=30, max_position_embeddings=8, eos_token_id=1, bos_token_id=0, **shared)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **shared)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_clip_distance_is_zero_only_for_equal_pictures_and_has_gradients(clip_folder):
+    distance = perceptual_distance(str(clip_folder))
+    image, target = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert distance(target, target).abs().max() < 1e-6
+    image.requires_grad_(True)
+    values = distance(image, target)
+    assert values.shape == (2,) and values.min() > 0
+    values.sum().backward()
+    assert image.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in distance.parameters())
+    assert distance.name == f"clip-{clip_folder.name}"
+
+
+def test_lpips_with_random_features():
+    distance = LPIPSDistance(pretrained_features=False)
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert distance.name == "lpips-random-features"
+    assert distance(image, image).abs().max() < 1e-6
+    values = distance(image, -image)
+    assert values.shape == (1,) and values.item() > 0 and torch.equal(values, distance(image, -image))  # no dropout
+
+
+def test_no_perceptual_model_and_a_wrong_one():
+    assert perceptual_distance("none") is None and perceptual_distance(None) is None
+    with pytest.raises(ValueError, match="'no/such/folder' is not a folder with a CLIP model.*`none`, `lpips`"):
+        perceptual_distance("no/such/folder")
+
+
+def test_hinge_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.5])
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.75))
+    assert generator_loss(fake).item() == pytest.approx(0.75)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients():
+    last = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    reconstruction, adversarial = (3 * last).sum(), (last * torch.tensor([0.3, 0.4])).sum()
+    expected = (18**0.5) / (0.5 + 1e-4)
+    weight = adaptive_weight(reconstruction, adversarial, last)
+    assert weight.item() == pytest.approx(expected, rel=1e-5) and not weight.requires_grad
+    assert adaptive_weight(reconstruction, 1e-12 * adversarial, last).item() == 1e4  # clamped

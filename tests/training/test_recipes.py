@@ -1,0 +1,283 @@
+"""The recipes from raw pictures to a pipeline that samples, on real data at smoke size, in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import train_autoencoder
+import train_clip
+import train_paella
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPModel
+
+from diffusers_ext import GumbelVQModel, PaellaPipeline
+from diffusers_ext.data.photographs import tile_photographs
+from diffusers_ext.data.scenes import load_scenes, write_scenes
+from diffusers_ext.models.vq_paella import encode_indices
+from diffusers_ext.training_utils import loop
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ROOT / "training" / "presets"
+TINY_UNET = [
+    "--block_out_channels", "16", "32", "--down_layers_per_block", "1", "1", "--up_layers_per_block", "1", "1",
+    "--time_embed_dim", "16", "--layer_scale_init", "0.1", "--num_inference_steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory) -> dict[str, Path]:
+    """A tokenizer, a CLIP and a folder of scenes, made by the recipes' smoke presets."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    base = tmp_path_factory.mktemp("stages")
+    train_autoencoder.main([str(PRESETS / "autoencoder-smoke.yaml"), "--output_dir", str(base / "vq")])
+    train_clip.main([str(PRESETS / "clip-smoke.yaml"), "--output_dir", str(base / "clip")])
+    write_scenes(base / "scenes", 24, resolution=32, extra_pictures=("semantic",))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {name: base / name for name in ("vq", "clip", "scenes")}
+
+
+def paella_words(stages, output_dir, *more: str, data: tuple[str, ...] = ("--dataset_name", "scenes")) -> list[str]:
+    return [
+        *data, "--max_train_samples", "24", "--resolution", "32", "--output_dir", str(output_dir),
+        "--pretrained_vqvae_name_or_path", str(stages["vq"]), "--pretrained_clip_name_or_path", str(stages["clip"]),
+        "--train_batch_size", "4", "--max_train_steps", "3", "--logging_steps", "1", *TINY_UNET, *more,
+    ]  # fmt: skip
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def test_autoencoder_smoke_run_goes_through_every_phase(stages):
+    vqvae = diffusers.VQModel.from_pretrained(stages["vq"])
+    assert vqvae.config.num_vq_embeddings == 32
+    assert logged(stages["vq"], "usage_perplexity")[-1] > 1.5  # k-means start: no collapse to one code
+    assert len(logged(stages["vq"], "disc_loss")) >= 1 and len(logged(stages["vq"], "validation_psnr")) == 1
+    assert (stages["vq"] / "validation-8.png").is_file()
+    card = (stages["vq"] / "README.md").read_text()
+    assert "accelerate launch training/train_autoencoder.py" in card and "| step |" in card
+
+
+def test_autoencoder_resumes_to_the_bit_with_its_discriminator(stages, tmp_path):
+    words = [str(PRESETS / "autoencoder-smoke.yaml"), "--output_dir", str(tmp_path)]
+    train_autoencoder.main(words)
+    (tmp_path / "checkpoint-8" / "manifest.json").unlink()  # as if the run had been killed after step 4
+    train_autoencoder.main([*words, "--resume_from_checkpoint", "latest"])
+    straight = load_file(stages["vq"] / "diffusion_pytorch_model.safetensors")
+    resumed = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_gumbel_autoencoder_smoke_run(tmp_path):
+    train_autoencoder.main([str(PRESETS / "autoencoder-gumbel-smoke.yaml"), "--output_dir", str(tmp_path)])
+    model = GumbelVQModel.from_pretrained(tmp_path)
+    assert model.encode_indices(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
+    assert all(value > 0 for value in logged(tmp_path, "bottleneck"))  # the divergence is in the loss
+
+
+def test_autoencoder_with_clip_features_is_named_after_them(stages, tmp_path):
+    words = ["--perceptual_model", str(stages["clip"]), "--max_train_steps", "2", "--logging_steps", "1"]
+    train_autoencoder.main([str(PRESETS / "autoencoder-smoke.yaml"), *words, "--output_dir", str(tmp_path)])
+    assert logged(tmp_path, "clip-clip") and logged(tmp_path, "validation_clip-clip")
+
+
+def test_clip_smoke_run_makes_both_towers_and_a_tokenizer(stages):
+    clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
+    ids = tokenizer("a large red circle in the center", return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id and ids[0, -1] == tokenizer.eos_token_id
+    assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id != 2
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == "a large red circle in the center"
+    assert logged(stages["clip"], "loss")[-1] < logged(stages["clip"], "loss")[0] + 0.5
+
+
+def test_extra_negative_captions_only_concern_the_images():
+    images, texts = torch.eye(3, 4), torch.eye(3, 4)
+    negatives = torch.tensor([[0.0, 0, 0, 1]]).expand(3, 4)
+    plain = train_clip.contrastive_losses(images, texts, torch.tensor(2.0))["loss"]
+    harder = train_clip.contrastive_losses(images, torch.cat([texts, negatives]), torch.tensor(2.0))["loss"]
+    e = torch.e
+    rows, columns = -2 + torch.log(torch.tensor(e**2 + 2)), -2 + torch.log(torch.tensor(e**2 + 5))
+    torch.testing.assert_close(plain, rows)
+    torch.testing.assert_close(harder, 0.5 * (rows + columns))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--condition", "text", "--use_ema"),
+        ("--condition", "text", "--train_text_encoder", "--text_encoder_lr", "1e-4"),
+        ("--condition", "image", "--gradient_checkpointing"),
+        ("--condition", "class", "--num_labels", "48"),
+        ("--condition", "semantic", "--num_labels", "7"),
+    ],
+    ids=lambda options: " ".join(options[1:3]),
+)
+def test_every_condition_trains_and_samples(stages, tmp_path, options):
+    train_paella.main(paella_words(stages, tmp_path, *options))
+    pipe = PaellaPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    if options[1] == "text":
+        condition = {"prompt": "a small blue star on the left"}
+    elif options[1] == "semantic":
+        condition = {"prompt_embeds": torch.zeros(1, 7, 8, 8).index_fill(1, torch.tensor([2]), 1.0)}
+    else:
+        condition = {"prompt_embeds": torch.zeros(1, pipe.unet.config.condition_dim)}
+    image = pipe(**condition, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (32, 32) and (tmp_path / "validation-3.png").is_file()
+    trained_tower = "--train_text_encoder" in options
+    if pipe.text_encoder is not None:
+        frozen = train_paella.load_clip(str(stages["clip"]))["text_encoder"].text_projection.weight
+        assert torch.equal(frozen, pipe.text_encoder.text_projection.weight) != trained_tower
+
+
+def test_training_from_a_written_out_folder_sees_the_same_pictures(stages, tmp_path):
+    folder = ("--train_data_dir", str(stages["scenes"]))
+    train_paella.main(paella_words(stages, tmp_path, data=folder))
+    assert len(logged(tmp_path, "loss")) == 3 and (tmp_path / "model_index.json").is_file()
+    built_in = load_scenes(24, resolution=32, columns=("image", "text"))
+    args, data, _ = train_paella.parse_args(paella_words(stages, tmp_path, data=folder))
+    pictures, _ = train_paella.load_pictures(data, columns=("text",))
+    shown = {(row["text"], row["image"].tobytes()) for row in pictures}
+    assert shown < {(row["text"], row["image"].tobytes()) for row in built_in} and len(shown) >= 20
+
+
+def test_fine_tuning_a_pipeline_with_lora(stages, tmp_path):
+    train_paella.main(paella_words(stages, tmp_path / "base"))
+    words = paella_words(stages, tmp_path / "lora", "--rank", "2", "--learning_rate", "1e-2")
+    train_paella.main([*words, "--pretrained_model_name_or_path", str(tmp_path / "base")])
+    base, tuned = (PaellaPipeline.from_pretrained(tmp_path / name).unet.state_dict() for name in ("base", "lora"))
+    changed = {key for key in base if not torch.equal(base[key], tuned[key])}
+    assert changed and all(base[key].ndim == 2 for key in changed)  # linear layers only, merged
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_kept_fraction_of_conditions_is_what_is_asked_for():
+    generators = [loop.keyed_generator(0, i) for i in range(4000)]
+    kept = train_paella.keep_condition(generators, 0.1).float().mean()
+    assert abs(kept - 0.9) < 4 * (0.1 * 0.9 / 4000) ** 0.5
+    assert train_paella.keep_condition(generators[:50], 0.0).all()
+    assert not train_paella.keep_condition(generators[:50], 1.0).any()
+
+
+def test_dropped_conditions_are_the_zero_vector(stages, tmp_path):
+    args, data, _ = train_paella.parse_args(paella_words(stages, tmp_path))
+    pipe = train_paella.build_pipeline(args, data.resolution)
+    predictor = train_paella.Predictor(pipe.unet, None).eval()
+    tokens, r, condition = torch.randint(32, (2, 8, 8)), torch.rand(2), torch.randn(2, 16)
+    logits = predictor(tokens, r, condition, torch.tensor([True, False]))
+    expected = [pipe.unet(tokens[:1], r[:1], condition[:1]).sample, pipe.unet(tokens[1:], r[1:], 0 * condition[1:]).sample]
+    torch.testing.assert_close(logits, torch.cat(expected))
+
+
+def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
+    words = ["--max_train_samples", "4", "--max_train_steps", "60", "--learning_rate", "5e-3", "--cond_dropout_prob", "0"]
+    train_paella.main(paella_words(stages, tmp_path, *words))
+    losses = logged(tmp_path, "loss")
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "recipe, words, message",
+    [
+        (train_paella, ["--condition", "class"], "--condition class needs --num_labels"),
+        (train_paella, ["--cond_dropout_prob", "1.5"], r"--cond_dropout_prob must lie in \[0, 1\], got 1.5"),
+        (train_paella, ["--condition", "image", "--train_text_encoder"], "goes with --condition text"),
+        (train_paella, ["--train_batch_size", "0"], "--train_batch_size must be > 0, got 0"),
+        (train_paella, ["--learning_rate", "-1"], "--learning_rate must be >= 0"),
+        (train_paella, ["--train_data_dir", "x"], "Exactly one of --dataset_name .*scenes.* and --train_data_dir"),
+        (train_autoencoder, ["--gumbel_temperature", "1"], "--gumbel_temperature needs two values > 0"),
+        (train_autoencoder, ["--plain_fraction", "2"], r"--plain_fraction must lie in \[0, 1\]"),
+        (train_autoencoder, ["--disc_start", "1", "--gradient_accumulation_steps", "2"], "adaptive weight"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(recipe, words, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.parse_args(["--dataset_name", "scenes", *words])
+
+
+@pytest.mark.parametrize(
+    "text, message", [("a: {b: 1}", "`a` is a mapping"), (None, "is not a .yaml file")], ids=["nested", "missing"]
+)
+def test_wrong_presets_are_refused(tmp_path, text, message):
+    preset = tmp_path / "preset.yaml"
+    if text:
+        preset.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train_paella.parse_args([str(preset)])
+
+
+def test_the_command_line_wins_over_the_preset(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text("dataset_name: scenes\nlearning_rate: 1e-4\nblock_out_channels: [8, 16]\nuse_ema: true\n")
+    args, _, train = train_paella.parse_args([str(preset), "--learning_rate", "2e-3"])
+    assert train.learning_rate == 2e-3 and train.use_ema and args.block_out_channels == [8, 16]
+
+
+def test_missing_stages_are_named(tmp_path, stages):
+    words = paella_words(stages, tmp_path)
+    for option, way_out in (("vqvae", "train_autoencoder.py"), ("clip", "train_clip.py")):
+        at = words.index(f"--pretrained_{option}_name_or_path")
+        args, data, _ = train_paella.parse_args(words[:at] + words[at + 2 :])
+        with pytest.raises(ValueError, match=f"--pretrained_{option}_name_or_path.*{way_out}"):
+            train_paella.build_pipeline(args, data.resolution)
+
+
+def test_photographs_from_folder_to_sample(tmp_path):
+    """The README's example: tiles of scikit-image's colour photographs, captioned by their names."""
+    tile_photographs(tmp_path / "photos", tile=256, stride=256)
+    data = ["--train_data_dir", str(tmp_path / "photos"), "--resolution", "32", "--random_flip"]
+    for recipe, preset, name in (
+        (train_autoencoder, "autoencoder-smoke.yaml", "vq"), (train_clip, "clip-smoke.yaml", "clip"),
+    ):  # fmt: skip
+        words = preset_without_data(PRESETS / preset, tmp_path)
+        recipe.main([words, *data, "--output_dir", str(tmp_path / name)])
+    stages = {"vq": tmp_path / "vq", "clip": tmp_path / "clip"}
+    train_paella.main(paella_words(stages, tmp_path / "paella", data=tuple(data[:2])))
+    pipe = PaellaPipeline.from_pretrained(tmp_path / "paella")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("coffee", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+    tokens = encode_indices(pipe.vqvae, torch.zeros(1, 3, 32, 32))
+    assert tokens.shape == (1, 8, 8)
+
+
+def preset_without_data(preset: Path, folder: Path) -> str:
+    """The preset without its data set, as somebody would write it for pictures of their own."""
+    drop = ("dataset_name", "resolution", "negative_caption_column", "output_dir")
+    lines = [line for line in preset.read_text().splitlines() if not line.startswith(drop)]
+    (folder / preset.name).write_text("\n".join(lines))
+    return str(folder / preset.name)
+
+
+def test_two_processes_train_like_one_with_the_double_batch(stages, tmp_path):
+    """The real launcher, two CPU processes over gloo: 22 samples, so that the last batch is cut."""
+    data = ("--dataset_name", "scenes")
+    single = paella_words(stages, tmp_path / "one", "--max_train_samples", "22", "--train_batch_size", "8", data=data)
+    train_paella.main(single)
+    words = paella_words(stages, tmp_path / "two", "--max_train_samples", "22", "--train_batch_size", "4", data=data)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(ROOT / "training" / "train_paella.py"), *words,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "MULTI_CPU" in result.stderr + result.stdout or logged(tmp_path / "two", "loss")
+    one, two = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logged(tmp_path / "two", "loss"), logged(tmp_path / "one", "loss"), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,202 @@
+"""Trains a small CLIP (contrastive image-text model) with a tokenizer of its own, from pictures with captions.
+
+    accelerate launch training/train_clip.py training/presets/clip-scenes-64.yaml
+
+Paper: arXiv 2103.00020 (symmetric cross-entropy over the batch); wrong captions as extra negatives: NegCLIP,
+arXiv 2210.01936. It makes the text-conditional families trainable without any download and scores their samples.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.data.preprocessing import choose_text, prepare_image
+from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.results import publish_result
+
+logger = logging.getLogger(__name__)
+
+USAGE = """import diffusers_ext
+from transformers import AutoTokenizer, CLIPModel
+
+clip, tokenizer = CLIPModel.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+"""
+
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # pixels in [-1, 1], as for the other networks
+
+
+@dataclass
+class ClipArgs:
+    """The two towers."""
+
+    vocab_size: int = field(default=1024, metadata={"help": "Largest size of the byte-level BPE vocabulary."})
+    max_length: int = field(
+        default=32, metadata={"help": "Window of the text tower in tokens, start and end included."}
+    )
+    text_width: int = field(default=128, metadata={"help": "Width of the text tower."})
+    text_layers: int = field(default=3, metadata={"help": "Layers of the text tower."})
+    vision_width: int = field(default=128, metadata={"help": "Width of the image tower."})
+    vision_layers: int = field(default=4, metadata={"help": "Layers of the image tower."})
+    patch_size: int = field(default=8, metadata={"help": "Side of an image patch in pixels."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Heads of both towers."})
+    projection_dim: int = field(default=128, metadata={"help": "Width of the shared embedding."})
+    negative_caption_column: str | None = field(
+        default=None, metadata={"help": "Column with one wrong caption a picture, used as an extra negative."}
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, TrainArgs]:
+    return parse((ClipArgs, DataArgs, TrainArgs), argv)
+
+
+def train_tokenizer(captions: list[str], args: ClipArgs) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in lower case; the end token (id 1) is what the text tower pools at."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size,
+        special_tokens=["<|startoftext|>", "<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_max_length=args.max_length,
+    )
+
+
+def read_captions(dataset, column: str, limit: int = 20_000) -> list[str]:
+    """All captions of the first `limit` rows, without decoding a picture."""
+    rows = dataset.select_columns([column]).select(range(min(len(dataset), limit)))
+    values = (row[column] for row in rows)
+    return [text for value in values for text in ([value] if isinstance(value, str) else value)]
+
+
+def build_clip(args: ClipArgs, tokenizer: PreTrainedTokenizerFast, resolution: int) -> CLIPModel:
+    """A new CLIP whose towers share `num_attention_heads` and `projection_dim`."""
+    shared = {"num_attention_heads": args.num_attention_heads, "projection_dim": args.projection_dim}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.text_width,
+        intermediate_size=4 * args.text_width,
+        num_hidden_layers=args.text_layers,
+        max_position_embeddings=args.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # 1: an id of 2 would select transformers' legacy pooling
+        pad_token_id=tokenizer.pad_token_id,
+        **shared,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_width,
+        intermediate_size=4 * args.vision_width,
+        num_hidden_layers=args.vision_layers,
+        image_size=resolution,
+        patch_size=args.patch_size,
+        **shared,
+    )
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=args.projection_dim))
+
+
+def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images."""
+    image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
+    logits = scale.float() * image_embeds @ text_embeds.T  # (images, texts)
+    count = len(image_embeds)
+    target = torch.arange(count, device=logits.device)
+    loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target))
+    return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
+
+
+class ClipObjective(nn.Module):
+    """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        vision = self.clip.vision_model(pixel_values=pixel_values).pooler_output
+        text = self.clip.text_model(input_ids=input_ids).pooler_output
+        scale = self.clip.logit_scale.exp().clamp(max=100.0)
+        return contrastive_losses(self.clip.visual_projection(vision), self.clip.text_projection(text), scale)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, data, train = parse_args(argv)
+    accelerator = loop.start(train)
+    columns = [data.caption_column] + ([args.negative_caption_column] if args.negative_caption_column else [])
+    train_set, validation_set = load_pictures(data, columns=tuple(columns))
+    tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
+    clip = build_clip(args, tokenizer, data.resolution)
+    logger.info("%d parameters, %d tokens", sum(p.numel() for p in clip.parameters()), len(tokenizer))
+
+    def transform(example, generator):
+        image = prepare_image(
+            example[data.image_column], data.resolution, generator=generator,
+            center_crop=data.center_crop, random_flip=data.random_flip,
+        )  # fmt: skip
+        return image, [choose_text(example[column], generator) for column in columns]
+
+    def collate(samples):
+        images, texts = zip(*samples, strict=True)
+        flat = [row[column] for column in range(len(columns)) for row in texts]  # all captions, then all negatives
+        ids = tokenizer(flat, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt")
+        return {"pixel_values": torch.stack(images), "input_ids": ids.input_ids}
+
+    def compute_loss(model, batch, generators):
+        return model(**batch)
+
+    def validate(step: int) -> dict[str, float]:
+        count = min(256, len(validation_set))
+        samples = [transform(validation_set[i], loop.keyed_generator(train.seed, i)) for i in range(count)]
+        batch = {key: value.to(accelerator.device) for key, value in collate(samples).items()}
+        return {f"validation_{name}": float(value) for name, value in objective(**batch).items()}
+
+    objective = ClipObjective(clip)
+    finished = loop.fit(
+        accelerator, objective, compute_loss, train_set, train, transform=transform, collate=collate,
+        num_workers=data.dataloader_num_workers, on_validate=validate,
+    )  # fmt: skip
+    if finished and accelerator.is_main_process:
+        clip.save_pretrained(train.output_dir)
+        tokenizer.save_pretrained(train.output_dir)
+        side = {"height": data.resolution, "width": data.resolution}
+        CLIPImageProcessor(
+            size=side, crop_size=side, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, do_center_crop=False
+        ).save_pretrained(train.output_dir)
+        publish_result(
+            train,
+            recipe="clip",
+            argv=argv,
+            summary="A CLIPModel with its tokenizer.",
+            usage=USAGE.format(folder=train.output_dir),
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

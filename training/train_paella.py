@@ -1,0 +1,333 @@
+"""Trains (or fine-tunes) Paella v1: a convolutional network that predicts all tokens of a picture from noised ones.
+
+    accelerate launch training/train_paella.py training/presets/paella-scenes-64.yaml
+
+Paper: arXiv 2211.07292 (first version), section 3; code dome272/Paella@b1f88ef. Label-smoothed cross-entropy at all
+positions; time r uniform on [0, 1); the noise comes from the scheduler that samples. The condition is dropped to the
+zero vector per sample (the original drops it once per step for the whole local batch).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from diffusers import VQModel
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
+from diffusers_ext.evaluation.image_quality import picture_grid
+from diffusers_ext.losses.discrete import token_cross_entropy
+from diffusers_ext.models.unet_paella import PaellaUNet
+from diffusers_ext.models.vq_paella import GumbelVQModel, downsample_factor, encode_indices
+from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.results import publish_result
+
+logger = logging.getLogger(__name__)
+
+USAGE = """import diffusers_ext
+
+pipe = diffusers_ext.PaellaPipeline.from_pretrained("{folder}")
+"""
+
+
+@dataclass
+class PaellaArgs:
+    """The token predictor, what it is conditioned on, and the frozen networks around it."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Paella pipeline to fine-tune; its networks replace those named below."}
+    )
+    pretrained_vqvae_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer (VQ autoencoder)."})
+    pretrained_clip_name_or_path: str | None = field(default=None, metadata={"help": "CLIP, for text and image."})
+    condition: Literal["text", "image", "class", "semantic"] = field(
+        default="text", metadata={"help": "CLIP text vector, CLIP image vector, one-hot class, or one-hot label map."}
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Classes, for --condition class and semantic."})
+    semantic_column: str = field(default="semantic", metadata={"help": "Column with the label map (integer picture)."})
+    train_text_encoder: bool = field(
+        default=False,
+        metadata={"help": "Train CLIP's text tower as well; the paper keeps it frozen."},
+    )
+    text_encoder_lr: float | None = field(
+        default=None, metadata={"help": "The text tower's; learning_rate when unset."}
+    )
+    cond_dropout_prob: float = field(default=0.1, metadata={"help": "Samples trained with the zero vector."})
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [320, 640, 1280], metadata={"help": "Width of each level, finest first."}
+    )
+    down_layers_per_block: list[int] = field(
+        default_factory=lambda: [4, 8, 16], metadata={"help": "Residual blocks of each level on the way down."}
+    )
+    up_layers_per_block: list[int] = field(
+        default_factory=lambda: [16, 8, 4],
+        metadata={"help": "Residual blocks of each level on the way up, deepest first."},
+    )
+    time_embed_dim: int = field(default=64, metadata={"help": "Width of the sinusoidal embedding of the noise level."})
+    kernel_size: int = field(default=3, metadata={"help": "Side of the depthwise kernels."})
+    layer_scale_init: float = field(default=1e-6, metadata={"help": "First value of the residual branches' scales."})
+    label_smoothing: float = field(default=0.1, metadata={"help": "Of the cross-entropy."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Train LoRA matrices of this rank instead of all weights."}
+    )
+    guidance_scale: float = field(default=5.0, metadata={"help": "For the validation pictures."})
+    typical_mass: float = field(default=0.2, metadata={"help": "Saved as the scheduler's default."})
+    num_inference_steps: int = field(default=12, metadata={"help": "For the validation pictures."})
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the validation pictures; captions of the data when unset."}
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.cond_dropout_prob <= 1:
+            raise ValueError(f"--cond_dropout_prob must lie in [0, 1], got {self.cond_dropout_prob}.")
+        if self.condition in ("class", "semantic") and not self.num_labels:
+            raise ValueError(f"--condition {self.condition} needs --num_labels, the number of classes.")
+        if self.train_text_encoder and (self.condition != "text" or self.rank):
+            raise ValueError("--train_text_encoder goes with --condition text and without --rank.")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[PaellaArgs, DataArgs, TrainArgs]:
+    return parse((PaellaArgs, DataArgs, TrainArgs), argv)
+
+
+def build_unet(args: PaellaArgs, *, num_vq_embeddings: int = 8192, condition_dim: int = 1024) -> PaellaUNet:
+    """A new token predictor; the defaults are the paper's f8 tokenizer and CLIP ViT-g-14 vectors."""
+    return PaellaUNet(
+        num_vq_embeddings=num_vq_embeddings,
+        block_out_channels=tuple(args.block_out_channels),
+        down_layers_per_block=tuple(args.down_layers_per_block),
+        up_layers_per_block=tuple(args.up_layers_per_block),
+        condition_dim=condition_dim,
+        time_embed_dim=args.time_embed_dim,
+        kernel_size=args.kernel_size,
+        layer_scale_init=args.layer_scale_init,
+    )
+
+
+CLIP_COMPONENTS = {
+    "tokenizer": AutoTokenizer,
+    "text_encoder": CLIPTextModelWithProjection,
+    "image_encoder": CLIPVisionModelWithProjection,
+    "feature_extractor": CLIPImageProcessor,
+}
+
+
+def load_clip(name_or_path: str) -> dict[str, Any]:
+    """The pipeline components of a CLIP: from a folder or Hub id of a CLIP model, or from the folder of a pipeline."""
+    is_pipeline = (Path(name_or_path) / "model_index.json").is_file()
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # each tower ignores the other one's weights, and says so at length
+    try:
+        return {
+            name: kind.from_pretrained(Path(name_or_path, name) if is_pipeline else name_or_path)
+            for name, kind in CLIP_COMPONENTS.items()
+        }
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
+    """The pipeline that is trained: the pretrained one, or a new network around a tokenizer and a CLIP."""
+    if args.pretrained_model_name_or_path:
+        return PaellaPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    if args.pretrained_vqvae_name_or_path is None:
+        raise ValueError("--pretrained_vqvae_name_or_path is needed: train one with training/train_autoencoder.py.")
+    config = VQModel.load_config(args.pretrained_vqvae_name_or_path)
+    kind = GumbelVQModel if config["_class_name"] == "GumbelVQModel" else VQModel
+    vqvae = kind.from_pretrained(args.pretrained_vqvae_name_or_path)
+    components = dict.fromkeys(CLIP_COMPONENTS)
+    condition_dim = args.num_labels
+    if args.condition in ("text", "image"):
+        clip = args.pretrained_clip_name_or_path
+        if clip is None:
+            raise ValueError(
+                f"--condition {args.condition} needs --pretrained_clip_name_or_path: train one with "
+                "training/train_clip.py, or name one on the Hub."
+            )
+        components = load_clip(clip)
+        condition_dim = components["text_encoder"].config.projection_dim
+    codes = vqvae.config.num_vq_embeddings
+    return PaellaPipeline(
+        vqvae=vqvae,
+        unet=build_unet(args, num_vq_embeddings=codes, condition_dim=condition_dim),
+        scheduler=DiscreteRenoisingScheduler(num_vec_classes=codes, typical_mass=args.typical_mass),
+        default_sample_size=resolution // downsample_factor(vqvae),
+        default_guidance_scale=args.guidance_scale,
+        **components,
+    )
+
+
+def condition_column(args: PaellaArgs, data: DataArgs) -> str:
+    """The column of the data set that the condition is read from."""
+    columns = {"text": data.caption_column, "class": data.label_column, "semantic": args.semantic_column}
+    return columns.get(args.condition, data.image_column)
+
+
+class Conditioner:
+    """From a sample's raw condition to what the network receives; the encoders are frozen."""
+
+    def __init__(self, pipe: PaellaPipeline, args: PaellaArgs, data: DataArgs):
+        self.pipe, self.args, self.data = pipe, args, data
+        self.token_side = data.resolution // downsample_factor(pipe.vqvae)
+
+    def transform(self, example: dict, generator: torch.Generator) -> dict[str, Tensor | str]:
+        """Picture and raw condition of one sample, cropped alike."""
+        options = {"center_crop": self.data.center_crop, "random_flip": self.data.random_flip}
+        state = generator.get_state()
+        sample = {
+            "image": prepare_image(
+                example[self.data.image_column], self.data.resolution, generator=generator, **options
+            )
+        }
+        if self.args.condition == "text":
+            sample["text"] = choose_text(example[self.data.caption_column], generator)
+        elif self.args.condition == "class":
+            sample["label"] = torch.tensor(int(example[self.data.label_column]))
+        elif self.args.condition == "semantic":
+            generator.set_state(state)  # the same crop and flip as the picture
+            sample["map"] = prepare_map(
+                example[self.args.semantic_column], self.data.resolution, generator=generator, **options
+            )
+        return sample
+
+    def embed(self, batch: dict) -> Tensor:
+        """The condition (b, d), or (b, d, h, w) on the token grid for label maps."""
+        pipe = self.pipe
+        if self.args.condition == "text":
+            return pipe.text_encoder(self.token_ids(batch)).text_embeds
+        if self.args.condition == "image":
+            pixels = pipe.feature_extractor(
+                (batch["image"] + 1) / 2, do_rescale=False, return_tensors="pt", device=batch["image"].device
+            ).pixel_values
+            return pipe.image_encoder(pixels).image_embeds
+        labels = batch["label"] if self.args.condition == "class" else batch["map"]
+        if int(labels.max()) >= self.args.num_labels:
+            raise ValueError(f"The data holds label {int(labels.max())}, but --num_labels={self.args.num_labels}.")
+        one_hot = F.one_hot(labels, self.args.num_labels).float()
+        if self.args.condition == "class":
+            return one_hot
+        return F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2), self.token_side)  # share of each label per token
+
+    def token_ids(self, batch: dict) -> Tensor:
+        """The captions as the text tower reads them (b, l)."""
+        texts = self.pipe.tokenizer(list(batch["text"]), padding=True, truncation=True, return_tensors="pt")
+        return texts.input_ids.to(self.pipe.text_encoder.device)
+
+
+class Predictor(nn.Module):
+    """What is trained: the token predictor, and with `--train_text_encoder` the tower before it."""
+
+    def __init__(self, unet: PaellaUNet, text_encoder: CLIPTextModelWithProjection | None):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, tokens: Tensor, r: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
+        """Logits (b, v, h, w) from noised tokens, times, condition (or captions' token ids) and kept samples (b,)."""
+        if self.text_encoder is not None:
+            condition = self.text_encoder(condition).text_embeds
+        condition = condition * keep.to(condition).view(-1, *[1] * (condition.ndim - 1))
+        return self.unet(tokens, r, condition, return_dict=False)[0]
+
+
+def keep_condition(generators: list[torch.Generator], probability: float) -> Tensor:
+    """Which samples (b,) keep their condition; each is dropped with `probability`, one draw a sample."""
+    return torch.stack([torch.rand((), generator=g) for g in generators]) >= probability
+
+
+def token_losses(
+    model: nn.Module,
+    tokens: Tensor,
+    condition: Tensor,
+    scheduler: DiscreteRenoisingScheduler,
+    generators: list[torch.Generator],
+    args: PaellaArgs,
+) -> dict[str, Tensor]:
+    """One training step's losses. Draws per sample, in this order: drop, time, then those of `scheduler.add_noise`."""
+    keep = keep_condition(generators, args.cond_dropout_prob)
+    r = torch.stack([torch.rand((), generator=g) for g in generators]).to(tokens.device)
+    noised = scheduler.add_noise(tokens, None, r, generator=generators)
+    logits = model(noised, r, condition, keep.to(tokens.device)).float()  # (b, v, h, w)
+    loss = token_cross_entropy(logits, tokens, label_smoothing=args.label_smoothing)
+    return {"loss": loss, "accuracy": (logits.argmax(1) == tokens).float().mean()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, data, train = parse_args(argv)
+    accelerator = loop.start(train)
+    pipe = build_pipeline(args, data.resolution)
+    pipe.set_progress_bar_config(disable=True)
+    unet, scheduler = pipe.unet, pipe.scheduler
+    frozen = [pipe.vqvae, pipe.text_encoder, pipe.image_encoder]
+    for network in filter(None, frozen):
+        network.requires_grad_(False).eval().to(accelerator.device)
+    if args.rank:
+        unet.requires_grad_(False)
+        targets = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)]
+        unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
+    predictor = Predictor(unet, pipe.text_encoder.requires_grad_(True) if args.train_text_encoder else None)
+    groups = [{"params": [p for p in unet.parameters() if p.requires_grad]}]
+    if args.train_text_encoder:
+        groups.append(
+            {"params": list(pipe.text_encoder.parameters()), "lr": args.text_encoder_lr or train.learning_rate}
+        )
+    if train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    train_set, validation_set = load_pictures(data, columns=(condition_column(args, data),))
+    num_trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    logger.info("%d pictures, %d parameters", len(train_set), num_trained)
+    conditioner = Conditioner(pipe, args, data)
+
+    def compute_loss(model, batch, generators):
+        with torch.no_grad():
+            tokens = encode_indices(pipe.vqvae, batch["image"])
+            condition = conditioner.token_ids(batch) if args.train_text_encoder else conditioner.embed(batch)
+        return token_losses(model, tokens, condition, scheduler, generators, args)
+
+    def validate(step: int) -> dict[str, float]:
+        pipe.to(accelerator.device)
+        if args.condition == "text" and args.validation_prompts:
+            condition = {"prompt": args.validation_prompts}
+        else:
+            samples = [
+                conditioner.transform(validation_set[i], loop.keyed_generator(train.seed, i))
+                for i in range(min(16, len(validation_set)))
+            ]
+            batch = torch.utils.data.default_collate(samples)
+            condition = {"prompt_embeds": conditioner.embed(loop.send_to_device(batch, accelerator.device))}
+        count = len(next(iter(condition.values())))
+        pictures = pipe(
+            **condition, height=data.resolution, width=data.resolution, guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps, output_type="pt",
+            generator=[torch.Generator().manual_seed(i) for i in range(count)],
+        ).images  # fmt: skip
+        picture_grid(pictures * 2 - 1, columns=8).save(Path(train.output_dir) / f"validation-{step}.png")
+        return {}
+
+    finished = loop.fit(
+        accelerator, predictor, compute_loss, train_set, train, transform=conditioner.transform,
+        num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
+    )  # fmt: skip
+    if finished and accelerator.is_main_process:
+        if args.rank:
+            unet.save_lora_adapter(train.output_dir)
+            unet.fuse_lora()
+            unet.unload_lora()
+        pipe.save_pretrained(train.output_dir)
+        publish_result(
+            train, recipe="paella", argv=argv, summary="A PaellaPipeline.", usage=USAGE.format(folder=train.output_dir)
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
