@@ -34,7 +34,7 @@ from diffusers_ext.losses.quantization import (
     vector_quantize,
 )
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.models.vq_paella import GumbelVQModel, encode_indices, nearest_codes
+from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices, downsample_factor, encode_indices, nearest_codes
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
@@ -99,6 +99,9 @@ class AutoencoderArgs:
     def __post_init__(self):
         if len(self.gumbel_temperature) != 2 or min(self.gumbel_temperature) <= 0:
             raise ValueError(f"--gumbel_temperature needs two values > 0, got {self.gumbel_temperature}.")
+        for name in ("restart_steps", "kmeans_samples", "disc_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
         for name in ("plain_fraction", "restart_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie in [0, 1], got {getattr(self, name)}.")
@@ -108,18 +111,40 @@ def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs
     args, data, train = parse((AutoencoderArgs, DataArgs, TrainArgs), argv)
     if train.gradient_accumulation_steps > 1 and args.disc_start is not None:
         raise ValueError(
-            f"--gradient_accumulation_steps={train.gradient_accumulation_steps} with --disc_start: the "
-            f"adaptive weight "
-            "is one of a whole batch. Use a larger --train_batch_size, or no discriminator."
+            f"--gradient_accumulation_steps={train.gradient_accumulation_steps} with --disc_start: the adaptive "
+            "weight is one of a whole batch. Use a larger --train_batch_size, or no discriminator."
         )
     return args, data, train
 
 
 def build_autoencoder(args: AutoencoderArgs, resolution: int) -> VQModel:
-    """A new (or the pretrained) autoencoder."""
+    """A new (or the pretrained) autoencoder that takes pictures of `resolution` pixels a side.
+
+    Raises:
+        ValueError: the pretrained one is of another kind than `--model`, or the resolution does not fit the factor.
+    """
     kind = {"vq": VQModel, "gumbel_vq": GumbelVQModel}[args.model]
     if args.pretrained_model_name_or_path:
-        return kind.from_pretrained(args.pretrained_model_name_or_path)
+        name = VQModel.load_config(args.pretrained_model_name_or_path)["_class_name"]
+        if name != kind.__name__:
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path!r} holds a {name}, but --model={args.model} trains a "
+                f"{kind.__name__}."
+            )
+        vqvae = kind.from_pretrained(args.pretrained_model_name_or_path)
+    else:
+        vqvae = new_autoencoder(kind, args, resolution)
+    factor = downsample_factor(vqvae)
+    if resolution % factor:
+        nearest = max(factor, round(resolution / factor) * factor)
+        raise ValueError(
+            f"--resolution={resolution} is no multiple of the autoencoder's factor {factor}; the nearest is {nearest}."
+        )
+    return vqvae
+
+
+def new_autoencoder(kind: type[VQModel], args: AutoencoderArgs, resolution: int) -> VQModel:
+    """An autoencoder with fresh weights."""
     levels = len(args.block_out_channels)
     return kind(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -158,15 +183,24 @@ class Quantized(nn.Module):
         return reconstruction, self.args.codebook_weight * loss, indices
 
     @torch.no_grad()
-    def before_step(self, step: int, image: Tensor, first_latents, accelerator: Accelerator, seed: int) -> None:
-        """Starts the codebook, and gives unused codes the place of a random latent of the batch."""
+    def before_step(
+        self, step: int, image: Tensor, count: int, first_latents, accelerator: Accelerator, seed: int
+    ) -> None:
+        """Starts the codebook, and gives unused codes the place of a random latent of the batch.
+
+        Only the first `count` pictures are this process's own; a cut last batch has fewer on some processes.
+        """
         weight = self.vqvae.quantize.embedding.weight
         if step == self.first_step and not self.args.pretrained_model_name_or_path:
             weight.copy_(kmeans_codebook(first_latents(self.vqvae), weight.shape[0], seed))
             self.usage.zero_()
         elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
             dead = self.usage == 0
-            latents = accelerator.gather(self.vqvae.encode(image).latents.float())
+            latents = self.vqvae.encode(image).latents.float()
+            counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
+            parts = accelerator.gather(accelerator.pad_across_processes(latents))
+            parts = parts.split(len(parts) // len(counts))
+            latents = torch.cat([part[:own] for part, own in zip(parts, counts, strict=True)])
             latents = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
             rows = torch.randint(len(latents), (int(dead.sum()),), generator=loop.keyed_generator(seed, step))
             weight[dead] = latents[rows.to(latents.device)]
@@ -193,7 +227,9 @@ class GumbelQuantized(nn.Module):
         reconstruction = self.vqvae.decode(codes, force_not_quantize=True).sample
         return reconstruction, self.args.gumbel_kl_weight * divergence, logits.argmax(1)
 
-    def before_step(self, step: int, image: Tensor, first_latents, accelerator: Accelerator, seed: int) -> None:
+    def before_step(
+        self, step: int, image: Tensor, count: int, first_latents, accelerator: Accelerator, seed: int
+    ) -> None:
         """Gumbel codes need neither a start nor restarts."""
 
 
@@ -218,12 +254,47 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
+def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_pictures: int) -> None:
+    """Refuses now what would otherwise stop the run in its middle: the discriminator's and the k-means start.
+
+    Raises:
+        ValueError: the pictures are too small for the discriminator, or too few for a first codebook.
+    """
+    smallest = 3 * 2**args.disc_layers
+    if args.disc_start is not None and resolution < smallest:
+        raise ValueError(
+            f"--resolution={resolution} is too small for --disc_layers={args.disc_layers}, which needs {smallest} "
+            "pixels a side."
+        )
+    num_latents = min(args.kmeans_samples, num_pictures) * (resolution // factor) ** 2
+    if args.model == "vq" and not args.pretrained_model_name_or_path and num_latents < args.num_vq_embeddings:
+        raise ValueError(
+            f"--num_vq_embeddings={args.num_vq_embeddings} codes cannot start from the {num_latents} latents of "
+            f"{min(args.kmeans_samples, num_pictures)} pictures: raise --kmeans_samples, use more pictures, or fewer "
+            "codes."
+        )
+
+
+def prepare_discriminator(accelerator: Accelerator, discriminator: PatchDiscriminator) -> nn.Module:
+    """On the device, and under DDP with statistics over all processes and no broadcast of its buffers.
+
+    The broadcast before each forward pass would overwrite what the first of two passes keeps for its backward pass.
+    """
+    discriminator.to(accelerator.device)
+    if accelerator.num_processes == 1:
+        return discriminator
+    if accelerator.device.type != "cpu":  # torch has none for the CPU: each process normalises by its own batch
+        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    return nn.parallel.DistributedDataParallel(discriminator, broadcast_buffers=False)
+
+
 def fit_autoencoder(
     accelerator: Accelerator, objective: Quantized | GumbelQuantized, perceptual, train_set, validation_set,
     args: AutoencoderArgs, data: DataArgs, train: TrainArgs,
 ) -> bool:  # fmt: skip
     """The loop: autoencoder step, then discriminator step; returns whether `max_train_steps` was reached."""
     vqvae, device = objective.vqvae, accelerator.device
+    check_sizes(args, data.resolution, downsample_factor(vqvae), len(train_set))
     discriminator = PatchDiscriminator(base_channels=args.disc_channels, num_layers=args.disc_layers)
     optimizer, schedule = loop.build_optimizer(list(objective.parameters()), train)
     disc_optimizer, disc_schedule = loop.build_optimizer(
@@ -235,10 +306,13 @@ def fit_autoencoder(
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer, "disc_lr_scheduler": disc_schedule}
     if ema is not None:
         parts["ema"] = ema
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
     first_step = loop.resume(accelerator, train, parts)
     if ema is not None:
         ema.to(device)
-    model, disc, optimizer, disc_optimizer = accelerator.prepare(objective, discriminator, optimizer, disc_optimizer)
+    model, optimizer, disc_optimizer = accelerator.prepare(objective, optimizer, disc_optimizer)
+    disc = prepare_discriminator(accelerator, discriminator)
     if perceptual is not None:
         perceptual.to(device)
 
@@ -278,9 +352,7 @@ def fit_autoencoder(
                 for i in range(min(64, len(validation_set)))
             ]).to(device)  # fmt: skip
             indices = encode_indices(vqvae, originals)
-            decoded = vqvae.decode(
-                vqvae.quantize.embedding(indices).permute(0, 3, 1, 2), force_not_quantize=True
-            ).sample.clamp(-1, 1)
+            decoded = decode_indices(vqvae, indices).clamp(-1, 1)
             counts = torch.bincount(indices.flatten(), minlength=vqvae.config.num_vq_embeddings)
             values = {"validation_psnr": psnr(decoded, originals), "codes_used": float((counts > 0).sum())}
             if perceptual is not None:
@@ -303,7 +375,8 @@ def fit_autoencoder(
         for micro, (batch, keys, weight) in enumerate(window):
             image = send_to_device(batch, device)
             if micro == 0:
-                objective.before_step(step, image, first_latents, accelerator, train.seed)
+                count = len(keys) if weight > 0 else 0
+                objective.before_step(step, image, count, first_latents, accelerator, train.seed)
             torch.manual_seed(loop.mix(train.seed, step, micro, accelerator.process_index, loop.DROPOUT_STREAM))
             generators = [loop.keyed_generator(train.seed, epoch, i, loop.LOSS_STREAM) for epoch, i in keys]
             with accelerator.autocast():
@@ -332,8 +405,9 @@ def fit_autoencoder(
             ema.step(vqvae.parameters())
         if adversarial:
             with accelerator.autocast():
-                values["disc_loss"] = hinge_discriminator_loss(disc(image), disc(reconstruction.detach().float()))
-            accelerator.backward(values["disc_loss"])
+                disc_loss = hinge_discriminator_loss(disc(image), disc(reconstruction.detach().float()))
+            accelerator.backward(disc_loss * (weight * accelerator.num_processes))  # one micro-batch, see parse_args
+            values["disc_loss"] = disc_loss.detach() * weight
             disc_optimizer.step()
             disc_schedule.step()
             disc_optimizer.zero_grad(set_to_none=True)

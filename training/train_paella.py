@@ -264,7 +264,7 @@ def token_losses(
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
-    pipe = build_pipeline(args, data.resolution)
+    pipe = build_pipeline(args, data.resolution).to(torch.float32)  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
     unet, scheduler = pipe.unet, pipe.scheduler
     frozen = [pipe.vqvae, pipe.text_encoder, pipe.image_encoder]
