@@ -12,6 +12,7 @@ Two optimisers, hence a visible loop of its own, from the pieces of `diffusers_e
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,13 @@ from diffusers_ext.losses.quantization import (
     vector_quantize,
 )
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices, downsample_factor, encode_indices, nearest_codes
+from diffusers_ext.models.vq_paella import (
+    GumbelVQModel,
+    decode_indices,
+    downsample_factor,
+    encode_indices,
+    nearest_codes,
+)
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
@@ -109,6 +116,8 @@ class AutoencoderArgs:
 
 def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs, TrainArgs]:
     args, data, train = parse((AutoencoderArgs, DataArgs, TrainArgs), argv)
+    if train.gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing: diffusers' VQModel has none. Lower --train_batch_size instead.")
     if train.gradient_accumulation_steps > 1 and args.disc_start is not None:
         raise ValueError(
             f"--gradient_accumulation_steps={train.gradient_accumulation_steps} with --disc_start: the adaptive "
@@ -254,6 +263,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
+def read_picture(example: dict, generator: torch.Generator, data: DataArgs) -> Tensor:
+    """One training picture; at module level, so that loader processes can be started with it on every platform."""
+    return prepare_image(
+        example[data.image_column], data.resolution, generator=generator,
+        center_crop=data.center_crop, random_flip=data.random_flip,
+    )  # fmt: skip
+
+
 def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_pictures: int) -> None:
     """Refuses now what would otherwise stop the run in its middle: the discriminator's and the k-means start.
 
@@ -273,19 +290,6 @@ def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_picture
             f"{min(args.kmeans_samples, num_pictures)} pictures: raise --kmeans_samples, use more pictures, or fewer "
             "codes."
         )
-
-
-def prepare_discriminator(accelerator: Accelerator, discriminator: PatchDiscriminator) -> nn.Module:
-    """On the device, and under DDP with statistics over all processes and no broadcast of its buffers.
-
-    The broadcast before each forward pass would overwrite what the first of two passes keeps for its backward pass.
-    """
-    discriminator.to(accelerator.device)
-    if accelerator.num_processes == 1:
-        return discriminator
-    if accelerator.device.type != "cpu":  # torch has none for the CPU: each process normalises by its own batch
-        discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
-    return nn.parallel.DistributedDataParallel(discriminator, broadcast_buffers=False)
 
 
 def fit_autoencoder(
@@ -311,16 +315,11 @@ def fit_autoencoder(
     first_step = loop.resume(accelerator, train, parts)
     if ema is not None:
         ema.to(device)
-    model, optimizer, disc_optimizer = accelerator.prepare(objective, optimizer, disc_optimizer)
-    disc = prepare_discriminator(accelerator, discriminator)
+    model, disc, optimizer, disc_optimizer = accelerator.prepare(objective, discriminator, optimizer, disc_optimizer)
     if perceptual is not None:
         perceptual.to(device)
 
-    def transform(example, generator):
-        return prepare_image(
-            example[data.image_column], data.resolution, generator=generator,
-            center_crop=data.center_crop, random_flip=data.random_flip,
-        )  # fmt: skip
+    transform = partial(read_picture, data=data)
 
     @torch.no_grad()
     def first_latents(vqvae: VQModel) -> Tensor:
@@ -383,7 +382,7 @@ def fit_autoencoder(
                 losses, reconstruction, indices = autoencoder_losses(image, step, generators)
                 if adversarial:
                     disc.requires_grad_(False)  # its gradients belong to its own step
-                    losses["adversarial"] = generator_loss(disc(reconstruction.float()))
+                    losses["adversarial"] = generator_loss(disc(reconstruction.float()).float())
                     balance = adaptive_weight(losses["loss"], losses["adversarial"], vqvae.decoder.conv_out.weight)
                     losses["loss"] = losses["loss"] + args.disc_weight * balance * losses["adversarial"]
                     disc.requires_grad_(True)
@@ -405,7 +404,8 @@ def fit_autoencoder(
             ema.step(vqvae.parameters())
         if adversarial:
             with accelerator.autocast():
-                disc_loss = hinge_discriminator_loss(disc(image), disc(reconstruction.detach().float()))
+                real, fake = disc(image), disc(reconstruction.detach().float())
+                disc_loss = hinge_discriminator_loss(real.float(), fake.float())
             accelerator.backward(disc_loss * (weight * accelerator.num_processes))  # one micro-batch, see parse_args
             values["disc_loss"] = disc_loss.detach() * weight
             disc_optimizer.step()

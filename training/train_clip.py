@@ -8,6 +8,7 @@ arXiv 2210.01936. It makes the text-conditional families trainable without any d
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -37,6 +38,7 @@ from transformers import AutoTokenizer, CLIPModel
 clip, tokenizer = CLIPModel.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
 """
 
+SMALLEST_VOCABULARY = 259
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # pixels in [-1, 1], as for the other networks
 
 
@@ -59,9 +61,30 @@ class ClipArgs:
         default=None, metadata={"help": "Column with one wrong caption a picture, used as an extra negative."}
     )
 
+    def __post_init__(self):
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"--vocab_size must be >= {SMALLEST_VOCABULARY} (256 bytes, start, end, padding), got "
+                f"{self.vocab_size}."
+            )
+        if self.max_length < 3:
+            raise ValueError(f"--max_length must be >= 3 (start, one token, end), got {self.max_length}.")
+        for name in ("text_width", "vision_width"):
+            if getattr(self, name) % self.num_attention_heads:
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} is no multiple of --num_attention_heads="
+                    f"{self.num_attention_heads}."
+                )
+
 
 def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, TrainArgs]:
-    return parse((ClipArgs, DataArgs, TrainArgs), argv)
+    args, data, train = parse((ClipArgs, DataArgs, TrainArgs), argv)
+    if data.resolution % args.patch_size:
+        raise ValueError(
+            f"--resolution={data.resolution} is no multiple of --patch_size={args.patch_size}: the rest would be cut "
+            "off silently."
+        )
+    return args, data, train
 
 
 def train_tokenizer(captions: list[str], args: ClipArgs) -> PreTrainedTokenizerFast:
@@ -131,6 +154,26 @@ def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor)
     return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
 
 
+# At module level, so that loader processes can be started with them on every platform.
+
+
+def read_sample(example: dict, generator: torch.Generator, data: DataArgs, columns: list[str]):
+    """The picture (3, h, w), and one text of each column."""
+    image = prepare_image(
+        example[data.image_column], data.resolution, generator=generator,
+        center_crop=data.center_crop, random_flip=data.random_flip,
+    )  # fmt: skip
+    return image, [choose_text(example[column], generator) for column in columns]
+
+
+def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
+    """Pictures (b, 3, h, w), and token ids (n, l): all captions, then all negatives."""
+    images, texts = zip(*samples, strict=True)
+    flat = [text for column in zip(*texts, strict=True) for text in column]
+    ids = tokenizer(flat, padding=True, truncation=True, return_tensors="pt")  # to its model_max_length
+    return {"pixel_values": torch.stack(images), "input_ids": ids.input_ids}
+
+
 class ClipObjective(nn.Module):
     """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
 
@@ -152,20 +195,12 @@ def main(argv: list[str] | None = None) -> None:
     train_set, validation_set = load_pictures(data, columns=tuple(columns))
     tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
     clip = build_clip(args, tokenizer, data.resolution)
+    if train.gradient_checkpointing:
+        clip.gradient_checkpointing_enable({"use_reentrant": False})
     logger.info("%d parameters, %d tokens", sum(p.numel() for p in clip.parameters()), len(tokenizer))
 
-    def transform(example, generator):
-        image = prepare_image(
-            example[data.image_column], data.resolution, generator=generator,
-            center_crop=data.center_crop, random_flip=data.random_flip,
-        )  # fmt: skip
-        return image, [choose_text(example[column], generator) for column in columns]
-
-    def collate(samples):
-        images, texts = zip(*samples, strict=True)
-        flat = [row[column] for column in range(len(columns)) for row in texts]  # all captions, then all negatives
-        ids = tokenizer(flat, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt")
-        return {"pixel_values": torch.stack(images), "input_ids": ids.input_ids}
+    transform = partial(read_sample, data=data, columns=columns)
+    collate = partial(collate_samples, tokenizer=tokenizer)
 
     def compute_loss(model, batch, generators):
         return model(**batch)

@@ -9,6 +9,7 @@ zero vector per sample (the original drops it once per step for the whole local 
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,8 +91,11 @@ class PaellaArgs:
     def __post_init__(self):
         if not 0 <= self.cond_dropout_prob <= 1:
             raise ValueError(f"--cond_dropout_prob must lie in [0, 1], got {self.cond_dropout_prob}.")
-        if self.condition in ("class", "semantic") and not self.num_labels:
+        if self.condition in ("class", "semantic") and (self.num_labels or 0) < 1:
             raise ValueError(f"--condition {self.condition} needs --num_labels, the number of classes.")
+        for name in ("rank", "num_inference_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
         if self.train_text_encoder and (self.condition != "text" or self.rank):
             raise ValueError("--train_text_encoder goes with --condition text and without --rank.")
 
@@ -137,9 +141,26 @@ def load_clip(name_or_path: str) -> dict[str, Any]:
 
 
 def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
-    """The pipeline that is trained: the pretrained one, or a new network around a tokenizer and a CLIP."""
+    """The pipeline that is trained: the pretrained one, or a new network around a tokenizer and a CLIP.
+
+    Raises:
+        ValueError: an option that names a part is missing, or the pretrained pipeline does not take `--condition`.
+    """
     if args.pretrained_model_name_or_path:
-        return PaellaPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        pipe = PaellaPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        needed = {"text": pipe.text_encoder, "image": pipe.image_encoder}
+        width = pipe.unet.config.condition_dim
+        if args.condition in needed and needed[args.condition] is None:
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path!r} has no {args.condition}_encoder, which --condition "
+                f"{args.condition} needs."
+            )
+        if args.condition not in needed and args.num_labels != width:
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path!r} takes conditions of width {width}, but "
+                f"--num_labels={args.num_labels}."
+            )
+        return pipe
     if args.pretrained_vqvae_name_or_path is None:
         raise ValueError("--pretrained_vqvae_name_or_path is needed: train one with training/train_autoencoder.py.")
     config = VQModel.load_config(args.pretrained_vqvae_name_or_path)
@@ -173,32 +194,32 @@ def condition_column(args: PaellaArgs, data: DataArgs) -> str:
     return columns.get(args.condition, data.image_column)
 
 
+def read_sample(
+    example: dict, generator: torch.Generator, args: PaellaArgs, data: DataArgs
+) -> dict[str, Tensor | str]:
+    """Picture and raw condition of one sample, cropped alike.
+
+    At module level and without the networks, so that loader processes can be started with it on every platform.
+    """
+    options = {"center_crop": data.center_crop, "random_flip": data.random_flip}
+    state = generator.get_state()
+    sample = {"image": prepare_image(example[data.image_column], data.resolution, generator=generator, **options)}
+    if args.condition == "text":
+        sample["text"] = choose_text(example[data.caption_column], generator)
+    elif args.condition == "class":
+        sample["label"] = torch.tensor(int(example[data.label_column]))
+    elif args.condition == "semantic":
+        generator.set_state(state)  # the same crop and flip as the picture
+        sample["map"] = prepare_map(example[args.semantic_column], data.resolution, generator=generator, **options)
+    return sample
+
+
 class Conditioner:
     """From a sample's raw condition to what the network receives; the encoders are frozen."""
 
-    def __init__(self, pipe: PaellaPipeline, args: PaellaArgs, data: DataArgs):
-        self.pipe, self.args, self.data = pipe, args, data
-        self.token_side = data.resolution // downsample_factor(pipe.vqvae)
-
-    def transform(self, example: dict, generator: torch.Generator) -> dict[str, Tensor | str]:
-        """Picture and raw condition of one sample, cropped alike."""
-        options = {"center_crop": self.data.center_crop, "random_flip": self.data.random_flip}
-        state = generator.get_state()
-        sample = {
-            "image": prepare_image(
-                example[self.data.image_column], self.data.resolution, generator=generator, **options
-            )
-        }
-        if self.args.condition == "text":
-            sample["text"] = choose_text(example[self.data.caption_column], generator)
-        elif self.args.condition == "class":
-            sample["label"] = torch.tensor(int(example[self.data.label_column]))
-        elif self.args.condition == "semantic":
-            generator.set_state(state)  # the same crop and flip as the picture
-            sample["map"] = prepare_map(
-                example[self.args.semantic_column], self.data.resolution, generator=generator, **options
-            )
-        return sample
+    def __init__(self, pipe: PaellaPipeline, args: PaellaArgs, resolution: int):
+        self.pipe, self.args = pipe, args
+        self.token_side = resolution // downsample_factor(pipe.vqvae)
 
     def embed(self, batch: dict) -> Tensor:
         """The condition (b, d), or (b, d, h, w) on the token grid for label maps."""
@@ -211,8 +232,12 @@ class Conditioner:
             ).pixel_values
             return pipe.image_encoder(pixels).image_embeds
         labels = batch["label"] if self.args.condition == "class" else batch["map"]
-        if int(labels.max()) >= self.args.num_labels:
-            raise ValueError(f"The data holds label {int(labels.max())}, but --num_labels={self.args.num_labels}.")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.args.num_labels:
+            raise ValueError(
+                f"The data holds labels {low} to {high}, but --num_labels={self.args.num_labels} allows 0 to "
+                f"{self.args.num_labels - 1}."
+            )
         one_hot = F.one_hot(labels, self.args.num_labels).float()
         if self.args.condition == "class":
             return one_hot
@@ -220,7 +245,10 @@ class Conditioner:
 
     def token_ids(self, batch: dict) -> Tensor:
         """The captions as the text tower reads them (b, l)."""
-        texts = self.pipe.tokenizer(list(batch["text"]), padding=True, truncation=True, return_tensors="pt")
+        window = self.pipe._text_window()  # not every tokenizer knows it
+        texts = self.pipe.tokenizer(
+            list(batch["text"]), padding=True, truncation=True, max_length=window, return_tensors="pt"
+        )
         return texts.input_ids.to(self.pipe.text_encoder.device)
 
 
@@ -285,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     train_set, validation_set = load_pictures(data, columns=(condition_column(args, data),))
     num_trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters", len(train_set), num_trained)
-    conditioner = Conditioner(pipe, args, data)
+    conditioner, transform = Conditioner(pipe, args, data.resolution), partial(read_sample, args=args, data=data)
 
     def compute_loss(model, batch, generators):
         with torch.no_grad():
@@ -299,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
             condition = {"prompt": args.validation_prompts}
         else:
             samples = [
-                conditioner.transform(validation_set[i], loop.keyed_generator(train.seed, i))
+                transform(validation_set[i], loop.keyed_generator(train.seed, i))
                 for i in range(min(16, len(validation_set)))
             ]
             batch = torch.utils.data.default_collate(samples)
@@ -314,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         return {}
 
     finished = loop.fit(
-        accelerator, predictor, compute_loss, train_set, train, transform=conditioner.transform,
+        accelerator, predictor, compute_loss, train_set, train, transform=transform,
         num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
     if finished and accelerator.is_main_process:

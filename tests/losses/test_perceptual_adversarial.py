@@ -37,6 +37,20 @@ def test_clip_distance_is_zero_only_for_equal_pictures_and_has_gradients(clip_fo
     assert distance.name == f"clip-{clip_folder.name}"
 
 
+def test_clip_distance_from_a_pipeline_folder(clip_folder, tmp_path):
+    pipeline = tmp_path / "pipeline"
+    CLIPModel.from_pretrained(clip_folder).save_pretrained(pipeline / "image_encoder")
+    CLIPImageProcessor.from_pretrained(clip_folder).save_pretrained(pipeline / "feature_extractor")
+    (pipeline / "model_index.json").write_text("{}")
+    image, target = torch.rand(2, 1, 3, 16, 16) * 2 - 1
+    distance = perceptual_distance(str(pipeline))
+    torch.testing.assert_close(distance(image, target), perceptual_distance(str(clip_folder))(image, target))
+    assert distance.name == "clip-pipeline"
+    (pipeline / "feature_extractor" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="preprocessor_config.json is missing"):
+        perceptual_distance(str(pipeline))
+
+
 def test_lpips_with_random_features():
     distance = LPIPSDistance(pretrained_features=False)
     image = torch.rand(1, 3, 64, 64) * 2 - 1

@@ -1,6 +1,5 @@
 """Checkpoints are complete or invisible, and damage is found before training starts."""
 
-
 import pytest
 import torch
 from torch import nn
@@ -73,6 +72,21 @@ def test_rotation_keeps_the_newest_and_clears_leftovers(tmp_path):
     checkpoints.rotate(tmp_path, 2)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    publish(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1").rename(tmp_path / f"checkpoint-1.tmp-{checkpoints.OUTDATED}")
+    checkpoints.rotate(tmp_path, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    checkpoints.verify(tmp_path / "checkpoint-1")
+
+
+def test_rotation_never_counts_an_incomplete_folder(tmp_path):
+    publish(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-9").mkdir()
+    checkpoints.rotate(tmp_path, 1)
+    checkpoints.verify(tmp_path / "checkpoint-1")
 
 
 def test_state_round_trip_is_exact_and_strict(tmp_path):

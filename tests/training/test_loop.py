@@ -164,6 +164,29 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
         train(tmp_path, train_batch_size=8, max_train_steps=4, use_ema=True, resume_from_checkpoint="latest")
 
 
+def test_checkpoints_of_other_sizes_are_refused(tmp_path):
+    train(tmp_path, train_batch_size=8, max_train_steps=1)
+    args = TrainArgs(output_dir=str(tmp_path), max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="model.safetensors does not fit, it was written with other options"):
+        loop.fit(loop.start(args), nn.Linear(4, 4), noisy_loss, Numbers(), args, transform=augment)
+
+
+def test_an_older_run_is_not_mixed_with_a_new_one(tmp_path):
+    train(tmp_path, train_batch_size=8, max_train_steps=2)
+    with pytest.raises(CheckpointError, match="holds checkpoint-2 of an earlier run.*--resume_from_checkpoint latest"):
+        train(tmp_path, train_batch_size=8, max_train_steps=1)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_log_line_that_was_cut_by_a_kill_does_not_stop_the_resume(tmp_path):
+    train(tmp_path, train_batch_size=8, max_train_steps=2)
+    with (tmp_path / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "lo')
+    train(tmp_path, train_batch_size=8, max_train_steps=3, resume_from_checkpoint="latest")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="data set is empty"):
         loop.StepPlan(0, 4)

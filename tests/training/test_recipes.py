@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -179,12 +181,24 @@ def test_dropped_conditions_are_the_zero_vector(stages, tmp_path):
     predictor = train_paella.Predictor(pipe.unet, None).eval()
     tokens, r, condition = torch.randint(32, (2, 8, 8)), torch.rand(2), torch.randn(2, 16)
     logits = predictor(tokens, r, condition, torch.tensor([True, False]))
-    expected = [pipe.unet(tokens[:1], r[:1], condition[:1]).sample, pipe.unet(tokens[1:], r[1:], 0 * condition[1:]).sample]
+    expected = [
+        pipe.unet(tokens[:1], r[:1], condition[:1]).sample,
+        pipe.unet(tokens[1:], r[1:], 0 * condition[1:]).sample,
+    ]
     torch.testing.assert_close(logits, torch.cat(expected))
 
 
 def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
-    words = ["--max_train_samples", "4", "--max_train_steps", "60", "--learning_rate", "5e-3", "--cond_dropout_prob", "0"]
+    words = [
+        "--max_train_samples",
+        "4",
+        "--max_train_steps",
+        "60",
+        "--learning_rate",
+        "5e-3",
+        "--cond_dropout_prob",
+        "0",
+    ]
     train_paella.main(paella_words(stages, tmp_path, *words))
     losses = logged(tmp_path, "loss")
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
@@ -202,6 +216,17 @@ def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
         (train_autoencoder, ["--gumbel_temperature", "1"], "--gumbel_temperature needs two values > 0"),
         (train_autoencoder, ["--plain_fraction", "2"], r"--plain_fraction must lie in \[0, 1\]"),
         (train_autoencoder, ["--disc_start", "1", "--gradient_accumulation_steps", "2"], "adaptive weight"),
+        (train_autoencoder, ["--gradient_checkpointing"], "VQModel has none"),
+        (train_autoencoder, ["--restart_steps", "0"], "--restart_steps must be > 0, got 0"),
+        (train_paella, ["--condition", "class", "--num_labels", "-3"], "--condition class needs --num_labels"),
+        (train_paella, ["--rank", "0"], "--rank must be > 0, got 0"),
+        (train_paella, ["--num_inference_steps", "0"], "--num_inference_steps must be > 0, got 0"),
+        (train_paella, ["--ema_decay", "1.5"], r"--ema_decay must lie in \[0, 1\], got 1.5"),
+        (train_paella, ["--no_such_option", "1"], "--no_such_option"),
+        (train_clip, ["--vocab_size", "100"], "--vocab_size must be >= 259 .* got 100"),
+        (train_clip, ["--max_length", "2"], "--max_length must be >= 3 .* got 2"),
+        (train_clip, ["--text_width", "30"], "--text_width=30 is no multiple of --num_attention_heads=4"),
+        (train_clip, ["--resolution", "60"], "--resolution=60 is no multiple of --patch_size=8"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(recipe, words, message):
@@ -209,8 +234,53 @@ def test_wrong_options_are_refused_before_anything_runs(recipe, words, message):
         recipe.parse_args(["--dataset_name", "scenes", *words])
 
 
+def test_an_autoencoder_that_cannot_work_is_refused_before_it_starts(stages):
+    args, _, _ = train_autoencoder.parse_args(["--dataset_name", "scenes", "--disc_start", "9"])
+    with pytest.raises(ValueError, match="--resolution=60 is no multiple of .* factor 8; the nearest is 64"):
+        train_autoencoder.build_autoencoder(args, 60)
+    with pytest.raises(ValueError, match="--resolution=16 is too small for --disc_layers=3, which needs 24"):
+        train_autoencoder.check_sizes(args, 16, 8, 1000)
+    with pytest.raises(ValueError, match="--num_vq_embeddings=512 codes cannot start from the 448 latents of 7 pic"):
+        train_autoencoder.check_sizes(args, 64, 8, 7)
+    args.model, args.pretrained_model_name_or_path = "gumbel_vq", str(stages["vq"])
+    with pytest.raises(ValueError, match="holds a VQModel, but --model=gumbel_vq trains a GumbelVQModel"):
+        train_autoencoder.build_autoencoder(args, 32)
+
+
+def test_labels_beyond_the_network_are_named(stages, tmp_path):
+    words = paella_words(stages, tmp_path, "--condition", "class", "--num_labels", "3")
+    args, data, _ = train_paella.parse_args(words)
+    conditioner = train_paella.Conditioner(train_paella.build_pipeline(args, data.resolution), args, data.resolution)
+    for labels in ([0, 3], [-1, 2]):
+        with pytest.raises(ValueError, match=f"labels {labels[0]} to {labels[1]}, but --num_labels=3 allows 0 to 2"):
+            conditioner.embed({"label": torch.tensor(labels)})
+
+
+def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
+    args, data, _ = train_paella.parse_args(paella_words(stages, tmp_path))
+    clip_data = ["text", "negative_text"]
+    tokenizer = AutoTokenizer.from_pretrained(stages["clip"])
+    for work in (
+        partial(train_paella.read_sample, args=args, data=data),
+        partial(train_clip.read_sample, data=data, columns=clip_data),
+        partial(train_clip.collate_samples, tokenizer=tokenizer),
+        partial(train_autoencoder.read_picture, data=data),
+    ):
+        pickle.loads(pickle.dumps(work))  # what starting a loader process asks for where there is no fork
+    for workers in ("0", "2"):
+        train_paella.main(paella_words(stages, tmp_path / workers, "--dataloader_num_workers", workers))
+    assert logged(tmp_path / "0", "loss") == logged(tmp_path / "2", "loss")
+
+
 @pytest.mark.parametrize(
-    "text, message", [("a: {b: 1}", "`a` is a mapping"), (None, "is not a .yaml file")], ids=["nested", "missing"]
+    "text, message",
+    [
+        ("a: {b: 1}", "`a` is a mapping"),
+        ("- a\n- b", "one `option: value` a line, not a list"),
+        ("a: [", "is not YAML"),
+        (None, "is not a .yaml file"),
+    ],
+    ids=["nested", "list", "broken", "missing"],
 )
 def test_wrong_presets_are_refused(tmp_path, text, message):
     preset = tmp_path / "preset.yaml"
@@ -270,8 +340,8 @@ def test_two_processes_train_like_one_with_the_double_batch(stages, tmp_path):
     train_paella.main(single)
     words = paella_words(stages, tmp_path / "two", "--max_train_samples", "22", "--train_batch_size", "4", data=data)
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         str(ROOT / "training" / "train_paella.py"), *words,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
@@ -280,4 +350,6 @@ def test_two_processes_train_like_one_with_the_double_batch(stages, tmp_path):
     one, two = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(logged(tmp_path / "two", "loss"), logged(tmp_path / "one", "loss"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logged(tmp_path / "two", "loss"), logged(tmp_path / "one", "loss"), rtol=1e-5, atol=1e-5
+    )

@@ -38,8 +38,14 @@ def prepare_image(
 
 
 def choose_text(captions: str | list[str], generator: torch.Generator | None = None) -> str:
-    """One of a sample's captions (one draw)."""
+    """One of a sample's captions (one draw).
+
+    Raises:
+        ValueError: the list is empty.
+    """
     options = [captions] if isinstance(captions, str) else captions
+    if len(options) == 0:
+        raise ValueError("A sample has an empty list of captions: give it a caption, or remove it.")
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
@@ -55,6 +61,9 @@ def prepare_map(
 
     Returns:
         int64 (resolution, resolution).
+
+    Raises:
+        ValueError: the picture has several channels (colours instead of labels).
     """
     width, height = image.size
     scale = resolution / min(width, height)
@@ -62,6 +71,11 @@ def prepare_map(
     image = image.resize(size, Image.Resampling.NEAREST)
     left, top, flip = _place(size, resolution, generator, center_crop)
     labels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    if labels.ndim != 2:
+        raise ValueError(
+            f"A label map has the mode {image.mode!r}, but must have one channel whose pixels are class numbers "
+            "(mode L, P or I)."
+        )
     if random_flip and flip:
         labels = labels[:, ::-1]
     return torch.from_numpy(labels.astype(np.int64))

@@ -6,7 +6,15 @@ from torch import Tensor
 
 
 def psnr(image: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images (b, 3, h, w) in [-1, 1]: the mean over the samples' own values."""
+    """Peak signal-to-noise ratio in dB of images (b, 3, h, w) in [-1, 1]: the mean over the samples' own values.
+
+    Equal pictures have 126 dB (a mean squared error of 1e-12 is the least that is told apart).
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if image.shape != target.shape:
+        raise ValueError(f"`image` and `target` differ in shape: {tuple(image.shape)} and {tuple(target.shape)}.")
     error = (image.float() - target.float()).square().flatten(1).mean(1)  # peak-to-peak range 2
     return float((10 * (4.0 / error.clamp_min(1e-12)).log10()).mean())
 

@@ -46,7 +46,8 @@ class CLIPDistance(nn.Module):
     """Mean squared difference of unit-length patch features over all layers of a CLIP image tower.
 
     Args:
-        folder: Holds a transformers CLIP model or its vision tower; nothing is downloaded.
+        folder: Holds a transformers CLIP model or its image tower with its image processor, or is the folder of a
+            pipeline that has both; nothing is downloaded.
 
     Raises:
         ValueError: there is no such folder.
@@ -56,15 +57,18 @@ class CLIPDistance(nn.Module):
         super().__init__()
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(
-                f"--perceptual_model={folder!r} is not a folder with a CLIP model (it has no "
-                f"config.json); allowed are "
-                "`none`, `lpips`, or such a folder, written by training/train_clip.py for example."
-            )
+        tower = processor_folder = Path(folder)
+        if (tower / "model_index.json").is_file():
+            tower, processor_folder = tower / "image_encoder", tower / "feature_extractor"
+        for path in (tower / "config.json", processor_folder / "preprocessor_config.json"):
+            if not path.is_file():
+                raise ValueError(
+                    f"--perceptual_model={folder!r} is not a folder with a CLIP model ({path} is missing); allowed "
+                    "are `none`, `lpips`, or such a folder, written by training/train_clip.py for example."
+                )
         self.name = f"clip-{Path(folder).name}"
-        self.network = CLIPVisionModelWithProjection.from_pretrained(folder)
-        processor = CLIPImageProcessor.from_pretrained(folder)
+        self.network = CLIPVisionModelWithProjection.from_pretrained(tower)
+        processor = CLIPImageProcessor.from_pretrained(processor_folder)
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()

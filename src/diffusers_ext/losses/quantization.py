@@ -64,8 +64,8 @@ def kmeans_codebook(latents: Tensor, num_codes: int, seed: int) -> Tensor:
     """
     if latents.shape[0] < num_codes:
         raise ValueError(
-            f"A codebook of {num_codes} codes cannot start from {latents.shape[0]} latents: raise the batch size or "
-            "the number of k-means batches, or lower the number of codes."
+            f"A codebook of {num_codes} codes cannot start from {latents.shape[0]} latents: use more pictures "
+            "(--kmeans_samples) or fewer codes."
         )
     rng = np.random.default_rng(seed)
     centres, _ = kmeans2(latents.double().cpu().numpy(), num_codes, iter=10, minit="++", missing="warn", rng=rng)

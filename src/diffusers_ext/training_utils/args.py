@@ -108,6 +108,8 @@ class TrainArgs:
         )  # fmt: skip
         if self.learning_rate < 0:
             raise ValueError(f"--learning_rate must be >= 0, got {self.learning_rate}.")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1], got {self.ema_decay}.")
 
 
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
@@ -118,8 +120,9 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         argv: The words after the script's name; `sys.argv[1:]` when `None`.
 
     Raises:
-        ValueError: the preset does not exist, is not a flat mapping, or the dataclasses refuse a value.
-        SystemExit: an unknown option (argparse prints the known ones).
+        ValueError: the preset does not exist or is not a flat mapping, an option is unknown, or the dataclasses
+            refuse a value.
+        SystemExit: a value of the wrong type (argparse prints the options).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
@@ -132,7 +135,12 @@ def preset_words(path: Path) -> list[str]:
     """A flat YAML preset as command-line words (`--key=value`; a list becomes `--key value value ...`)."""
     if not path.is_file() or path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"The preset {str(path)!r} is not a .yaml file; presets lie in training/presets/.")
-    preset = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The preset {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(preset, dict):
+        raise ValueError(f"{path}: a preset holds one `option: value` a line, not a {type(preset).__name__}.")
     words = []
     for key, value in preset.items():
         if isinstance(value, dict):

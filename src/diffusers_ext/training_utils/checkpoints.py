@@ -23,6 +23,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+OUTDATED = "outdated"  # suffix of a checkpoint that is being replaced
 
 
 class CheckpointError(ValueError):
@@ -49,7 +50,7 @@ def publish(folder: Path, write: Callable[[Path], None], metadata: Mapping[str, 
         _fsync(manifest)
         _fsync(staging)
         if folder.exists():
-            outdated = folder.with_name(f"{folder.name}.tmp-outdated")
+            outdated = folder.with_name(f"{folder.name}.tmp-{OUTDATED}")
             os.replace(folder, outdated)
             os.replace(staging, folder)
             shutil.rmtree(outdated)
@@ -89,8 +90,7 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> tuple[Path, di
     Args:
         output_dir: Holds the folders `checkpoint-<step>`.
         resume_from: `None`, `"latest"` (the newest complete one; damaged ones are skipped with a warning that says
-        why),
-            or the path of one checkpoint, which must be complete.
+            why), or the path of one checkpoint, which must be complete.
     """
     if resume_from is None:
         return None
@@ -111,11 +111,19 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, and what an interrupted save has left behind."""
+    """Removes the oldest complete checkpoints beyond `limit`, and what an interrupted save has left behind.
+
+    A checkpoint that was put aside to be replaced, and was not, comes back.
+    """
     for leftover in output_dir.glob("checkpoint-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        name, _, suffix = leftover.name.partition(".tmp-")
+        if suffix == OUTDATED and not (output_dir / name).exists():
+            os.replace(leftover, output_dir / name)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
     if limit is not None:
-        for folder in list_checkpoints(output_dir)[:-limit]:
+        complete = [folder for folder in list_checkpoints(output_dir) if (folder / MANIFEST).is_file()]
+        for folder in complete[:-limit]:
             shutil.rmtree(folder)
 
 
@@ -130,17 +138,24 @@ def save_state(folder: Path, parts: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path, parts: Mapping[str, Any]) -> None:
-    """The inverse of `save_state`, strict, and without executing pickles."""
+    """The inverse of `save_state`, strict, and without executing pickles.
+
+    Raises:
+        CheckpointError: a part is missing or does not fit.
+    """
     for name, part in parts.items():
         path = folder / (f"{name}.safetensors" if isinstance(part, nn.Module) else f"{name}.pt")
         if not path.is_file():
             raise CheckpointError(
                 f"{path} is missing: the checkpoint was written with other options (EMA, stage, recipe)."
             )
-        if isinstance(part, nn.Module):
-            part.load_state_dict(load_file(path))
-        else:
-            part.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            if isinstance(part, nn.Module):
+                part.load_state_dict(load_file(path))
+            else:
+                part.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} does not fit, it was written with other options: {error}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from .args import TrainArgs
-from .checkpoints import find_checkpoint, load_state, publish, rotate, save_state
+from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_state, publish, rotate, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,9 @@ class RunLog:
             total=args.max_train_steps, initial=first_step, disable=not accelerator.is_local_main_process, desc="train"
         )
         if accelerator.is_main_process and self.path.is_file():  # drop what was logged after the checkpoint
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            written = self.path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in written if line.endswith("}") and json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def add(self, values: Mapping[str, Tensor], num_samples: int) -> None:
         """Accumulates the values of one optimizer step, without a host synchronisation."""
@@ -193,7 +194,9 @@ class RunLog:
         return values
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line to the log and hands it to the trackers."""
+        """Appends one line to the log and hands it to the trackers; nothing is written for no values."""
+        if not values:
+            return
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
@@ -284,10 +287,11 @@ def fit(
         accelerator: From `start(args)`.
         model: Its parameters with `requires_grad` are trained.
         compute_loss: `(prepared model, batch, one generator a sample) -> {"loss": mean over the samples, ...}`; it
-        must call
-            the model that it is given. The other values are logged.
+            must call the model that it is given. The other values are logged.
         dataset: Map-style.
         transform: `(dataset[index], generator) -> sample`, see `windows`.
+        collate: `list of samples -> batch`.
+        num_workers: Loader processes; the result does not depend on it.
         parameter_groups: For AdamW, where parts of the model have learning rates of their own; all trained parameters
             when unset.
         on_validate: `(step) -> values to log`; called on the main process, the averaged weights in place.
@@ -297,7 +301,8 @@ def fit(
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite; the last checkpoint is untouched.
-        CheckpointError: `--resume_from_checkpoint` names a damaged or foreign checkpoint.
+        CheckpointError: `--resume_from_checkpoint` names a damaged or foreign checkpoint, or the folder holds
+            checkpoints and it is unset.
     """
     output_dir = Path(args.output_dir)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -401,10 +406,22 @@ def evaluating(model: nn.Module):
 
 
 def resume(accelerator: Accelerator, args: TrainArgs, parts: Mapping[str, Any]) -> int:
-    """Loads the checkpoint that `--resume_from_checkpoint` asks for, and returns the number of finished steps."""
+    """Loads the checkpoint that `--resume_from_checkpoint` asks for, and returns the number of finished steps.
+
+    Raises:
+        CheckpointError: it is damaged or foreign, or the folder holds checkpoints and none is asked for: those of the
+            older run would count as the newest.
+    """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         rotate(output_dir, None)  # what an interrupted save has left behind
+    accelerator.wait_for_everyone()
+    older = list_checkpoints(output_dir)
+    if older and args.resume_from_checkpoint is None:
+        raise CheckpointError(
+            f"{output_dir} holds {older[-1].name} of an earlier run: go on with --resume_from_checkpoint latest, name "
+            "another --output_dir, or remove its checkpoints."
+        )
     found = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if found is None:
         if args.resume_from_checkpoint:

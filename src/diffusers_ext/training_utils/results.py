@@ -25,7 +25,8 @@ def publish_result(train: TrainArgs, *, recipe: str, argv: Sequence[str] | None,
     """
     folder = Path(train.output_dir)
     words = list(sys.argv[1:] if argv is None else argv)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = folder / "log.jsonl"  # may be gone where a finished run is only exported again
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     training = [line for line in lines if "loss" in line]
     write_model_card(
         folder,
@@ -43,5 +44,5 @@ def publish_result(train: TrainArgs, *, recipe: str, argv: Sequence[str] | None,
 
 def _thinned(lines: list[dict], count: int) -> list[dict]:
     """At most `count` lines, evenly spaced, the last one included."""
-    stride = -(-len(lines) // count)
+    stride = max(1, -(-len(lines) // count))
     return lines[::-1][::stride][::-1]

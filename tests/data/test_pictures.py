@@ -1,0 +1,102 @@
+"""Which pictures a recipe's options name, and what a network gets of one picture."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
+
+
+def source(**options) -> SimpleNamespace:
+    defaults = {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "image_column": "image",
+        "caption_column": "text", "label_column": "label", "max_train_samples": None, "resolution": 32,
+    }  # fmt: skip
+    return SimpleNamespace(**{**defaults, **options})
+
+
+def shades(folder, count: int) -> str:
+    for i in range(count):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(folder / f"shade_{i:03d}.png")
+    return str(folder)
+
+
+def test_scenes_with_a_validation_split_and_chosen_grounds():
+    train, validation = load_pictures(source(dataset_name="scenes", max_train_samples=5), columns=("text",))
+    assert len(train) == 5 and len(validation) == 256 and train.column_names == ["image", "text"]
+    assert train[0]["image"].size == (32, 32) and train[0]["text"]
+    plain, _ = load_pictures(source(dataset_name="scenes", dataset_config_name="plain", max_train_samples=8))
+    corners = [np.asarray(row["image"])[:2, :2].reshape(-1, 3) for row in plain]
+    assert all((corner == corner[0]).all() for corner in corners)  # one colour, no gradient
+
+
+@pytest.mark.parametrize("options", [{"image_column": "photo"}, {"dataset_config_name": "plain+no_such_ground"}])
+def test_what_scenes_does_not_have_is_refused(options):
+    with pytest.raises(ValueError, match="photo|no_such_ground"):
+        load_pictures(source(dataset_name="scenes", max_train_samples=2, **options))
+
+
+def test_a_tenth_of_a_folder_is_held_out_always_the_same(tmp_path):
+    folder = source(train_data_dir=shades(tmp_path, 25))
+    train, validation = load_pictures(folder)
+    assert (len(train), len(validation)) == (23, 2)
+    shown = [[row["image"].getpixel((0, 0))[0] for row in part] for part in (train, validation)]
+    assert sorted(shown[0] + shown[1]) == list(range(25))
+    assert [row["image"].getpixel((0, 0))[0] for row in load_pictures(folder)[1]] == shown[1]
+
+
+def test_a_tiny_folder_is_validated_on_itself(tmp_path):
+    train, validation = load_pictures(source(train_data_dir=shades(tmp_path, 4)))
+    assert len(train) == len(validation) == 4
+
+
+def test_pictures_are_scaled_to_the_shorter_side_and_cropped():
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, dtype=np.uint8)[None, :, None], (120, 1, 3)))  # 240 wide
+    centre = prepare_image(ramp, 60, center_crop=True)
+    assert centre.shape == (3, 60, 60) and centre.dtype == torch.float32
+    assert centre[0, 30, 30].item() == pytest.approx(120 / 127.5 - 1, abs=0.03)
+    places = {
+        round(prepare_image(ramp, 60, generator=torch.Generator().manual_seed(i))[0, 0, 0].item(), 2) for i in range(9)
+    }
+    assert len(places) > 4
+    white = Image.new("RGB", (3, 5), "white")
+    assert prepare_image(white, 8).eq(1).all() and prepare_image(Image.new("RGB", (8, 8)), 8).eq(-1).all()
+
+
+def test_flips_concern_half_of_the_pictures_and_take_the_same_draws():
+    half = Image.fromarray(np.repeat(np.array([[[0] * 3, [255] * 3]], np.uint8), 4, axis=1).repeat(8, axis=0))  # 8x8
+    flipped = [
+        prepare_image(half, 8, generator=torch.Generator().manual_seed(i), random_flip=True)[0, 0, 0] > 0
+        for i in range(200)
+    ]
+    assert 70 <= sum(flipped) <= 130
+    for flip in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        prepare_image(half, 8, generator=generator, random_flip=flip)
+        assert torch.rand((), generator=generator) == torch.rand(4, generator=torch.Generator().manual_seed(0))[3]
+
+
+def test_label_maps_go_with_their_pictures():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    picture, labels = Image.fromarray(pixels).convert("RGB"), Image.fromarray(pixels)
+    for seed in range(8):
+        options = {"random_flip": True}
+        image = prepare_image(picture, 20, generator=torch.Generator().manual_seed(seed), **options)
+        label_map = prepare_map(labels, 20, generator=torch.Generator().manual_seed(seed), **options)
+        assert label_map.dtype == torch.int64
+        torch.testing.assert_close((image[0] + 1) * 127.5, label_map.float(), rtol=0, atol=1e-3)
+    assert set(prepare_map(labels, 7).unique().tolist()) <= set(pixels.flatten().tolist())  # no mixed labels
+    with pytest.raises(ValueError, match="label map has the mode 'RGB'"):
+        prepare_map(picture, 20)
+
+
+def test_one_caption_of_several_is_drawn():
+    assert choose_text("a house") == "a house"
+    drawn = {choose_text(["a", "b", "c"], torch.Generator().manual_seed(i)) for i in range(20)}
+    assert drawn == {"a", "b", "c"}
+    with pytest.raises(ValueError, match="empty list of captions"):
+        choose_text([])
