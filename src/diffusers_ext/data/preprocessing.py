@@ -25,16 +25,10 @@ def prepare_image(
     Returns:
         float32 (3, resolution, resolution).
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    left, top, flip = _place(size, resolution, generator, center_crop)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)[top : top + resolution, left : left + resolution]
-    if random_flip and flip:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(pixels.transpose(2, 0, 1) / 127.5 - 1.0).contiguous()
+    pixels = _cut_square(
+        image.convert("RGB"), resolution, Image.Resampling.BICUBIC, generator, center_crop, random_flip
+    )
+    return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1.0).contiguous()
 
 
 def choose_text(captions: str | list[str], generator: torch.Generator | None = None) -> str:
@@ -65,28 +59,33 @@ def prepare_map(
     Raises:
         ValueError: the picture has several channels (colours instead of labels).
     """
-    width, height = image.size
-    scale = resolution / min(width, height)
-    size = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    image = image.resize(size, Image.Resampling.NEAREST)
-    left, top, flip = _place(size, resolution, generator, center_crop)
-    labels = np.asarray(image)[top : top + resolution, left : left + resolution]
-    if labels.ndim != 2:
+    if len(image.getbands()) != 1:
         raise ValueError(
             f"A label map has the mode {image.mode!r}, but must have one channel whose pixels are class numbers "
             "(mode L, P or I)."
         )
-    if random_flip and flip:
-        labels = labels[:, ::-1]
+    labels = _cut_square(image, resolution, Image.Resampling.NEAREST, generator, center_crop, random_flip)
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _place(
-    size: tuple[int, int], resolution: int, generator: torch.Generator | None, center_crop: bool
-) -> tuple[int, int, bool]:
-    """Left and top edge of the crop, and whether to flip: three draws."""
-    left, top = size[0] - resolution, size[1] - resolution
-    places = torch.rand(3, generator=generator).tolist()
+def _cut_square(
+    image: Image.Image,
+    resolution: int,
+    resample: Image.Resampling,
+    generator: torch.Generator | None,
+    center_crop: bool,
+    random_flip: bool,
+) -> np.ndarray:
+    """The pixels of the resized, cropped and perhaps mirrored picture; three draws, whatever the options."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if image.size != (width, height):
+        gap = None if resample == Image.Resampling.NEAREST else 3.0
+        image = image.resize((width, height), resample, reducing_gap=gap)
+    across, down, mirror = torch.rand(3, generator=generator).tolist()
     if center_crop:
-        return left // 2, top // 2, places[2] < 0.5
-    return int(places[0] * (left + 1)), int(places[1] * (top + 1)), places[2] < 0.5
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+    else:
+        left, top = int(across * (width - resolution + 1)), int(down * (height - resolution + 1))
+    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    return pixels[:, ::-1] if random_flip and mirror < 0.5 else pixels
