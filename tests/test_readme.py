@@ -17,7 +17,7 @@ Anything else fails: a new kind of line needs a rule here.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import itertools
 import os
@@ -27,7 +27,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -85,15 +84,9 @@ def shell_lines() -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-@cache
 def recipe(name: str):
-    """The module `training/train_<name>.py`."""
-    path = ROOT / "training" / f"train_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"train_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The module `training/train_<name>.py` (training/ is on pytest's path)."""
+    return importlib.import_module(f"train_{name}")
 
 
 SECTIONS = python_sections()

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import runpy
 from pathlib import Path
 
@@ -443,7 +444,9 @@ def watched() -> tuple[PaellaPipeline, list[str]]:
     return pipe, count_runs(pipe)
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_CALLS, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), BAD_CALLS, ids=lambda value: re.sub(r" object at 0x\w+", "", str(value))[:50]
+)
 def test_bad_input_is_refused_before_any_model_runs(watched, arguments, error, message):
     pipe, runs = watched
     runs.clear()
