@@ -236,8 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     print()
     for entry in settings:
         rate = entry["pictures"] / entry["sampling_seconds"]
+        mass = f", mass {entry['typical_mass']:g}" if entry["typical_filtering"] else ""
         print(
-            f"{entry['steps']} steps, guidance {entry['guidance_scale']:g}, mass {entry['typical_mass']:g}:"
+            f"{entry['steps']} steps, guidance {entry['guidance_scale']:g}{mass}:"
             f" {entry['pictures']} pictures in {entry['sampling_seconds']:.1f} s ({rate:.1f} a second)"
         )
     wall = time.perf_counter() - started
