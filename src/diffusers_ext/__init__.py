@@ -4,10 +4,10 @@ Importing it introduces its classes to diffusers (see `registration.py`; `DIFFUS
 """
 
 # diffusers' loader looks for the base classes in the namespace that `model_index.json` names, so they are re-exported.
-from diffusers import DiffusionPipeline as DiffusionPipeline
-from diffusers import ModelMixin as ModelMixin
-from diffusers import SchedulerMixin as SchedulerMixin
-from diffusers.guiders import BaseGuidance as BaseGuidance
+from diffusers.guiders.guider_utils import BaseGuidance as BaseGuidance
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline as DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from transformers import PreTrainedModel as PreTrainedModel
 
 from .guidance import classifier_free_guidance

@@ -11,9 +11,11 @@ import sys
 from importlib.abc import MetaPathFinder
 
 import diffusers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.guiders import BaseGuidance
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)

@@ -69,12 +69,14 @@ class CLIPDistance(nn.Module):
         self.name = f"clip-{Path(folder).name}"
         self.network = CLIPVisionModelWithProjection.from_pretrained(tower)
         processor = CLIPImageProcessor.from_pretrained(processor_folder)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(processor.image_std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def _features(self, image: Tensor) -> list[Tensor]:
-        side = self.network.config.image_size
+        side = int(self.network.config.image_size)  # type: ignore[arg-type]  # transformers allows a pair; CLIP has none
         if image.shape[-2:] != (side, side):
             image = F.interpolate(image, (side, side), mode="bilinear", antialias=True)
         pixels = ((image + 1) / 2 - self.mean) / self.std

@@ -127,7 +127,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words = preset_words(Path(words[0])) + words[1:]
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
     return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
 
 

@@ -213,7 +213,7 @@ class Stopwatch:
         if self.minutes is None:
             return False
         over = torch.tensor(float(time.monotonic() - self.started > 60 * self.minutes), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(over, "sum") > 0)
+        return float(self.accelerator.reduce(over, "sum")) > 0  # type: ignore[arg-type]  # a tensor in, a tensor out
 
 
 def start(args: TrainArgs) -> Accelerator:
@@ -367,7 +367,7 @@ def fit(
         done = step + 1
         over = stopwatch.is_over() and done < args.max_train_steps
         if done % args.logging_steps == 0 or done == args.max_train_steps:
-            log.flush(done, lr=schedule.get_last_lr()[0])
+            log.flush(done, lr=float(schedule.get_last_lr()[0]))
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps or over:
             save(done)
         if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
