@@ -171,7 +171,7 @@ def test_drawn_tokens_are_allowed_tokens(kind, sampling, seed, mass):
         assert typical_filter(logits, mass).gather(1, tokens[:, None]).isfinite().all()
 
 
-def test_gumbel_on_candidates_equals_gumbel_on_all_classes():
+def test_gumbel_draws_among_what_the_filter_left():
     logits, u = make_rows("plain", 40, 500, seed=4), torch.rand(40, 500)
     gumbel = -(-(u + 1e-20).log() + 1e-20).log()
     expected = (typical_filter(logits, 0.4) / 0.8 + gumbel).argmax(-1)

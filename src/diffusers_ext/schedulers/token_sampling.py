@@ -1,7 +1,7 @@
 """Tokens from logits and back to noise: the pure tensor functions of discrete renoising (Paella, arXiv 2211.07292).
 
 Locally typical sampling: Meister et al., arXiv 2202.00666. Confidence-ordered positions: MaskGIT, arXiv 2202.04200.
-Nothing here draws a random number or reads a tensor back to the host (but for the CPU's short cut in the filter), so
+Nothing here draws a random number or reads a tensor back to the host (but for the filter's histogram on a CPU), so
 that `discrete_renoising_step` compiles as one full graph. The scheduler draws, checks and remembers.
 
 Letters in shape comments: b images, v token classes, (h, w) the token grid, n = b*h*w rows of logits.
@@ -39,42 +39,66 @@ def typical_filter(logits: Tensor, mass: float = 0.2, min_tokens: int = 1, *, ch
             f"`logits` must be a matrix of (rows, classes), got shape {tuple(logits.shape)}: bring maps (b, v, h, w) "
             "to rows with `logits.permute(0, 2, 3, 1).flatten(0, 2)`."
         )
-    chunks = []
-    for rows in logits.split(chunk_rows or _chunk_rows(logits)):
-        rows = rows.float()
-        kept, index = _typical_candidates(rows, mass, min_tokens)
-        chunks.append(kept if index is None else torch.full_like(rows, -torch.inf).scatter_(-1, index, kept))
+    chunks = [_filter_rows(rows.float(), mass, min_tokens) for rows in logits.split(chunk_rows or _chunk_rows(logits))]
     return torch.cat(chunks) if chunks else logits.float()
 
 
-def _typical_candidates(logits: Tensor, mass: float, min_tokens: int) -> tuple[Tensor, Tensor | None]:
-    """The filtered logits (n, v) and None, or (n, k) of them that hold all that is kept, and their indices (n, k)."""
+def _filter_rows(logits: Tensor, mass: float, min_tokens: int) -> Tensor:
+    """`typical_filter` of one chunk, float32 (n, v)."""
     if mass == 1.0:  # exactly everything, whatever rounding makes of the accumulated probability
-        return logits, None
+        return logits
     log_p = F.log_softmax(logits, dim=-1)
     p = log_p.exp()
     entropy = -(p * log_p).nansum(dim=-1, keepdim=True)  # 0 * -inf of forbidden entries counts as 0
     score = (-log_p - entropy).abs()  # (n, v); +inf at forbidden entries, so they come last
-    size = logits.shape[-1]
+    # Short rows sort as fast as they are counted. The histogram must look at its counts, for which an accelerator would
+    # have to wait and a graph would break.
+    by_histogram = score.shape[-1] > 1024 and score.device.type == "cpu" and not torch.compiler.is_compiling()
+    limit = _limit_by_histogram(score, p, mass) if by_histogram else _limit_by_sorting(score, p, mass)
+    if min_tokens > 1:
+        nearest = score.topk(min(min_tokens, score.shape[-1]), dim=-1, largest=False).values
+        limit = limit.maximum(nearest[:, -1:])
+    return logits.masked_fill(score > limit, -torch.inf)
 
-    def threshold(ordered: Tensor, order: Tensor) -> Tensor:
-        cumulative = p.gather(-1, order).cumsum(dim=-1)
-        # the entry that crosses the mass; where rounding leaves the total below it, the last entry
-        last = (cumulative < mass).sum(dim=-1, keepdim=True).clamp(min=min(min_tokens, size) - 1)
-        return ordered.gather(-1, last.clamp(max=ordered.shape[-1] - 1))
 
-    # Look among the nearest entries first. Exact, because it is believed only where the last one looked at lies beyond
-    # the threshold. An accelerator would have to wait for the answer. A typical set of the mass has about
-    # mass * exp(entropy) entries, so twice that is where looking begins.
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and logits.numel() > 0:
-        expected = max(min_tokens, 2 * mass * float(entropy.amax().exp()))
-        for width in (64, 256, 1024, 2560):
-            if expected < width < size / 2:
-                ordered, order = score.topk(width, dim=-1, largest=False)
-                limit = threshold(ordered, order)
-                if bool((ordered[:, -1:] > limit).all()):
-                    return logits.gather(-1, order).masked_fill(ordered > limit, -torch.inf), order
-    return logits.masked_fill(score > threshold(*score.sort(dim=-1)), -torch.inf), None
+def _limit_by_sorting(score: Tensor, p: Tensor, mass: float, reached: Tensor | float = 0.0) -> Tensor:
+    """Score (n, 1) at which the probability, accumulated in the order of `score`, reaches `mass`.
+
+    Args:
+        score, p: (n, v).
+        reached: (n, 1), probability accumulated before the first entry.
+    """
+    ordered, order = score.sort(dim=-1)
+    cumulative = p.gather(-1, order).cumsum(dim=-1) + reached
+    # the entry that crosses the mass; where rounding leaves the total below it, the last entry
+    last = (cumulative < mass).sum(dim=-1, keepdim=True).clamp(max=score.shape[-1] - 1)
+    return ordered.gather(-1, last)
+
+
+def _limit_by_histogram(score: Tensor, p: Tensor, mass: float, num_bins: int = 2048) -> Tensor:
+    """`_limit_by_sorting` without sorting it all: finds the bin in which the mass is reached, and sorts that.
+
+    The bin of a score is a monotone function of it also in floating point, so bins never split the order.
+    """
+    largest = score.masked_fill(score.isinf(), 0.0).amax(dim=-1, keepdim=True)
+    scale = (num_bins / largest).clamp(max=1e30)  # finite, so that 0 stays 0
+    bins = (score * scale).clamp_(max=num_bins - 1).long()  # (n, v)
+    totals = torch.zeros(len(p), num_bins).scatter_add_(-1, bins, p).double()
+    cumulative = totals.cumsum(dim=-1)
+    crossed = (cumulative < mass).sum(dim=-1, keepdim=True)
+    # where rounding leaves all of them below the mass, the last bin with weight
+    crossed = crossed.minimum((cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True))
+    reached = (cumulative - totals).gather(-1, crossed)
+    inside = bins == crossed
+    # what is left, a few entries a row: ragged, so padded by entries that come last and weigh nothing
+    row, column = inside.nonzero(as_tuple=True)
+    count = inside.sum(dim=-1)
+    rank = torch.arange(len(row)) - (count.cumsum(dim=0) - count)[row]
+    few = torch.full((len(p), int(count.max())), torch.inf)
+    few_p = torch.zeros_like(few)
+    few[row, rank], few_p[row, rank] = score[row, column], p[row, column]
+    outermost = few.masked_fill(few.isinf(), -torch.inf).amax(dim=-1, keepdim=True)
+    return _limit_by_sorting(few, few_p, mass, reached).minimum(outermost)
 
 
 def _chunk_rows(logits: Tensor) -> int:
@@ -138,13 +162,8 @@ def sample_tokens(
     for start in range(0, n, size):
         rows = logits[start : start + size].float()
         draw = None if draws is None else draws[start : start + size]
-        index = None  # (n, k) where the filter returned k candidate columns instead of all v
-        if typical_mass is not None and sampling == "inverse_cdf":  # runs over all classes, in their order
-            rows = typical_filter(rows, typical_mass, typical_min_tokens)
-        elif typical_mass is not None:
-            rows, index = _typical_candidates(rows, typical_mass, typical_min_tokens)
-        if draw is not None and index is not None:
-            draw = draw.gather(-1, index)
+        if typical_mass is not None:
+            rows = _filter_rows(rows, typical_mass, typical_min_tokens)
         if draw is None:
             drawn = rows.argmax(dim=-1)
         elif sampling == "gumbel":
@@ -154,7 +173,7 @@ def sample_tokens(
             drawn = (p / draw.clamp(min=torch.finfo(torch.float32).tiny)).argmax(dim=-1)
         else:
             drawn = _inverse_cdf((rows / temperature).softmax(dim=-1), draw)
-        tokens.append(drawn if index is None else index.gather(-1, drawn[:, None]).squeeze(-1))
+        tokens.append(drawn)
     return torch.cat(tokens) if tokens else logits.new_zeros(0, dtype=torch.long)
 
 
