@@ -3,7 +3,8 @@
     accelerate launch training/train_clip.py training/presets/clip-scenes-64.yaml
 
 Paper: arXiv 2103.00020 (symmetric cross-entropy over the batch); wrong captions as extra negatives: NegCLIP,
-arXiv 2210.01936. It makes the text-conditional families trainable without any download and scores their samples.
+arXiv 2210.01936; captions of the same picture drawn together: the text contrast of SimCSE, arXiv 2104.08821, with
+paraphrases as pairs. It makes the text-conditional families trainable without any download and scores their samples.
 """
 
 import logging
@@ -59,6 +60,10 @@ class ClipArgs:
     projection_dim: int = field(default=128, metadata={"help": "Width of the shared embedding."})
     negative_caption_column: str | None = field(
         default=None, metadata={"help": "Column with one wrong caption a picture, used as an extra negative."}
+    )
+    paraphrase_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with another true caption: adds the contrast among captions to the loss."},
     )
 
     def __post_init__(self):
@@ -145,7 +150,10 @@ def build_clip(args: ClipArgs, tokenizer: PreTrainedTokenizerFast, resolution: i
 
 
 def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images."""
+    """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images.
+
+    The "images" may be texts as well: then captions find their paraphrases.
+    """
     image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
     logits = scale.float() * image_embeds @ text_embeds.T  # (images, texts)
     count = len(image_embeds)
@@ -167,7 +175,7 @@ def read_sample(example: dict, generator: torch.Generator, data: DataArgs, colum
 
 
 def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Pictures (b, 3, h, w), and token ids (n, l): all captions, then all negatives."""
+    """Pictures (b, 3, h, w), and token ids (n * b, l): all captions, then those of every further column."""
     images, texts = zip(*samples, strict=True)
     flat = [text for column in zip(*texts, strict=True) for text in column]
     ids = tokenizer(flat, padding=True, truncation=True, return_tensors="pt")  # to its model_max_length
@@ -177,21 +185,31 @@ def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[s
 class ClipObjective(nn.Module):
     """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: CLIPModel, has_paraphrases: bool):
         super().__init__()
-        self.clip = clip
+        self.clip, self.has_paraphrases = clip, has_paraphrases
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        vision = self.clip.vision_model(pixel_values=pixel_values).pooler_output
-        text = self.clip.text_model(input_ids=input_ids).pooler_output
+        """Token ids of the captions, of their paraphrases if there are any, and of the negatives if there are any."""
+        images = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
+        texts = self.clip.text_projection(self.clip.text_model(input_ids=input_ids).pooler_output)
         scale = self.clip.logit_scale.exp().clamp(max=100.0)
-        return contrastive_losses(self.clip.visual_projection(vision), self.clip.text_projection(text), scale)
+        captions, others = texts[: len(images)], texts[len(images) :]
+        if not self.has_paraphrases:
+            return contrastive_losses(images, texts, scale)
+        negatives = others[len(images) :]
+        losses = contrastive_losses(images, torch.cat([captions, negatives]), scale)
+        among_texts = contrastive_losses(captions, others, scale)
+        losses |= {f"text_{name}": value for name, value in among_texts.items()}
+        losses["loss"] = losses["loss"] + losses["text_loss"]
+        return losses
 
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
-    columns = [data.caption_column] + ([args.negative_caption_column] if args.negative_caption_column else [])
+    columns = [data.caption_column, args.paraphrase_column, args.negative_caption_column]
+    columns = [column for column in columns if column]
     train_set, validation_set = load_pictures(data, columns=tuple(columns))
     tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
     clip = build_clip(args, tokenizer, data.resolution)
@@ -211,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = {key: value.to(accelerator.device) for key, value in collate(samples).items()}
         return {f"validation_{name}": float(value) for name, value in objective(**batch).items()}
 
-    objective = ClipObjective(clip)
+    objective = ClipObjective(clip, bool(args.paraphrase_column))
     finished = loop.fit(
         accelerator, objective, compute_loss, train_set, train, transform=transform, collate=collate,
         num_workers=data.dataloader_num_workers, on_validate=validate,

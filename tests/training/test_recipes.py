@@ -117,6 +117,23 @@ def test_extra_negative_captions_only_concern_the_images():
     torch.testing.assert_close(harder, 0.5 * (rows + columns))
 
 
+def test_paraphrases_add_the_contrast_among_captions(stages):
+    clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
+    columns = ["a large red circle", "a small blue star"], ["red circle, large", "blue star, small"], ["a ring"] * 2
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = train_clip.collate_samples(list(zip(images, zip(*columns, strict=True), strict=True)), tokenizer)
+    assert len(batch["input_ids"]) == 6
+    with torch.no_grad():
+        got = train_clip.ClipObjective(clip, has_paraphrases=True)(**batch)
+        seen = clip.visual_projection(clip.vision_model(images).pooler_output)
+        read = clip.text_projection(clip.text_model(batch["input_ids"]).pooler_output)
+        scale = clip.logit_scale.exp()
+        with_images = train_clip.contrastive_losses(seen, read[[0, 1, 4, 5]], scale)["loss"]
+        among_texts = train_clip.contrastive_losses(read[:2], read[2:], scale)["loss"]
+    torch.testing.assert_close(got["text_loss"], among_texts)
+    torch.testing.assert_close(got["loss"], with_images + among_texts)
+
+
 @pytest.mark.parametrize(
     "options",
     [
