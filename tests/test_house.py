@@ -22,6 +22,9 @@ PACKAGE = ROOT / "src" / "diffusers_ext"
 PUBLIC = [
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "PaellaImageVariationPipeline",
+    "PaellaImg2ImgPipeline",
+    "PaellaInpaintPipeline",
     "PaellaPipeline",
     "PaellaUNet",
     "PatchDiscriminator",

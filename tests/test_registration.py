@@ -55,6 +55,34 @@ def test_recorded_names_are_a_file_format(saved):
     assert list(gumbel.config["vqvae"]) == ["diffusers_ext", "GumbelVQModel"]
 
 
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("PaellaInpaintPipeline", "AutoPipelineForInpainting"),
+        ("PaellaImg2ImgPipeline", "AutoPipelineForImage2Image"),
+        ("PaellaImageVariationPipeline", None),
+    ],
+)
+def test_one_checkpoint_loads_into_every_mode(saved, tmp_path, name, auto):
+    """The modes record their own name and the same components; AutoPipeline finds the one of a task."""
+    import diffusers
+
+    cls = getattr(diffusers_ext, name)
+    pipe = cls.from_pretrained(saved[0])
+    pipe.save_pretrained(tmp_path)
+    index, text = (json.loads((folder / "model_index.json").read_text()) for folder in (tmp_path, saved[0]))
+    assert index.pop("_class_name") == name and text.pop("_class_name") == "PaellaPipeline"
+    index.pop("_name_or_path")
+    assert index == text
+    assert getattr(diffusers, name) is cls and type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is cls
+    if auto is not None:
+        auto = getattr(auto_pipeline, auto)
+        assert type(auto.from_pretrained(saved[0])) is cls
+        shared = auto.from_pipe(diffusers_ext.PaellaPipeline.from_pipe(pipe))
+        assert type(shared) is cls and shared.unet is pipe.unet and shared.vqvae is pipe.vqvae
+        assert type(auto_pipeline.AutoPipelineForText2Image.from_pipe(shared)) is diffusers_ext.PaellaPipeline
+
+
 def test_registering_again_changes_nothing_and_takes_no_name():
     def state():
         names = [name for name in dir(diffusers_ext.registration.diffusers) if name in diffusers_ext.__all__]

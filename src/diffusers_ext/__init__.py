@@ -15,6 +15,9 @@ from .models.discriminator import PatchDiscriminator
 from .models.unet_paella import PaellaUNet
 from .models.vq_paella import GumbelVQModel
 from .pipelines.pipeline_paella import PaellaPipeline
+from .pipelines.pipeline_paella_image_variation import PaellaImageVariationPipeline
+from .pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
+from .pipelines.pipeline_paella_inpaint import PaellaInpaintPipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
@@ -23,6 +26,9 @@ __version__ = "0.1.0"
 __all__ = [
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "PaellaImageVariationPipeline",
+    "PaellaImg2ImgPipeline",
+    "PaellaInpaintPipeline",
     "PaellaPipeline",
     "PaellaUNet",
     "PatchDiscriminator",

@@ -27,6 +27,8 @@ AUTO_MODULE = "diffusers.pipelines.auto_pipeline"
 # AutoPipeline table -> its key -> our pipeline. The same key in two tables links the variants for `from_pipe`.
 AUTO_PIPELINES = {
     "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline"},
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaImg2ImgPipeline"},
+    "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline"},
 }
 
 

@@ -1,7 +1,9 @@
 """Tiny real components of Paella, random weights from a seed, for the tests of everything that samples from it."""
 
+import numpy as np
 import torch
 from diffusers import VQModel
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -120,3 +122,35 @@ def tiny_paella_components(seed: int = 0, *, gumbel: bool = False, image_encoder
             "default_sample_size": 8,
             "default_guidance_scale": 3.0,
         }
+
+
+def quiet(pipe):
+    """The pipeline, without progress bars."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def tiny_picture(seed: int = 0, height: int = 16, width: int = 16) -> Image.Image:
+    """Noise, so that neighbouring tokens differ."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def count_runs(pipe) -> list[str]:
+    """A list that grows by a name whenever a component computes."""
+    runs: list[str] = []
+    watched = {
+        "text_encoder": pipe.text_encoder,
+        "image_encoder": pipe.image_encoder,
+        "unet": pipe.unet.token_embedding,
+        "encoder": pipe.vqvae.encoder,
+        "decoder": pipe.vqvae.decoder,
+    }
+    for name, module in watched.items():
+        if module is not None:
+            module.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    return runs

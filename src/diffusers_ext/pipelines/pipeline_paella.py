@@ -1,53 +1,39 @@
 """Text to image with Paella v1: discrete tokens, a convolutional token predictor, a dozen parallel sampling steps.
 
 Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
-Original: dome272/Paella@b1f88ef and its sampling notebook @97d18f9; code and weights MIT.
-Differences: both guidance branches run in one doubled batch; every draw takes a generator, or one for each sample.
+Original: dome272/Paella@b1f88ef and its sampling notebook @97d18f9; code and weights MIT. Differences: see
+`pipeline_paella_base.py`, which holds the loop, and `conditions/regions.py`.
 
-Shapes: b samples, h x w the token grid, H x W pixels, d the width of the condition, v the number of codes.
+Shapes: b samples, n prompts, h x w the token grid, H x W pixels, d the width of the condition.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.autoencoders.vq_model import VQModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
-    PreTrainedTokenizerBase,
+
+from ..conditions.regions import (
+    RAMPS,
+    check_interpolation,
+    interpolate_vectors,
+    ramp_map,
+    region_map,
+    region_weights,
+)
+from .checks import check_integer
+from .checks_paella import check_components, check_conditions, check_size
+from .pipeline_paella_base import (
+    Callback,
+    Generators,
+    PaellaBasePipeline,
+    _runs_plain_forward,  # noqa: F401 (known by this path)
 )
 
-from ..guidance import classifier_free_guidance
-from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import GumbelVQModel, decode_indices, downsample_factor
-from ..schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
-from .checks import (
-    as_texts,
-    check_callback_tensors,
-    check_generator,
-    check_guidance_scale,
-    check_integer,
-    check_output_type,
-    check_side,
-)
 
-logger = logging.get_logger(__name__)
-
-LEGACY_EOS = 2  # a CLIP config with this end-of-text id pools at the highest id instead of at the end-of-text token
-Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
-_KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
-
-
-class PaellaPipeline(DiffusionPipeline):
-    """Draws images that follow a text.
+class PaellaPipeline(PaellaBasePipeline):
+    """Draws images that follow a text, several texts in one image, or the way from one text to another.
 
     The text condition is the projected, **un-normalised** vector of a CLIP text model; the null condition of
     classifier-free guidance is the zero vector, as in training, unless a negative prompt takes its place.
@@ -56,199 +42,14 @@ class PaellaPipeline(DiffusionPipeline):
     the scheduler's configuration and travels with the checkpoint. To change it:
     `pipe.scheduler = DiscreteRenoisingScheduler.from_config(pipe.scheduler.config, typical_mass=0.5)`.
 
-    Args:
-        vqvae: Image tokenizer; a stock `VQModel` of any downsampling factor or a `GumbelVQModel`.
-        tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
-        text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the tokenizer
-            are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
-        unet: Token predictor.
-        scheduler: Draws the tokens of each step and renoises them.
-        image_encoder: CLIP image tower of the same embedding space, kept for pipelines that start from an image; this
-            one leaves it alone.
-        feature_extractor: Its image processor.
-        default_sample_size: Side of the token grid when a call names no size.
-        default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
+    The components are described at `PaellaBasePipeline`; the image encoder is used by `encode_image` only.
+
+    Example:
+
+        pipe(["a red circle", "a blue star"])                      # two pictures
+        pipe(["a red circle", "a blue star"], regions="columns")   # one picture, left and right
+        pipe.interpolate(["a red circle", "a blue star"], num_frames=8, interpolation="slerp")
     """
-
-    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vqvae"
-    _optional_components = ["tokenizer", "text_encoder", "image_encoder", "feature_extractor"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
-
-    vqvae: VQModel
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: CLIPTextModelWithProjection
-    unet: PaellaUNet
-    scheduler: DiscreteRenoisingScheduler
-
-    def __init__(
-        self,
-        vqvae: VQModel | GumbelVQModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        text_encoder: CLIPTextModelWithProjection | None,
-        unet: PaellaUNet,
-        scheduler: DiscreteRenoisingScheduler,
-        image_encoder: CLIPVisionModelWithProjection | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
-        default_sample_size: int = 32,
-        default_guidance_scale: float = 5.0,
-    ):
-        super().__init__()
-        self.register_modules(
-            vqvae=vqvae,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-        )
-        self.register_to_config(default_sample_size=default_sample_size, default_guidance_scale=default_guidance_scale)
-        self.vae_scale_factor = downsample_factor(vqvae) if vqvae is not None else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = default_guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
-        """diffusers' `from_pipe`, except that shared components keep their dtypes unless `dtype` is given."""
-        names_dtype = kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None
-        if not names_dtype and kwargs.get("custom_pipeline") is None:
-            kwargs["dtype"] = _KEEP_DTYPE
-        return super().from_pipe(pipeline, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> "PaellaPipeline":
-        """As in diffusers: moves and casts all components."""
-        if kwargs.get("dtype") is _KEEP_DTYPE:
-            return self
-        return super().to(*args, **kwargs)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        # u + s * (c - u): the null branch cancels exactly at s = 1 and only there
-        return self._guidance_scale != 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        *,
-        num_inference_steps: int = 12,
-        guidance_scale: float = 5.0,
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> None:
-        """Raises `ValueError` or `TypeError` for everything that can be known to be wrong before a model runs.
-
-        The arguments are those of `__call__`, with the size resolved.
-        """
-        self._check_components()
-        check_integer("num_inference_steps", num_inference_steps, 1)
-        check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        check_guidance_scale(guidance_scale)
-        check_output_type(output_type)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        grid = self._check_size(height, width)
-        num_prompts = self._check_conditions(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, grid)
-        batch_size = num_prompts * num_images_per_prompt
-        check_generator(generator, batch_size, self._execution_device)
-        if latents is not None:
-            self._check_latents(latents, (batch_size, *grid))
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        *,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        device: torch.device | str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Turns texts into condition vectors; needs only the tokenizer and the text encoder.
-
-        Args:
-            prompt: One text or several. The empty text is a text like any other, not the null condition.
-            num_images_per_prompt: How often each vector is repeated; all images of the first prompt come first.
-            do_classifier_free_guidance: Whether a null branch is wanted as well.
-            negative_prompt: One text for all prompts, or one a prompt. None: the null branch is the zero vector.
-            prompt_embeds: `(n, d)`, or `(n, d, h, w)` for a condition that varies over the token grid; in place of
-                `prompt`.
-            negative_prompt_embeds: The same for the null branch, in place of `negative_prompt`.
-            device: Where the text encoder runs; by default where the pipeline runs.
-
-        Returns:
-            Both conditions, each `(n * num_images_per_prompt, d)` (or spatial); the second is None without guidance.
-        """
-        device = device if device is not None else self._execution_device
-        if prompt_embeds is None:
-            prompt_embeds = self._encode_texts(as_texts("prompt", prompt), device)
-        prompt_embeds = prompt_embeds.to(device)
-        if not do_classifier_free_guidance:
-            negative_prompt_embeds = None
-        elif negative_prompt_embeds is None and negative_prompt is None:
-            negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-        else:
-            if negative_prompt_embeds is None:
-                negative_prompt_embeds = self._encode_texts(as_texts("negative_prompt", negative_prompt), device)
-            negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=prompt_embeds.dtype)
-            if negative_prompt_embeds.ndim < prompt_embeds.ndim:  # one vector for all places of a spatial condition
-                negative_prompt_embeds = negative_prompt_embeds[:, :, None, None]  # (n, d, 1, 1)
-            negative_prompt_embeds = negative_prompt_embeds.expand_as(prompt_embeds)
-        if num_images_per_prompt > 1:
-            prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-            if negative_prompt_embeds is not None:
-                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
-        return prompt_embeds, negative_prompt_embeds
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        *,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """The initial tokens `(b, h, w)` int64: uniform draws, the first ones that each generator makes.
-
-        Args:
-            batch_size: b.
-            height: Pixels; so is `width`.
-            generator: One for the whole batch or a list with one a sample; draws are made on the generator's device.
-            latents: Tokens to start from in place of a draw.
-        """
-        device = device if device is not None else self._execution_device
-        if latents is not None:
-            return latents.to(device)
-        h, w = height // self.vae_scale_factor, width // self.vae_scale_factor
-        num_codes = self.scheduler.config["num_vec_classes"]
-        if isinstance(generator, (list, tuple)):
-            draws = [torch.randint(num_codes, (1, h, w), generator=g, device=g.device).to(device) for g in generator]
-            return torch.cat(draws)
-        draw_on = generator.device if generator is not None else device
-        return torch.randint(num_codes, (batch_size, h, w), generator=generator, device=draw_on).to(device)
 
     @torch.no_grad()
     def __call__(
@@ -260,7 +61,7 @@ class PaellaPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -270,6 +71,7 @@ class PaellaPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        regions: Any = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
@@ -293,6 +95,10 @@ class PaellaPipeline(DiffusionPipeline):
             output_type: "pil"; "np" `(b, H, W, 3)` or "pt" `(b, 3, H, W)`, both in [0, 1]; "latent": the tokens
                 `(b, h, w)`, not decoded.
             return_dict: False for a plain tuple.
+            regions: Lets all prompts share one picture, each in its own region: "columns" or "rows" (equal strips in
+                the order of the prompts), "column_ramp" or "row_ramp" (each place between two prompts), or a list with
+                one entry a prompt: a box `(left, top, right, bottom)` in pixels, a mask of the picture's size, or None
+                for the rest. See `encode_regions`.
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
                 that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
             callback_on_step_end_tensor_inputs: Which tensors it gets, by default `["latents"]`; `pred_original_sample`
@@ -303,16 +109,16 @@ class PaellaPipeline(DiffusionPipeline):
 
         Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
-        scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
+        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        scale = self._resolve_scale(guidance_scale)
         size = self._resolve_size(height, width, latents)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        one_picture = None
+        if regions is not None:
+            one_picture = self._check_regions(prompt, prompt_embeds, regions, *size)
         self.check_inputs(
-            prompt,
+            prompt if one_picture is None else None,
             *size,
             num_inference_steps=num_inference_steps,
             guidance_scale=scale,
@@ -320,232 +126,217 @@ class PaellaPipeline(DiffusionPipeline):
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
-            prompt_embeds=prompt_embeds,
+            prompt_embeds=prompt_embeds if one_picture is None else one_picture,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=callback_names,
         )
-        device = self._execution_device
-        if isinstance(temperature, (int, float)):
-            temperature = (float(temperature), float(temperature))
-        self.scheduler.set_timesteps(
-            int(num_inference_steps), device=device, temperature=temperature, renoise_steps=renoise_steps
-        )
-        timesteps = self.scheduler.timesteps
-        self._guidance_scale = float(scale)
-        self._num_timesteps = len(timesteps)
-        self._interrupt = False
+        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
 
         # 2. Conditions and initial tokens
+        if regions is not None:
+            prompt, prompt_embeds = None, self.encode_regions(prompt, regions, *size, prompt_embeds=prompt_embeds)
         cond, null = self.encode_prompt(
             prompt,
             num_images_per_prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            device=device,
         )
         assert null is not None  # only without guidance
-        cond, null = cond.to(self.unet.dtype), null.to(self.unet.dtype)
-        tokens = self.prepare_latents(cond.shape[0], *size, generator=generator, latents=latents, device=device)
-        initial_tokens = tokens
+        tokens = self.prepare_latents(cond.shape[0], *size, generator=generator, latents=latents)
 
         # 3. Predict all tokens, draw, renoise some of them towards the initial ones
-        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                logits = self._predict(tokens, t, cond, null)
-                tokens, drawn = self.scheduler.step(
-                    logits.float(), t, tokens, initial_noise=initial_tokens, generator=generator, return_dict=False
-                )
-                if callback_on_step_end is not None:
-                    named = {
-                        "latents": tokens,
-                        "prompt_embeds": cond,
-                        "negative_prompt_embeds": null,
-                        "pred_original_sample": drawn,
-                    }
-                    wanted = {name: named[name] for name in callback_on_step_end_tensor_inputs}
-                    returned = callback_on_step_end(self, i, t, wanted) or {}
-                    tokens = returned.get("latents", tokens)
-                    cond = returned.get("prompt_embeds", cond)
-                    null = returned.get("negative_prompt_embeds", null)
-                progress_bar.update()
+        tokens = self._sample(
+            timesteps,
+            tokens,
+            cond,
+            null,
+            generator=generator,
+            callback=callback_on_step_end,
+            callback_names=callback_names,
+        )
 
         # 4. Tokens to pixels
-        images: Any = tokens
-        if output_type != "latent":
-            images = self.image_processor.postprocess(decode_indices(self.vqvae, tokens), output_type=output_type)
-        self.maybe_free_model_hooks()
+        return self._end_run(tokens, output_type, return_dict)
+
+    @torch.no_grad()
+    def encode_regions(
+        self,
+        prompt: str | list[str] | None,
+        regions: Any,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        interpolation: str = "lerp",
+        prompt_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Several prompts as one condition map `(1, d, h, w)` over the token grid.
+
+        It is what `pipe(prompt, regions=regions)` uses. Pass it as `prompt_embeds` to any Paella pipeline; cat several
+        for a batch of such pictures. The null branch of a map is zeros, as in the notebook.
+
+        Args:
+            prompt: One text a region.
+            regions: "columns" or "rows": equal strips. "column_ramp" or "row_ramp": from the first prompt at the left
+                (top) border through all to the last one at the other. Or one entry a prompt: a box
+                `(left, top, right, bottom)` in pixels as in PIL; a black and white mask of the picture's size, white
+                inside; None (once): all that the others leave. Together they cover the picture and do not overlap; a
+                token on an edge mixes by area. Or a float tensor `(n, H, W)` or `(n, h, w)` of weights that sum to 1.
+            height: Of the picture, in pixels; by default as in `__call__`; so is `width`.
+            interpolation: "lerp" or "slerp", for the ramps.
+            prompt_embeds: `(n, d)` in place of the texts, for instance of `encode_image`.
+        """
+        rows, columns = self._resolve_size(height, width)
+        self._check_regions(prompt, prompt_embeds, regions, rows, columns, interpolation)
+        vectors = self.encode_prompt(prompt, do_classifier_free_guidance=False, prompt_embeds=prompt_embeds)[0]
+        factor = self.vae_scale_factor
+        if isinstance(regions, str) and regions in RAMPS:
+            return ramp_map(vectors, rows // factor, columns // factor, regions, interpolation)[None]
+        return region_map(vectors, region_weights(regions, len(vectors), rows, columns, factor))[None]
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        prompt: list[str] | None = None,
+        num_frames: int = 10,
+        interpolation: str = "lerp",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        batch_size: int = 8,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Pictures on the way from the first prompt through all to the last, drawn with the same noise.
+
+        Frame k sees every random number that a plain call with this generator would: the first and the last frame are
+        `pipe(prompt[0], generator=...)` and `pipe(prompt[-1], generator=...)`, and the generator is left as by one
+        such call.
+
+        Args:
+            prompt: Two texts or more.
+            num_frames: Pictures, at least as many as prompts, evenly spaced; the first and the last are the prompts'.
+            interpolation: Of the text vectors: "lerp", or "slerp" along the arc with magnitudes kept.
+            generator: One for all frames; by default one seeded from torch's global generator.
+            latents: Initial tokens `(1, h, w)` of all frames.
+            prompt_embeds: `(n, d)` in place of the texts.
+            batch_size: Frames drawn together; changes memory and time only.
+
+        The other arguments and the result are those of `__call__`.
+        """
+        scale = self._resolve_scale(guidance_scale)
+        size = self._resolve_size(height, width, latents)
+        self._check_frames(prompt, prompt_embeds, num_frames, interpolation, generator, negative_prompt, batch_size)
+        self.check_inputs(
+            None,
+            *size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=scale,
+            negative_prompt=negative_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=torch.empty(1, self.unet.config["condition_dim"], device="meta"),  # of the frames' shape
+            output_type=output_type,
+        )
+        self._begin_run(num_inference_steps, scale, temperature, renoise_steps)  # refuses a bad schedule
+
+        vectors = self.encode_prompt(prompt, do_classifier_free_guidance=False, prompt_embeds=prompt_embeds)[0]
+        frames = interpolate_vectors(vectors, num_frames, interpolation)
+        generators = _copies(generator, num_frames)
+        parts = []
+        for start in range(0, num_frames, batch_size):
+            chunk = frames[start : start + batch_size]
+            part = self(
+                height=size[0],
+                width=size[1],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=scale,
+                negative_prompt=negative_prompt,
+                generator=generators[start : start + batch_size],
+                latents=None if latents is None else latents.expand(len(chunk), -1, -1),
+                prompt_embeds=chunk,
+                temperature=temperature,
+                renoise_steps=renoise_steps,
+                output_type=output_type,
+                return_dict=False,
+            )
+            parts.append(part[0])
+        images: Any = [image for part in parts for image in part]
+        if output_type != "pil":
+            images = np.stack(images) if output_type == "np" else torch.stack(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, tokens: Tensor, t: Tensor, cond: Tensor, null: Tensor) -> Tensor:
-        """Guided logits `(b, v, h, w)`; both branches in one doubled forward, one branch where the other cancels."""
-        scale = self.guidance_scale
-        if scale in (0.0, 1.0):
-            return self.unet(tokens, t, cond if scale else null, return_dict=False)[0]
-        tokens, conditions = torch.cat([tokens, tokens]), torch.cat([null, cond])
-        if not _runs_plain_forward(self.unet):
-            logits_null, logits_cond = self.unet(tokens, t, conditions, return_dict=False)[0].float().chunk(2)
-            return classifier_free_guidance(logits_cond, logits_null, scale)
-        # the head is affine and the weights of the mix sum to 1: mixed features give the mixed logits, from one head
-        features = self.unet.forward_features(tokens, t, conditions)
-        features_null, features_cond = features.float().chunk(2)
-        return self.unet.head(classifier_free_guidance(features_cond, features_null, scale).to(features.dtype))
-
-    def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
-        """`(n, d)` projected, un-normalised text vectors."""
-        window = self._text_window()
-        inputs = self.tokenizer(
-            texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt", verbose=False
-        )
-        input_ids = inputs.input_ids
-        self._warn_of_cut_texts(texts, window)
-        vocab_size, eos = self.text_encoder.config.vocab_size, self.text_encoder.config.eos_token_id
-        if int(input_ids.max()) >= vocab_size:
+    def _check_regions(
+        self, prompt: Any, prompt_embeds: Any, regions: Any, height: Any, width: Any, interpolation: str = "lerp"
+    ) -> Tensor:
+        """An empty tensor of the shape that `encode_regions` returns, if it can."""
+        check_components(self)
+        check_interpolation(interpolation)
+        grid = check_size(self, height, width)
+        num_prompts = check_conditions(self, prompt, None, prompt_embeds, None, grid)
+        if prompt_embeds is not None and prompt_embeds.ndim != 2:
             raise ValueError(
-                f"The tokenizer gives token {int(input_ids.max())}, the text encoder knows 0 to {vocab_size - 1}. Use"
-                " the tokenizer that the text encoder was trained with."
+                "`prompt_embeds` is a map over the grid already; with `regions` it must have shape (n, d)."
             )
-        has_eos = (input_ids == eos).any(dim=1)
-        if eos != LEGACY_EOS and not bool(has_eos.all()):
-            # transformers would pool at position 0: the same vector for every text, silently
-            raise ValueError(
-                f"The tokenizer ends no text with token {eos}, at which the text encoder pools"
-                f" (text_encoder.config.eos_token_id); tokenizer.eos_token_id is {self.tokenizer.eos_token_id}."
-                " Use the tokenizer that the text encoder was trained with."
-            )
-        return self.text_encoder(input_ids.to(device)).text_embeds
-
-    def _text_window(self) -> int:
-        # a tokenizer saved without model_max_length reports 1e30
-        return min(int(self.tokenizer.model_max_length), self.text_encoder.config.max_position_embeddings)
-
-    def _warn_of_cut_texts(self, texts: list[str], window: int) -> None:
-        room = window - self.tokenizer.num_special_tokens_to_add()
-        for text in texts:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            if len(ids) > room:
-                logger.warning(
-                    f"The text encoder reads {window} tokens; this part of the prompt was cut off:"
-                    f" {self.tokenizer.decode(ids[room:])!r}"
+        if isinstance(regions, str) and regions in RAMPS:
+            side = grid[1] if regions == "column_ramp" else grid[0]
+            if not 2 <= num_prompts <= side:
+                raise ValueError(
+                    f"`regions={regions!r}` goes through 2 to {side} prompts in this size, received {num_prompts}."
                 )
-
-    def _resolve_size(self, height: Any, width: Any, latents: Any) -> tuple[Any, Any]:
-        """Fills in the sizes that the caller left out; checks nothing."""
-        rows = columns = self.config["default_sample_size"]
-        if isinstance(latents, Tensor) and latents.ndim == 3:
-            rows, columns = latents.shape[1:]
-        return (
-            rows * self.vae_scale_factor if height is None else height,
-            columns * self.vae_scale_factor if width is None else width,
-        )
-
-    def _check_components(self) -> None:
-        missing = [name for name in ("vqvae", "unet", "scheduler") if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
-        codes = {
-            "unet.config.num_vq_embeddings": self.unet.config["num_vq_embeddings"],
-            "vqvae.config.num_vq_embeddings": self.vqvae.config["num_vq_embeddings"],
-            "scheduler.config.num_vec_classes": self.scheduler.config["num_vec_classes"],
-        }
-        if len(set(codes.values())) > 1:
-            listed = ", ".join(f"{name}={value}" for name, value in codes.items())
-            raise ValueError(f"The components disagree on the number of token codes: {listed}.")
-
-    def _check_size(self, height: int, width: int) -> tuple[int, int]:
-        """The token grid (h, w) of a valid size in pixels."""
-        multiple = self.vae_scale_factor * self.unet.downsample_factor
-        # the smallest grid that the network takes, rounded up to what its levels divide
-        smallest = math.ceil(self.unet.min_size / self.unet.downsample_factor) * multiple
-        because = f"tokenizer {self.vae_scale_factor} x network {self.unet.downsample_factor}"
-        check_side("height", height, multiple, smallest, because=because)
-        check_side("width", width, multiple, smallest, because=because)
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
-
-    def _check_conditions(
-        self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_prompt_embeds: Any, grid: tuple[int, int]
-    ) -> int:
-        """The number of prompts, if both branches are well formed."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError(
-                "Pass exactly one of `prompt` and `prompt_embeds`; received"
-                f" {'neither' if prompt is None else 'both'}."
-            )
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Pass at most one of `negative_prompt` and `negative_prompt_embeds`; received both.")
-        if prompt is not None:
-            num_prompts = len(as_texts("prompt", prompt))
         else:
-            self._check_embeds("prompt_embeds", prompt_embeds, grid)
-            num_prompts = prompt_embeds.shape[0]
-        if negative_prompt is not None:
-            num_negative = len(as_texts("negative_prompt", negative_prompt))
-            if num_negative != num_prompts and not isinstance(negative_prompt, str):
+            region_weights(regions, num_prompts, height, width, self.vae_scale_factor)
+            if interpolation != "lerp":
                 raise ValueError(
-                    f"`negative_prompt` holds {num_negative} texts for {num_prompts} prompts; pass one text for all of"
-                    " them or one a prompt."
+                    f"`interpolation={interpolation!r}` belongs to the ramps {', '.join(RAMPS)}: other regions mix"
+                    " their vectors linearly."
                 )
-        if negative_prompt_embeds is not None:
-            self._check_embeds("negative_prompt_embeds", negative_prompt_embeds, grid)
-            if negative_prompt_embeds.shape[0] not in (1, num_prompts):
-                raise ValueError(
-                    f"`negative_prompt_embeds` holds {negative_prompt_embeds.shape[0]} conditions for {num_prompts}"
-                    " prompts; pass one for all of them or one a prompt."
-                )
-            if negative_prompt_embeds.ndim == 4 and (prompt_embeds is None or prompt_embeds.ndim == 2):
-                raise ValueError(
-                    "`negative_prompt_embeds` is a map over the grid, so `prompt_embeds` must be one as well."
-                )
-        if (prompt is not None or negative_prompt is not None) and None in (self.tokenizer, self.text_encoder):
+        return torch.empty(1, self.unet.config["condition_dim"], *grid, device="meta")
+
+    def _check_frames(
+        self,
+        prompt: Any,
+        prompt_embeds: Any,
+        num_frames: Any,
+        interpolation: Any,
+        generator: Any,
+        negative_prompt: Any,
+        batch_size: Any,
+    ) -> None:
+        check_components(self)
+        check_interpolation(interpolation)
+        check_integer("batch_size", batch_size, 1)
+        if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim != 2:
             raise ValueError(
-                "The pipeline was built without tokenizer or text_encoder; pass `prompt_embeds` (and"
-                " `negative_prompt_embeds`) in place of texts."
+                f"`prompt_embeds` must have shape (n, d), one vector a prompt, received {tuple(prompt_embeds.shape)}."
             )
-        if self.text_encoder is not None and (prompt is not None or negative_prompt is not None):
-            width = self.text_encoder.config.projection_dim
-            if width != self.unet.config["condition_dim"]:
-                raise ValueError(
-                    f"The components do not fit together: text_encoder.config.projection_dim={width} differs from"
-                    f" unet.config.condition_dim={self.unet.config['condition_dim']}."
-                )
-        return num_prompts
-
-    def _check_embeds(self, name: str, embeds: Any, grid: tuple[int, int]) -> None:
-        width = self.unet.config["condition_dim"]
-        if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
-            kind = embeds.dtype if isinstance(embeds, Tensor) else type(embeds).__name__
-            raise TypeError(f"`{name}` must be a floating-point tensor, received {kind}.")
-        shape = tuple(embeds.shape)
-        if len(shape) not in (2, 4) or shape[0] == 0 or shape[1] != width or (len(shape) == 4 and shape[2:] != grid):
-            raise ValueError(
-                f"`{name}` must have shape (n, {width}) or (n, {width}, {grid[0]}, {grid[1]}) with n >= 1, received"
-                f" {shape}."
+        num_prompts = check_conditions(self, prompt, None, prompt_embeds, None, (0, 0))
+        if num_prompts < 2:
+            raise ValueError(f"An interpolation needs at least 2 prompts, received {num_prompts}.")
+        check_integer("num_frames", num_frames, num_prompts)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                "`generator` must be one torch.Generator, since all frames share their noise; received"
+                f" {type(generator).__name__}."
             )
-
-    def _check_latents(self, latents: Any, shape: tuple[int, int, int]) -> None:
-        if not isinstance(latents, Tensor) or latents.dtype != torch.long:
-            kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
-            raise TypeError(f"`latents` must be an int64 tensor of token indices, received {kind}.")
-        if tuple(latents.shape) != shape:
-            raise ValueError(
-                f"`latents` must have shape {shape} (images, height and width in tokens), received"
-                f" {tuple(latents.shape)}."
-            )
-        num_codes = self.scheduler.config["num_vec_classes"]
-        low, high = int(latents.min()), int(latents.max())
-        if low < 0 or high >= num_codes:
-            raise ValueError(f"`latents` must hold token indices 0 to {num_codes - 1}, received {low} to {high}.")
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            raise TypeError(f"`negative_prompt` must be one text for all frames, received {negative_prompt!r}.")
 
 
-def _runs_plain_forward(unet: torch.nn.Module) -> bool:
-    """Whether nothing compiles, wraps or watches `forward`, so that its two halves may be called one by one."""
-    return (
-        isinstance(unet, PaellaUNet)
-        and "forward" not in vars(unet)  # offloading hooks put theirs there
-        and unet._compiled_call_impl is None
-        and not unet._forward_hooks
-        and not unet._forward_pre_hooks
-    )
+def _copies(generator: torch.Generator | None, num: int) -> list[torch.Generator]:
+    """The generator itself and copies of it, which draw the same numbers."""
+    if generator is None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    copies = [torch.Generator(generator.device) for _ in range(num - 1)]
+    for copy in copies:
+        copy.set_state(generator.get_state())
+    return [generator, *copies]

@@ -1,0 +1,58 @@
+"""Texts and pictures to the projected, un-normalised vectors of CLIP's two towers."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+LEGACY_EOS = 2  # a CLIP config with this end-of-text id pools at the highest id instead of at the end-of-text token
+
+
+def text_window(tokenizer, text_encoder) -> int:
+    """How many tokens the text encoder reads, the first and the last included."""
+    # a tokenizer saved without model_max_length reports 1e30
+    return min(int(tokenizer.model_max_length), text_encoder.config.max_position_embeddings)
+
+
+def text_vectors(tokenizer, text_encoder, texts: list[str], device: torch.device | str) -> Tensor:
+    """`(n, d)`; what does not fit the window is cut off, see `cut_texts`.
+
+    Raises:
+        ValueError: The tokenizer is not the one that the text encoder was trained with.
+    """
+    window = text_window(tokenizer, text_encoder)
+    inputs = tokenizer(
+        texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt", verbose=False
+    )
+    input_ids = inputs.input_ids
+    vocab_size, eos = text_encoder.config.vocab_size, text_encoder.config.eos_token_id
+    if int(input_ids.max()) >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token {int(input_ids.max())}, the text encoder knows 0 to {vocab_size - 1}. Use"
+            " the tokenizer that the text encoder was trained with."
+        )
+    has_eos = (input_ids == eos).any(dim=1)
+    if eos != LEGACY_EOS and not bool(has_eos.all()):
+        # transformers would pool at position 0: the same vector for every text, silently
+        raise ValueError(
+            f"The tokenizer ends no text with token {eos}, at which the text encoder pools"
+            f" (text_encoder.config.eos_token_id); tokenizer.eos_token_id is {tokenizer.eos_token_id}."
+            " Use the tokenizer that the text encoder was trained with."
+        )
+    return text_encoder(input_ids.to(device)).text_embeds
+
+
+def cut_texts(tokenizer, window: int, texts: list[str]) -> list[str]:
+    """The parts of the texts that lie beyond the window, of those that have one."""
+    room = window - tokenizer.num_special_tokens_to_add()
+    all_ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+    return [tokenizer.decode(ids[room:]) for ids in all_ids if len(ids) > room]
+
+
+def image_vectors(feature_extractor, image_encoder, images: list[Tensor], device: torch.device | str) -> Tensor:
+    """`(n, d)` of pictures `(3, H, W)` in [0, 1], of any sizes, resized as the feature extractor is configured."""
+    # as 8-bit PIL pictures: the one form in which every image processor resizes and rescales alike
+    arrays = [(image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy() for image in images]
+    pictures = [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+    inputs = feature_extractor(images=pictures, return_tensors="pt")
+    return image_encoder(inputs.pixel_values.to(device=device, dtype=image_encoder.dtype)).image_embeds

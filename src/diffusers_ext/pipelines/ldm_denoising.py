@@ -1,0 +1,112 @@
+"""What the latent-diffusion pipelines share in a denoising step.
+
+Rombach et al., arXiv 2112.10752; the original's sampler: CompVis/latent-diffusion@a506df5:ldm/models/diffusion/ddim.py
+(DDIM, arXiv 2010.02502, eq. 12 and 16). The steps themselves are the scheduler's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+
+from ..guidance import classifier_free_guidance
+
+
+def ldm_scheduler(
+    beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
+) -> DDIMScheduler:
+    """A scheduler with the original's numbers: betas are squares of evenly spaced numbers, nothing is clipped.
+
+    Any other diffusers scheduler can be made of its config. The last step goes to timestep 0, not beyond it.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
+
+
+def set_original_timesteps(
+    scheduler: DDIMScheduler, num_inference_steps: int, device: str | torch.device | None = None
+) -> None:
+    """The original's timesteps, 1, 1 + c, 1 + 2c ... below T with c = T // num_inference_steps, in sampling order.
+
+    Where the number of steps does not divide T these are more steps than asked for, from a higher noise level:
+    diffusers' own `set_timesteps` runs exactly as many, from a lower one. Results differ; this is for reproduction.
+
+    Raises:
+        ValueError: if the original cannot run that number of steps: it asks for timestep T, which does not exist.
+    """
+    last = int(scheduler.config["num_train_timesteps"])
+    if not 1 <= num_inference_steps <= last:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must lie between 1 and {last}.")
+    stride = last // num_inference_steps
+    timesteps = [start + 1 for start in range(0, last, stride)]
+    if timesteps[-1] >= last:
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps}: with steps of {stride} the original reaches timestep "
+            f"{last}, the last one is {last - 1}. Use a divisor of {last}, or the scheduler's own `set_timesteps`."
+        )
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler.timesteps = torch.tensor(timesteps[::-1], device=device)
+
+
+def predict_noise(
+    unet: UNet2DModel | UNet2DConditionModel,
+    latents: Tensor,
+    timestep: Tensor | int,
+    *,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    concat: Sequence[Tensor] = (),
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """The network's prediction for all of the conditions of section 3.3, guided if asked for.
+
+    Args:
+        unet: takes cross-attention exactly if `context` is given.
+        latents: noisy latents (b, c, h, w), already scaled as the scheduler wants them.
+        timestep: one for all, or (b,).
+        context: sequences (b, l, d) for cross-attention.
+        null_context: what stands for "no condition", (b, l, d) or (1, l, d).
+        concat: maps (b, c', h, w), put behind the latents in this order.
+        guidance_scale: 1 means no guidance, and half the work; ignored without `null_context`.
+
+    Returns:
+        (b, c, h, w).
+    """
+    sample = torch.cat([latents, *(maps.to(latents) for maps in concat)], dim=1)
+    if context is None:
+        return unet(sample, timestep, return_dict=False)[0]
+    context = context.to(latents)
+    if null_context is None or guidance_scale == 1.0:
+        return unet(sample, timestep, context, return_dict=False)[0]
+    both = torch.cat([null_context.to(latents).expand_as(context), context])
+    if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(timestep) == len(latents):
+        timestep = timestep.repeat(2)
+    uncond, cond = unet(torch.cat([sample, sample]), timestep, both, return_dict=False)[0].chunk(2)
+    return classifier_free_guidance(cond, uncond, guidance_scale)
+
+
+def keep_known_latents(
+    latents: Tensor, known_latents: Tensor, mask: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: Tensor
+) -> Tensor:
+    """Before a step, puts the known part back in at the noise level of the step: unconditional inpainting.
+
+    Args:
+        latents: (b, c, h, w), at `timestep`.
+        known_latents: clean, (b, c, h, w).
+        mask: (b, 1, h, w), 1 where to keep what is known.
+        noise: (b, c, h, w), fresh for each step.
+        scheduler: any with `add_noise`.
+        timestep: of this step.
+    """
+    noisy = scheduler.add_noise(known_latents, noise, timestep.reshape(1))  # type: ignore[attr-defined]
+    return noisy * mask + latents * (1 - mask)

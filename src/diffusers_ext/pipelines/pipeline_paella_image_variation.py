@@ -1,0 +1,118 @@
+"""Image variations with Paella v1: a picture's CLIP vector takes the place of the text's.
+
+Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
+Original: the notebook dome272/Paella@97d18f9, with weights fine-tuned on image vectors (`f8_img_40000.pt`); code and
+weights MIT. The vectors are the projected ones, not normalised.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from ..conditions.images import image_list
+from .checks_paella import check_components, check_image_components
+from .pipeline_paella_base import Callback, Generators, PaellaBasePipeline
+
+
+class PaellaImageVariationPipeline(PaellaBasePipeline):
+    """Draws other images of what a picture shows.
+
+    Takes the components of `PaellaPipeline`, image encoder and feature extractor included; tokenizer and text encoder
+    may be None. The network should be one that was fine-tuned on image vectors (`train_paella.py --condition image`).
+
+    Example:
+
+        pipe(picture, num_images_per_prompt=4)
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples images.
+
+        Args:
+            image: One picture or several, of any sizes: PIL, array or tensor in [0, 1], or a list of them (see
+                `conditions.images.image_list`).
+            height: Of the result, in pixels, whatever the size of `image`; so is `width`.
+            num_images_per_prompt: Images for each picture; those of the first picture come first.
+            prompt_embeds: Vectors `(n, d)` of `encode_image`, or a map `(n, d, h, w)`, in place of `image`.
+
+        The other arguments and the result are those of `PaellaPipeline.__call__`, order of draws included.
+        """
+        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        scale = self._resolve_scale(guidance_scale)
+        size = self._resolve_size(height, width, latents)
+
+        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        check_components(self)
+        if (image is None) == (prompt_embeds is None):
+            raise ValueError(
+                f"Pass exactly one of `image` and `prompt_embeds`; received {'neither' if image is None else 'both'}."
+            )
+        checked = prompt_embeds
+        if image is not None:
+            check_image_components(self)
+            image = image_list(image)
+            checked = torch.empty(
+                len(image), self.unet.config["condition_dim"], device="meta"
+            )  # of the vectors' shape
+        self.check_inputs(
+            None,
+            *size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=checked,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_names,
+        )
+        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
+
+        # 2. Conditions and initial tokens
+        cond, null = self.encode_prompt(
+            None,
+            num_images_per_prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=self.encode_image(image) if prompt_embeds is None else prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        assert null is not None  # only without guidance
+        tokens = self.prepare_latents(cond.shape[0], *size, generator=generator, latents=latents)
+
+        # 3. Predict all tokens, draw, renoise some of them towards the initial ones
+        tokens = self._sample(
+            timesteps,
+            tokens,
+            cond,
+            null,
+            generator=generator,
+            callback=callback_on_step_end,
+            callback_names=callback_names,
+        )
+
+        # 4. Tokens to pixels
+        return self._end_run(tokens, output_type, return_dict)

@@ -1,0 +1,251 @@
+"""In- and outpainting with Paella v1: the kept tokens stand still while the others are drawn, in one pass.
+
+Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
+Original: dome272/Paella@b1f88ef (`sample` with a mask) and its notebook @97d18f9; code and weights MIT.
+Differences: the mask is given in pixels; the picture's own tokens are the most probable ones by default, the original
+draws them; the hole may start from the picture's noised tokens (`strength`) instead of from noise alone.
+
+Shapes: b samples, h x w the token grid, H x W pixels.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from ..conditions.masks import mask_batch, mask_to_tokens
+from .checks import check_integer, check_side
+from .checks_paella import check_components, check_count, check_sample_mode, check_size, check_strength
+from .pipeline_paella_base import Callback, Generators, PaellaBasePipeline
+
+Position = str | tuple[int, int]
+
+
+class PaellaInpaintPipeline(PaellaBasePipeline):
+    """Repaints a part of a picture, or draws what lies around it.
+
+    Takes the components of `PaellaPipeline`: `PaellaInpaintPipeline.from_pipe(pipe)` shares them. The condition may be
+    a text, or whatever `prompt_embeds` carries: a region map, or vectors of `encode_image` for a network that was
+    fine-tuned on those.
+
+    Kept tokens are equal before and after. Decoded, they may still differ from the picture, since a tokenizer is not
+    lossless and its decoder looks beyond a token; `apply_overlay=True` puts the picture's own pixels back.
+
+    Example:
+
+        pipe("a blue star", image=picture, mask_image=mask)                      # white in the mask: repainted
+        pipe("a blue star", image=picture, height=96, width=128)                 # outpainting, picture in the middle
+        pipe("a blue star", image=picture, width=128, position=(0, 0))           # outpainting to the right
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        position: Position = "center",
+        strength: float = 1.0,
+        num_inference_steps: int = 12,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        temperature: float | tuple[float, float] | None = None,
+        renoise_steps: int | None = None,
+        sample_mode: str = "argmax",
+        apply_overlay: bool = False,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples images.
+
+        Args:
+            image: The picture, or one a prompt: PIL, array or tensor in [0, 1] (see `conditions.images.image_batch`),
+                or its tokens `(b, h, w)` int64 as `output_type="latent"` returns them. Its sides are multiples of the
+                tokenizer's factor.
+            mask_image: Of the picture's size, black and white: white (1) is repainted, black (0) kept; PIL, array or
+                tensor. A token is repainted if any of its pixels is. None keeps the whole picture (outpainting).
+            height: Of the canvas, in pixels, a multiple of the tokenizer's factor times the network's, at least the
+                picture's and by default the picture's; so is `width`. What lies around the picture is drawn.
+            position: Where the picture lies on a larger canvas: its left upper corner (left, top) in pixels, multiples
+                of a token's size, or "center" (on the token to the left and above where it cannot be exact).
+            strength: In [0, 1]: 1 draws the hole from noise alone; less starts from the hole's own tokens, noised to
+                step `round((1 - strength) * num_inference_steps)`, so something of them stays. Not for outpainting.
+            latents: Random tokens `(b, h, w)` int64 of the canvas, in place of a draw.
+            sample_mode: "argmax" or "sample": how the picture becomes tokens. Only a `GumbelVQModel` can sample, which
+                is what the original does.
+            apply_overlay: Whether kept pixels of the result are those of `image` instead of decoded ones.
+
+        The other arguments and the result are those of `PaellaPipeline.__call__`.
+
+        Order of the draws of each generator: the picture's tokens if sampled; initial tokens (with a `strength` below
+        1: uniforms, then tokens, of `scheduler.add_noise`); then for each step those of `scheduler.step`.
+        """
+        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        scale = self._resolve_scale(guidance_scale)
+
+        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        check_components(self)
+        check_strength(strength)
+        check_sample_mode(self, sample_mode)
+        source = self._read_source(_required(image))
+        size, (left, top) = self._place(source, height, width, position)
+        mask = self._canvas_mask(source, mask_image, size, left, top)
+        self._check_mask(mask, self._source_size(source), size, strength)
+        _check_overlay(apply_overlay, output_type, source)
+        num_prompts = self.check_inputs(
+            prompt,
+            *size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_names,
+        )
+        check_count("image", len(source), num_prompts)
+        check_count("mask_image", len(mask), num_prompts)
+        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps, strength=strength)
+
+        # 2. Conditions; the canvas in tokens, in which the hole is noise
+        cond, null = self.encode_prompt(
+            prompt,
+            num_images_per_prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        assert null is not None  # only without guidance
+        batch_size = cond.shape[0]
+        factor = self.vae_scale_factor
+        known = self._source_tokens(source, batch_size, sample_mode, generator)
+        known = _paste(known, size[0] // factor, size[1] // factor, left // factor, top // factor)
+        mask = mask.to(known.device).repeat_interleave(batch_size // len(mask), dim=0)
+        drawn = mask_to_tokens(mask, factor)  # (b, h, w)
+        noised = self._noise_source(known, timesteps, generator, latents)
+
+        # 3. Every step draws all tokens and puts the kept ones back
+        tokens = self._sample(
+            timesteps,
+            torch.where(drawn, noised, known),
+            cond,
+            null,
+            mask=drawn,
+            generator=generator,
+            callback=callback_on_step_end,
+            callback_names=callback_names,
+        )
+        # again, since an interrupted run ends renoised, and a callback may have written anything
+        tokens = torch.where(drawn, tokens, known)
+
+        # 4. Tokens to pixels
+        overlay = None
+        if apply_overlay:
+            pixels = source.to(mask.device).repeat_interleave(batch_size // len(source), dim=0)
+            overlay = (mask, _paste(pixels, *size, left, top))
+        return self._end_run(tokens, output_type, return_dict, overlay=overlay)
+
+    def _place(
+        self, source: Tensor, height: Any, width: Any, position: Any
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of the canvas, left and top of the picture on it, all in pixels."""
+        rows, columns = self._source_size(source)
+        factor = self.vae_scale_factor
+        for name, side in (("image.height", rows), ("image.width", columns)):
+            check_side(name, side, factor, factor, because="a token")
+        size = (rows if height is None else height, columns if width is None else width)
+        check_size(
+            self,
+            *size,
+            names=("image.height" if height is None else "height", "image.width" if width is None else "width"),
+        )
+        for name, side, needed in (("height", size[0], rows), ("width", size[1], columns)):
+            if side < needed:
+                raise ValueError(
+                    f"`{name}`={side} is smaller than the picture, whose {name} is {needed}: the canvas holds the"
+                    f" whole picture. Leave `{name}` out, or crop or resize `image` first."
+                )
+        room = (size[1] - columns, size[0] - rows)  # in the order (left, top)
+        if position == "center":
+            return size, (room[0] // 2 // factor * factor, room[1] // 2 // factor * factor)
+        if not isinstance(position, (list, tuple)) or len(position) != 2:
+            raise TypeError(f'`position` must be "center" or (left, top) in pixels, received {position!r}.')
+        for name, offset, space in zip(("left", "top"), position, room, strict=True):
+            check_integer(f"position ({name})", offset)
+            if not 0 <= offset <= space or offset % factor:
+                raise ValueError(
+                    f"`position` ({name}) must be a multiple of {factor} pixels (a token) from 0 to {space}, so that"
+                    f" the picture of {columns}x{rows} lies on the canvas of {size[1]}x{size[0]}; received {offset}."
+                )
+        return size, (int(position[0]), int(position[1]))
+
+    def _canvas_mask(self, source: Tensor, mask_image: Any, size: tuple[int, int], left: int, top: int) -> Tensor:
+        """Bool `(b, H, W)` of the canvas: True is drawn."""
+        rows, columns = self._source_size(source)
+        if mask_image is None:
+            mask = torch.zeros(1, rows, columns, dtype=torch.bool)
+        else:
+            mask = mask_batch(mask_image)
+            if tuple(mask.shape[1:]) != (rows, columns):
+                raise ValueError(
+                    f"`mask_image` is {mask.shape[2]}x{mask.shape[1]} pixels, `image` is {columns}x{rows}: the mask"
+                    " covers the picture, not the canvas. Resize it without smoothing:"
+                    f" `mask.resize(({columns}, {rows}), Image.Resampling.NEAREST)`."
+                )
+        return _paste(mask, *size, left, top, outside=True)
+
+    def _check_mask(self, mask: Tensor, source_size: tuple[int, int], size: tuple[int, int], strength: float) -> None:
+        drawn = mask.flatten(1)
+        if not bool(drawn.any(dim=1).all()):
+            raise ValueError(
+                "There is nothing to draw: `mask_image` is black (0, keep) everywhere or missing, and the canvas is as"
+                " large as the picture. Paint white what is to be repainted, or pass a larger `height` or `width`."
+            )
+        if not bool((~mask_to_tokens(mask, self.vae_scale_factor)).flatten(1).any(dim=1).all()):
+            raise ValueError(
+                "There is nothing to keep: `mask_image` touches every token of the picture (white repaints). Use"
+                " PaellaPipeline to draw from the prompt alone, PaellaImg2ImgPipeline to keep the structure, or invert"
+                " the mask."
+            )
+        if strength < 1 and source_size != size:
+            raise ValueError(
+                f"`strength`={strength} starts from the picture's own tokens, and there are none around it: use"
+                " strength=1 with a canvas larger than the picture."
+            )
+
+
+def _required(image: Any) -> Any:
+    if image is None:
+        raise ValueError("`image` is needed: the picture to repaint or to extend.")
+    return image
+
+
+def _check_overlay(apply_overlay: Any, output_type: str, source: Tensor) -> None:
+    if not isinstance(apply_overlay, bool):
+        raise TypeError(f"`apply_overlay` must be True or False, received {apply_overlay!r}.")
+    if apply_overlay and output_type == "latent":
+        raise ValueError(
+            "`apply_overlay=True` puts pixels back; `output_type='latent'` has none. Leave one of them out."
+        )
+    if apply_overlay and not source.is_floating_point():
+        raise ValueError("`apply_overlay=True` puts the picture's pixels back, but `image` holds tokens: pass pixels.")
+
+
+def _paste(picture: Tensor, height: int, width: int, left: int, top: int, outside: int = 0) -> Tensor:
+    """`(..., H, W)` on a larger canvas filled with `outside`."""
+    canvas = picture.new_full((*picture.shape[:-2], height, width), outside)
+    canvas[..., top : top + picture.shape[-2], left : left + picture.shape[-1]] = picture
+    return canvas
