@@ -1,11 +1,16 @@
 """`diffusers-ext`: each command end to end, and its errors as one line with status 2."""
 
 import json
+import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 from huggingface_hub import constants
+from open_clip.model import CLIP
 from pipelines.tiny_paella import tiny_paella_components
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import diffusers_ext
 from diffusers_ext import cli
@@ -102,6 +107,10 @@ def test_convert_writes_a_model_and_its_card(original, tmp_path, capsys, kind, c
         (["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"], "paella-vqgan takes no --time_embed_dim"),
         (["paella-unet", "nothing.pt"], "there is no such file"),
         (["paella-vqgan", "weights.safetensors"], "is not a Gumbel-VQGAN"),
+        (["paella-unet", "weights.safetensors", "--ignore", "x"], "paella-unet takes no --ignore"),
+        (["paella-unet", "weights.safetensors", "--quick_gelu", "--text_heads", "2"], "no --quick_gelu --text_heads"),
+        (["open-clip", "weights.safetensors", "--time_embed_dim", "16"], "open-clip takes no --time_embed_dim"),
+        (["open-clip", "weights.safetensors"], "does not know: "),
     ],
 )
 def test_convert_rejects(original, tmp_path, capsys, words, message):
@@ -115,3 +124,33 @@ def test_convert_asks_for_the_licence_of_the_weights(original, tmp_path, capsys)
     with pytest.raises(SystemExit) as end:
         cli.main(["convert", "paella-unet", "x.pt", str(tmp_path / "out")])
     assert end.value.code == 2 and "--license" in capsys.readouterr().err
+
+
+def test_convert_leaves_out_what_is_asked_for(original, tmp_path, capsys):
+    weights = load_file(original / "v1_vqgan_gumbel_f8" / "weights.safetensors")
+    torch.save({"state_dict": {**weights, "colorize": torch.zeros(1)}}, tmp_path / "more.ckpt")
+    words = ["convert", "paella-vqgan", str(tmp_path / "more.ckpt"), str(tmp_path / "out"), "--license", "mit"]
+    assert cli.main(words) == 2 and "does not know: colorize" in capsys.readouterr().err
+    assert cli.main([*words, "--ignore", "loss.*", "colorize"]) == 0
+
+
+def test_convert_open_clip_writes_all_that_a_clip_folder_needs(tmp_path, capsys, monkeypatch):
+    vision = {"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 8}
+    clip = CLIP(6, vision, {"width": 12, "heads": 3, "layers": 1}, quick_gelu=True)
+    torch.save(clip.state_dict(), tmp_path / "clip.bin")
+    out = tmp_path / "out"
+    words = ["convert", "open-clip", str(tmp_path / "clip.bin"), str(out), "--license", "mit", "--vision_heads", "2"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "open_clip.tokenizer", None)  # as if it were not installed
+        assert cli.main([*words, "--text_heads", "3"]) == 2
+    assert "diffusers_ext[train]" in capsys.readouterr().err and not out.exists()
+    assert cli.main(words) == 2
+    assert "`text_heads` is None" in capsys.readouterr().err and not out.exists()
+    assert cli.main([*words, "--text_heads", "3", "--quick_gelu"]) == 0
+    model = CLIPModel.from_pretrained(out)
+    assert (model.config.vision_config.num_attention_heads, model.config.text_config.num_attention_heads) == (2, 3)
+    assert model.config.vision_config.hidden_act == "quick_gelu" == model.config.text_config.hidden_act
+    ids = AutoTokenizer.from_pretrained(out)(["a fox"], return_tensors="pt").input_ids
+    assert model.get_text_features(ids).pooler_output.shape == (1, 6)
+    assert CLIPImageProcessor.from_pretrained(out).crop_size["height"] == 8
+    assert "transformers.CLIPModel.from_pretrained" in (out / "README.md").read_text()

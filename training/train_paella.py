@@ -7,7 +7,9 @@ positions; time r uniform on [0, 1); the noise comes from the scheduler that sam
 zero vector per sample (the original drops it once per step for the whole local batch).
 """
 
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,14 @@ from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoi
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.cache import (
+    SampleCache,
+    digest_network,
+    digest_rows,
+    digest_saved,
+    in_batches,
+    open_cache,
+)
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -81,6 +91,13 @@ class PaellaArgs:
     rank: int | None = field(
         default=None, metadata={"help": "Train LoRA matrices of this rank instead of all weights."}
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for each picture's tokens and condition: computed once, then trained from. Excludes "
+            "augmentation; refused with other data or encoders."
+        },
+    )
     guidance_scale: float = field(default=5.0, metadata={"help": "For the validation pictures."})
     typical_mass: float = field(default=0.2, metadata={"help": "Saved as the scheduler's default."})
     num_inference_steps: int = field(default=12, metadata={"help": "For the validation pictures."})
@@ -101,7 +118,13 @@ class PaellaArgs:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[PaellaArgs, DataArgs, TrainArgs]:
-    return parse((PaellaArgs, DataArgs, TrainArgs), argv)
+    args, data, train = parse((PaellaArgs, DataArgs, TrainArgs), argv)
+    if args.cache_dir and (data.random_flip or not data.center_crop):
+        raise ValueError(
+            "--cache_dir keeps one set of tokens a picture, which excludes augmentation: pass --center_crop and leave "
+            "out --random_flip, or leave out --cache_dir."
+        )
+    return args, data, train
 
 
 def build_unet(args: PaellaArgs, *, num_vq_embeddings: int = 8192, condition_dim: int = 1024) -> PaellaUNet:
@@ -214,23 +237,56 @@ def read_sample(
     return sample
 
 
-class Conditioner:
-    """From a sample's raw condition to what the network receives; the encoders are frozen."""
+def read_whole(example: dict, args: PaellaArgs, data: DataArgs) -> dict[str, Any]:
+    """What a cache is made of: as `read_sample` without augmentation, but with all captions of the sample."""
+    sample: dict[str, Any] = read_sample(example, torch.Generator(), args, data)
+    if args.condition == "text":
+        captions = example[data.caption_column]
+        sample["text"] = [captions] if isinstance(captions, str) else list(captions)
+    return sample
 
-    def __init__(self, pipe: PaellaPipeline, args: PaellaArgs, resolution: int):
+
+def read_cached(example: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor | str]:
+    """One sample from the cache, with the draws of `read_sample`."""
+    torch.rand(3, generator=generator)  # the place of the crop and the flip, which come first
+    sample: dict[str, Tensor | str] = dict(example)
+    if "text" in example:
+        sample["text"] = choose_text(json.loads(bytes(example["text"].tolist())), generator)
+    if "vectors" in example:
+        vectors = example["vectors"]  # (n, d), one for each caption
+        sample["vectors"] = vectors[int(torch.randint(len(vectors), (), generator=generator))]
+    return sample
+
+
+class Conditioner:
+    """From a sample's picture and raw condition to what the network receives; the encoders are frozen.
+
+    They run in float32 whatever the training's precision, as when the pipeline samples. Vectors are computed one by
+    one on a CPU, and in batches of one size on a GPU, so that the cache holds what a training without it computes.
+    """
+
+    def __init__(self, pipe: PaellaPipeline, args: PaellaArgs, resolution: int, batch_size: int | None = None):
         self.pipe, self.args = pipe, args
+        self.batch_size = batch_size  # vectors that a GPU computes at a time
         self.token_side = resolution // downsample_factor(pipe.vqvae)
+
+    def __call__(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Tokens (b, h, w) and condition of a batch, or the captions' ids where the text tower is trained."""
+        tokens = batch["tokens"] if "tokens" in batch else self.tokens(batch["image"])
+        if self.args.train_text_encoder:
+            return tokens, self.token_ids(batch["text"])
+        return tokens, batch["vectors"] if "vectors" in batch else self.embed(batch)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            return encode_indices(self.pipe.vqvae, images)
 
     def embed(self, batch: dict) -> Tensor:
         """The condition (b, d), or (b, d, h, w) on the token grid for label maps."""
-        pipe = self.pipe
         if self.args.condition == "text":
-            return pipe.text_encoder(self.token_ids(batch)).text_embeds
+            return self.text_vectors(batch["text"])
         if self.args.condition == "image":
-            pixels = pipe.feature_extractor(
-                (batch["image"] + 1) / 2, do_rescale=False, return_tensors="pt", device=batch["image"].device
-            ).pixel_values
-            return pipe.image_encoder(pixels).image_embeds
+            return self._vectors(self.image_vectors, batch["image"])
         labels = batch["label"] if self.args.condition == "class" else batch["map"]
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.args.num_labels:
@@ -243,13 +299,75 @@ class Conditioner:
             return one_hot
         return F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2), self.token_side)  # share of each label per token
 
-    def token_ids(self, batch: dict) -> Tensor:
+    def text_vectors(self, texts: list[str]) -> Tensor:
+        """The captions' vectors (b, d), padded to the window as the pipeline does it."""
+        return self._vectors(lambda ids: self.pipe.text_encoder(ids).text_embeds, self.token_ids(texts, "max_length"))
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        pixels = self.pipe.feature_extractor(
+            (images + 1) / 2, do_rescale=False, return_tensors="pt", device=images.device
+        ).pixel_values
+        return self.pipe.image_encoder(pixels).image_embeds
+
+    def token_ids(self, texts: list[str], padding: str = "longest") -> Tensor:
         """The captions as the text tower reads them (b, l)."""
-        window = self.pipe._text_window()  # not every tokenizer knows it
-        texts = self.pipe.tokenizer(
-            list(batch["text"]), padding=True, truncation=True, max_length=window, return_tensors="pt"
+        # not every tokenizer knows the window
+        window = min(int(self.pipe.tokenizer.model_max_length), self.pipe.text_encoder.config.max_position_embeddings)
+        encoded = self.pipe.tokenizer(
+            list(texts), padding=padding, truncation=True, max_length=window, return_tensors="pt"
         )
-        return texts.input_ids.to(self.pipe.text_encoder.device)
+        return encoded.input_ids.to(self.pipe.text_encoder.device)
+
+    def cached(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """What the cache keeps of samples from `read_whole`: all but the picture, encoded as far as it is frozen."""
+        images = torch.stack([sample["image"] for sample in samples]).to(self.pipe.vqvae.device)
+        kept: dict[str, Any] = {"tokens": self.tokens(images)}
+        if self.args.condition == "image":
+            kept["vectors"] = self.embed({"image": images}).unsqueeze(1)  # (b, 1, d)
+        elif self.args.condition != "text":
+            name = "label" if self.args.condition == "class" else "map"
+            kept[name] = [sample[name] for sample in samples]
+        elif self.args.train_text_encoder:
+            kept["text"] = [torch.tensor(list(json.dumps(sample["text"]).encode())) for sample in samples]
+        else:
+            vectors = self.text_vectors([caption for sample in samples for caption in sample["text"]])
+            kept["vectors"] = vectors.split([len(sample["text"]) for sample in samples])
+        return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
+
+    @torch.no_grad()
+    def _vectors(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return in_batches(function, inputs, 1 if inputs.device.type == "cpu" else self.batch_size or len(inputs))
+
+
+def cache_samples(conditioner: Conditioner, dataset: Any, accelerator: Any, data: DataArgs) -> SampleCache:
+    """The cache in `--cache_dir`, written if it is not there.
+
+    Raises:
+        CacheError: it belongs to other data, encoders or options; the message tells which.
+    """
+    args, pipe = conditioner.args, conditioner.pipe
+    column = condition_column(args, data)
+    key = {
+        "data": digest_rows(dataset, (data.image_column, column)),
+        "resolution": data.resolution,
+        "vqvae": digest_network(pipe.vqvae),
+        "condition": args.condition,
+        "column": column,
+        "train_text_encoder": args.train_text_encoder,
+    }
+    if args.condition == "text" and not args.train_text_encoder:
+        key |= {"text_encoder": digest_network(pipe.text_encoder), "tokenizer": digest_saved(pipe.tokenizer)}
+    elif args.condition == "image":
+        key |= {
+            "image_encoder": digest_network(pipe.image_encoder),
+            "feature_extractor": digest_saved(pipe.feature_extractor),
+        }
+    return open_cache(
+        args.cache_dir, key, dataset, read=partial(read_whole, args=args, data=data), encode=conditioner.cached,
+        accelerator=accelerator, batch_size=conditioner.batch_size, ragged=("vectors", "text"),
+        num_workers=data.dataloader_num_workers,
+    )  # fmt: skip
 
 
 class Predictor(nn.Module):
@@ -313,12 +431,13 @@ def main(argv: list[str] | None = None) -> None:
     train_set, validation_set = load_pictures(data, columns=(condition_column(args, data),))
     num_trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters", len(train_set), num_trained)
-    conditioner, transform = Conditioner(pipe, args, data.resolution), partial(read_sample, args=args, data=data)
+    conditioner = Conditioner(pipe, args, data.resolution, train.train_batch_size)
+    transform = partial(read_sample, args=args, data=data)
+    if args.cache_dir:
+        train_set = cache_samples(conditioner, train_set, accelerator, data)
 
     def compute_loss(model, batch, generators):
-        with torch.no_grad():
-            tokens = encode_indices(pipe.vqvae, batch["image"])
-            condition = conditioner.token_ids(batch) if args.train_text_encoder else conditioner.embed(batch)
+        tokens, condition = conditioner(batch)
         return token_losses(model, tokens, condition, scheduler, generators, args)
 
     def validate(step: int) -> dict[str, float]:
@@ -342,8 +461,9 @@ def main(argv: list[str] | None = None) -> None:
         return {}
 
     finished = loop.fit(
-        accelerator, predictor, compute_loss, train_set, train, transform=transform,
-        num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
+        accelerator, predictor, compute_loss, train_set, train,
+        transform=read_cached if args.cache_dir else transform, num_workers=data.dataloader_num_workers,
+        on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
     if finished and accelerator.is_main_process:
         if args.rank:

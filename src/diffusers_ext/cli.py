@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .conversion.keys import load_original
+from .conversion.open_clip import build_open_clip_processors, convert_open_clip
 from .conversion.paella import convert_paella_unet, convert_paella_vqgan_gumbel
 from .data import scenes
 from .training_utils import hub
@@ -13,8 +14,11 @@ from .training_utils import hub
 # kind -> its converter and the options of `convert` that it takes
 CONVERTERS = {
     "paella-unet": (convert_paella_unet, ("time_embed_dim",)),
-    "paella-vqgan": (convert_paella_vqgan_gumbel, ()),
+    "paella-vqgan": (convert_paella_vqgan_gumbel, ("ignore",)),
+    "open-clip": (convert_open_clip, ("vision_heads", "text_heads", "quick_gelu")),
 }
+# kind -> what makes the tokenizer and the like that belong into the model's folder
+PROCESSORS = {"open-clip": build_open_clip_processors}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +40,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("output_dir", type=Path, help="new folder for the model and its card")
     convert.add_argument("--license", required=True, help="licence of the weights, for the card: mit, other, ...")
     convert.add_argument("--time_embed_dim", type=int, help="paella-unet: the original's c_r, if it is not 64")
+    convert.add_argument(
+        "--ignore", nargs="+", metavar="KEYS", help="paella-vqgan: patterns of keys to leave out instead of 'loss.*'"
+    )
+    convert.add_argument("--vision_heads", type=int, help="open-clip: attention heads, if not told by the width")
+    convert.add_argument("--text_heads", type=int, help="open-clip: attention heads, if not the width / 64")
+    convert.add_argument(
+        "--quick_gelu", action="store_true", default=None, help="open-clip: for OpenAI's weights and ...-quickgelu"
+    )
     convert.add_argument(
         "--allow_pickle", action="store_true", help="run the code in an old pickle; only if you trust it"
     )
@@ -63,20 +75,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_convert(options: argparse.Namespace) -> int:
     converter, accepted = CONVERTERS[options.kind]
-    chosen = {} if options.time_embed_dim is None else {"time_embed_dim": options.time_embed_dim}
-    if refused := chosen.keys() - accepted:
+    names = {name for _, names in CONVERTERS.values() for name in names}
+    chosen = {name: value for name in sorted(names) if (value := getattr(options, name)) is not None}
+    if refused := [name for name in chosen if name not in accepted]:
         raise ValueError(f"{options.kind} takes no --{' --'.join(refused)}.")
     if options.output_dir.exists():
         raise ValueError(f"{str(options.output_dir)!r} exists: name a new folder.")
     model = converter(load_original(options.checkpoint, allow_pickle=options.allow_pickle), **chosen)
-    model.save_pretrained(options.output_dir)
-    name = type(model).__name__
+    processors = PROCESSORS[options.kind](model) if options.kind in PROCESSORS else ()
+    for part in (model, *processors):
+        part.save_pretrained(options.output_dir)
+    name, library = type(model).__name__, type(model).__module__.split(".")[0]
+    load = f"{library}.{name}.from_pretrained({str(options.output_dir)!r})"
     hub.write_model_card(
         options.output_dir,
         title=options.output_dir.name,
-        description=f"`{name}`, converted from `{options.checkpoint.name}` by `diffusers-ext convert {options.kind}`.",
+        description=f"`{name}`, converted from `{options.checkpoint.name}` by `diffusers-ext convert {options.kind}`. "
+        f"It loads with `{load}`.",
         license=options.license,
-        usage=f"import diffusers_ext\n\nmodel = diffusers_ext.{name}.from_pretrained({str(options.output_dir)!r})",
+        usage=f"import {library}\n\nmodel = {load}" if library == hub.LIBRARY else None,
     )
     print(f"Wrote {options.output_dir}: {name} with {model.num_parameters():,} parameters.")
     return 0
@@ -111,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"diffusers-ext {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
+from diffusers_ext.conversion.keys import load_original
 from diffusers_ext.conversion.paella import convert_paella_unet, convert_paella_vqgan_gumbel
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices, encode_indices
 
 
-def original_unet(levels=2, widths=(8, 16), down=(1, 2), up=(2, 1), codes=12, cond=20, kernel=3):
-    """Random weights under the original's keys (reference: key table of the released file)."""
+def unet_shapes(levels=2, widths=(8, 16), down=(1, 2), up=(2, 1), codes=12, cond=20, kernel=3):
+    """Shapes under the original's keys (reference: key table of the released file)."""
     weights = {"embedding.weight": (codes, widths[0]), "clf.weight": (codes, widths[0], 1, 1), "clf.bias": (codes,)}
 
     def block(prefix, c, skip=0):
@@ -33,8 +34,17 @@ def original_unet(levels=2, widths=(8, 16), down=(1, 2), up=(2, 1), codes=12, co
         if level < levels - 1:
             weights[f"up_blocks.{level}.{up[level]}.weight"] = (c, widths[levels - 2 - level], 4, 4)
             weights[f"up_blocks.{level}.{up[level]}.bias"] = (widths[levels - 2 - level],)
+    return weights
+
+
+def original_unet(**sizes):
+    """Random weights under the original's keys."""
+    return random_weights(unet_shapes(**sizes))
+
+
+def random_weights(shapes):
     generator = torch.Generator().manual_seed(0)
-    return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in weights.items()}
+    return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
 
 
 @pytest.mark.parametrize(
@@ -75,11 +85,43 @@ def test_unet_wrapped_and_saved(tmp_path):
     assert half.dtype == torch.float16
 
 
+RELEASED_UNET = {"levels": 3, "down": (4, 8, 16), "up": (16, 8, 4)}
+
+
 def test_every_key_of_the_released_depth_finds_its_place():
     with torch.device("meta"):
         released = PaellaUNet()
-    narrow = original_unet(levels=3, widths=(2, 4, 8), down=(4, 8, 16), up=(16, 8, 4), codes=3, cond=5)
-    assert convert_paella_unet(narrow, time_embed_dim=4).state_dict().keys() == released.state_dict().keys()
+    narrow = original_unet(**RELEASED_UNET, widths=(2, 4, 8), codes=3, cond=5)
+    converted = convert_paella_unet(narrow, time_embed_dim=4).state_dict()
+    assert converted.keys() == released.state_dict().keys()
+    sizes = unet_shapes(**RELEASED_UNET, widths=(320, 640, 1280), codes=8192, cond=1024 + 64)
+    assert narrow.keys() == sizes.keys()
+    numbers = sorted(torch.Size(shape).numel() for shape in sizes.values())
+    assert numbers == sorted(value.numel() for value in released.state_dict().values())
+    assert sum(numbers) == 577_995_184  # as counted on the original
+
+
+def content_of_files(weights: dict) -> dict[str, dict]:
+    """What the authors' files and those of users of their code hold, by the name of a file."""
+    ddp = {f"module.{key}": value for key, value in weights.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 3e-4, "betas": (0.9, 0.999)}]}
+    return {
+        "f8_600000.pt": weights,  # paella.py saves `model.module.state_dict()`
+        "f8_img_40000.pt": weights,
+        "of_the_ddp_module.pt": ddp,
+        "wrapped.pt": {"state_dict": weights},
+        "wrapped_with_more.ckpt": {"state_dict": ddp, "optimizer_states": [optimizer], "step": 600_000, "lr": 3e-4},
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_unet_files_are_read_without_running_pickles(tmp_path, legacy):
+    weights = original_unet(**RELEASED_UNET, widths=(2, 4, 8), codes=3, cond=5)
+    expected = convert_paella_unet(weights, time_embed_dim=4).state_dict()
+    for name, content in content_of_files(weights).items():
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        converted = convert_paella_unet(load_original(tmp_path / name), time_embed_dim=4).state_dict()
+        assert all(torch.equal(converted[key], value) for key, value in expected.items()), name
 
 
 @pytest.mark.parametrize(
@@ -104,8 +146,8 @@ def test_time_embed_dim_must_leave_a_condition():
         convert_paella_unet(original_unet())
 
 
-def original_vqgan(ch=32, ch_mult=(1, 1, 2), attn_levels=(2,), num_res_blocks=1, z=8, codes=6):
-    """Random weights under the keys of taming-transformers' Encoder and Decoder."""
+def vqgan_shapes(ch=32, ch_mult=(1, 1, 2), attn_levels=(2,), num_res_blocks=1, z=8, codes=6):
+    """Shapes under the keys of taming-transformers' Encoder and Decoder."""
     shapes = {}
 
     def conv(name, cin, cout, k):
@@ -150,8 +192,12 @@ def original_vqgan(ch=32, ch_mult=(1, 1, 2), attn_levels=(2,), num_res_blocks=1,
         norm(f"{side}.norm_out", width), conv(f"{side}.conv_out", width, z if side == "encoder" else 3, 3)
     conv("quant_conv", z, z, 1), conv("post_quant_conv", z, z, 1), conv("quantize.proj", z, codes, 1)
     shapes["quantize.embed.weight"] = (codes, z)
-    generator = torch.Generator().manual_seed(0)
-    return {key: torch.randn(shape, generator=generator) * 0.1 for key, shape in shapes.items()}
+    return shapes
+
+
+def original_vqgan(**sizes):
+    """Random weights under the original's keys."""
+    return random_weights(vqgan_shapes(**sizes))
 
 
 @torch.no_grad()
@@ -203,3 +249,42 @@ def test_vqgan_is_converted_strictly(change, message):
     change(weights)
     with pytest.raises(ValueError, match=message):
         convert_paella_vqgan_gumbel(weights)
+
+
+RELEASED_VQGAN = {"ch_mult": (1, 1, 2, 4), "attn_levels": (3,), "num_res_blocks": 2}
+
+
+def test_every_key_of_the_released_tokenizer_finds_its_place():
+    narrow = convert_paella_vqgan_gumbel(original_vqgan(**RELEASED_VQGAN))
+    released_config = {
+        **{key: narrow.config[key] for key in ("down_block_types", "up_block_types", "layers_per_block")},
+        **{"block_out_channels": (128, 128, 256, 512), "latent_channels": 256, "num_vq_embeddings": 8192},
+    }
+    assert released_config["down_block_types"] == ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",)
+    assert released_config["up_block_types"] == ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3
+    with torch.device("meta"):
+        released = GumbelVQModel(**released_config).state_dict()
+    assert narrow.state_dict().keys() == released.keys()
+    sizes = vqgan_shapes(**RELEASED_VQGAN, ch=128, z=256, codes=8192).values()
+    assert sorted(torch.Size(shape).numel() for shape in sizes) == sorted(v.numel() for v in released.values())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_tokenizer_files_are_read_without_running_pickles(tmp_path, legacy):
+    weights = original_vqgan(**RELEASED_VQGAN)
+    expected = convert_paella_vqgan_gumbel(weights).state_dict()
+    leftovers = {
+        "loss.discriminator.main.0.weight": torch.zeros(1),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1),
+    }
+    files = {
+        "vqgan.gumbelf8-sber.model.ckpt": {"state_dict": {**weights, **leftovers}},
+        "lightning.ckpt": {"state_dict": {**weights, **leftovers}, "epoch": 1, "global_step": 7, "callbacks": {}},
+        "flat.pt": weights,
+        "shell.pt": {f"model.{key}": value for key, value in weights.items()},  # of ruDALL-E's VQGanGumbelVAE
+        "ddp.pt": {f"module.model.{key}": value for key, value in weights.items()},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        converted = convert_paella_vqgan_gumbel(load_original(tmp_path / name)).state_dict()
+        assert all(torch.equal(converted[key], value) for key, value in expected.items()), name

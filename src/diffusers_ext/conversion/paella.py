@@ -52,8 +52,10 @@ _TAMING_ENDS: Rules = [
 def convert_paella_unet(state_dict: Mapping[str, Any], *, time_embed_dim: int = 64) -> PaellaUNet:
     """Converts the weights of `DenoiseUNet`; every size is read off the shapes.
 
+    Text and image fine-tunes are the same network: `f8_600000.pt` and `f8_img_40000.pt` convert alike.
+
     Args:
-        state_dict: original weights, flat or under `"state_dict"`.
+        state_dict: original weights, flat, under `"state_dict"`, or of a DDP module (`module.`).
         time_embed_dim: the original's `c_r`. The shapes only tell its sum with the width of the condition.
 
     Returns:
@@ -115,7 +117,8 @@ def convert_paella_vqgan_gumbel(
     """Converts the weights of the f8 Gumbel-VQGAN (or one of other sizes); every size is read off the shapes.
 
     Args:
-        state_dict: original weights, flat or under `"state_dict"`.
+        state_dict: original weights, flat, under `"state_dict"`, of a DDP module (`module.`), or of ruDALL-E's shell
+            around the tokenizer (`model.`).
         sample_size: side of the pictures it was trained on, a note in the config only.
         norm_num_groups: groups of the normalisations, 32 throughout taming-transformers.
         ignore: patterns of keys to leave out. The released file was saved from the training and is loaded non-strictly
@@ -130,6 +133,8 @@ def convert_paella_vqgan_gumbel(
             than the first convolution (`ch_mult` does not start with 1), which `VQModel` cannot express.
     """
     weights = unwrap_state_dict(state_dict)
+    if all(key.startswith("model.") for key in weights):  # `get_vae().state_dict()`
+        weights = {key.removeprefix("model."): value for key, value in weights.items()}
     _require(weights, "a Gumbel-VQGAN", "encoder.conv_in.weight", "quantize.embed.weight", "quantize.proj.weight")
     num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
     widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]

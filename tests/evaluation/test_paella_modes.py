@@ -1,0 +1,73 @@
+"""benchmarks/paella_modes.py: the checks on true pictures, and the whole script on a tiny pipeline."""
+
+import json
+import runpy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipelines.tiny_paella import tiny_paella_components
+
+from diffusers_ext.data.scenes import full_caption, render, sample_scene
+from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+
+
+@pytest.fixture(scope="module")
+def script(repo_root) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "paella_modes.py")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("paella")
+    PaellaPipeline(**tiny_paella_components(image_encoder=True)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_mode_on_a_tiny_pipeline(script, folder, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    small = ["--num_cases", "3", "--batch_size", "2", "--num_inference_steps", "2", "--json", str(figures)]
+    options = ["--checkpoint", folder, "--variation_checkpoint", folder, "--grid_dir", str(tmp_path / "grids")]
+    assert script.main([*options, *small]) == 0
+    found, told = json.loads(figures.read_text()), capsys.readouterr().out
+    assert list(found) == list(script.MODES) and all(f"| {mode} |" in told for mode in script.MODES)
+    for mode in ("inpaint", "outpaint"):
+        kept = found[mode][0]
+        assert "unchanged" in kept["measured"] and kept["value"]["value"] == 1.0 and kept["value"]["count"] == 3
+    assert all((tmp_path / "grids" / f"{mode}.png").is_file() for mode in script.MODES)
+    assert Image.open(tmp_path / "grids" / "inpaint.png").width > 3 * 32
+
+
+def test_a_changed_token_is_a_failure(script, folder, monkeypatch):
+    original = script.Bench.encode
+    monkeypatch.setattr(script.Bench, "encode", lambda self, pictures: original(self, pictures) + 1)
+    arguments = ["--checkpoint", folder, "--modes", "outpaint", "--num_cases", "2", "--num_inference_steps", "1"]
+    assert script.main(arguments) == 1
+
+
+def test_checks_on_true_pictures(script):
+    scenes = [sample_scene(0, i, split="test", num_objects=2, grounds=("plain",)) for i in range(24)]
+    pictures = [render(scene, 64) for scene in scenes]
+    right, chance = script.followed(pictures, [full_caption(scene) for scene in scenes])
+    assert right.value > 0.95 and chance.value < 0.1
+    changed = [script.renamed(scene, i % 2) for i, scene in enumerate(scenes)]
+    assert script.followed([render(scene, 64) for scene in changed], [full_caption(s) for s in changed])[0].value > 0.9
+    assert script.followed(pictures, [full_caption(scene) for scene in changed])[0].value == 0.0
+    maps = np.stack([script.object_map(picture) for picture in pictures])
+    assert script.correlation(maps, maps) == pytest.approx(1.0)
+    assert script.correlation(maps, np.roll(maps, 1, axis=0)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "no/such"], "is no pipeline folder"),
+        (["--checkpoint", "FOLDER", "--num_cases", "1"], "--num_cases must be at least 2"),
+        (["--checkpoint", "FOLDER", "--modes", "variation"], "needs --variation_checkpoint"),
+    ],
+)
+def test_bad_arguments(script, folder, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args([folder if word == "FOLDER" else word for word in arguments])
+    assert message in capsys.readouterr().err
