@@ -40,6 +40,19 @@ PRESETS = sorted((ROOT / "training" / "presets").glob("*.yaml"))
 
 # `-paper-` preset -> the recipe's function that builds the network from the parsed arguments, and the exact count.
 PAPER_PARAMETERS = {
+    # Latent Diffusion, first stages: KL 55.3, 83.7, 69.6, 103.9, VQ 55.3, 53.2, 67.7, 67.7, 69.6 million. f2 was never
+    # released: its counts are those of the paper's channels and codes with the levels of f4.
+    "autoencoder-paper-kl-f2.yaml": ("build_autoencoder", 13_314_465),
+    "autoencoder-paper-kl-f4.yaml": ("build_autoencoder", 55_312_063),
+    "autoencoder-paper-kl-f8.yaml": ("build_autoencoder", 83_653_863),
+    "autoencoder-paper-kl-f16.yaml": ("build_autoencoder", 69_610_963),
+    "autoencoder-paper-kl-f32.yaml": ("build_autoencoder", 103_880_131),
+    "autoencoder-paper-vq-f2.yaml": ("build_autoencoder", 13_313_937),
+    "autoencoder-paper-vq-f4.yaml": ("build_autoencoder", 55_322_782),
+    "autoencoder-paper-vq-f4-noattn.yaml": ("build_autoencoder", 53_219_486),
+    "autoencoder-paper-vq-f8.yaml": ("build_autoencoder", 67_717_295),
+    "autoencoder-paper-vq-f8-n256.yaml": ("build_autoencoder", 67_652_783),
+    "autoencoder-paper-vq-f16.yaml": ("build_autoencoder", 69_593_371),
     "paella-paper-v1.yaml": ("build_unet", 577_995_184),
 }
 

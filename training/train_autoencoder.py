@@ -1,16 +1,18 @@
-"""Trains the first stage of a token model: a VQ or Gumbel-VQ autoencoder of any down-sampling factor.
+"""Trains a first stage: a VQ, Gumbel-VQ or KL autoencoder of any down-sampling factor.
 
     accelerate launch training/train_autoencoder.py training/presets/autoencoder-scenes-64.yaml
 
 Papers: VQ-VAE (arXiv 1711.00937), VQGAN (arXiv 2012.09841: L1 + perceptual + PatchGAN with adaptive weight), DALL-E
-(arXiv 2102.12092: Gumbel-softmax codes). Against codebook collapse a VQ run starts as a plain autoencoder, takes its
-first codebook from k-means of the latents, and gives unused codes a new place at intervals.
+(arXiv 2102.12092: Gumbel-softmax codes), Latent Diffusion (arXiv 2112.10752: `--model kl`, the scale of the latents,
+the `autoencoder-paper-` presets). What concerns one bottleneck alone, such as the k-means start and the restarts of a
+codebook, is in `first_stages.py`.
 
 Two optimisers, hence a visible loop of its own, from the pieces of `diffusers_ext.training_utils.loop`.
 """
 
+import json
 import logging
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,29 +21,24 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from diffusers import VQModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from first_stages import OBJECTIVES, Objective, build_autoencoder
+from torch import Generator, Tensor
 
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import prepare_image
-from diffusers_ext.evaluation.image_quality import picture_grid, psnr
-from diffusers_ext.losses.adversarial import adaptive_weight, generator_loss, hinge_discriminator_loss
-from diffusers_ext.losses.perceptual import perceptual_distance
-from diffusers_ext.losses.quantization import (
-    codebook_perplexity,
-    gumbel_quantize,
-    kmeans_codebook,
-    vector_quantize,
+from diffusers_ext.evaluation.image_quality import picture_grid
+from diffusers_ext.evaluation.reconstruction import reconstruction_figures
+from diffusers_ext.losses.adversarial import (
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+    vanilla_discriminator_loss,
 )
+from diffusers_ext.losses.kl import latent_scale
+from diffusers_ext.losses.perceptual import CLIPDistance, perceptual_distance
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.models.vq_paella import (
-    GumbelVQModel,
-    decode_indices,
-    downsample_factor,
-    encode_indices,
-    nearest_codes,
-)
+from diffusers_ext.models.vq_paella import downsample_factor
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
@@ -52,27 +49,33 @@ logger = logging.getLogger(__name__)
 USAGE = """import diffusers
 import diffusers_ext
 
-vqvae = diffusers.{kind}.from_pretrained("{folder}")
+autoencoder = diffusers.{kind}.from_pretrained("{folder}")
 """
+
+DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_discriminator_loss}
 
 
 @dataclass
 class AutoencoderArgs:
     """The network and its loss."""
 
-    model: Literal["vq", "gumbel_vq"] = field(
-        default="vq", metadata={"help": "Nearest code, or Gumbel-softmax codes."}
+    model: Literal["vq", "gumbel_vq", "kl"] = field(
+        default="vq", metadata={"help": "Nearest code, Gumbel-softmax codes, or a Gaussian posterior."}
     )
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Autoencoder to fine-tune; the sizes below then come from it."}
     )
+    subfolder: str | None = field(default=None, metadata={"help": "Where it lies there: `vae` in a pipeline."})
     block_out_channels: list[int] = field(
         default_factory=lambda: [16, 32, 64, 96],
         metadata={"help": "Width of each level; the factor is 2^(levels - 1)."},
     )
     layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks a level."})
     norm_num_groups: int = field(default=8, metadata={"help": "Groups of the group norms."})
-    mid_block_add_attention: bool = field(default=True, metadata={"help": "Self-attention at the lowest resolution."})
+    mid_block_add_attention: bool = field(default=True, metadata={"help": "Self-attention in the middle block."})
+    attention_levels: list[int] = field(
+        default_factory=list, metadata={"help": "Levels (0: full size) with self-attention after each block."}
+    )
     latent_channels: int = field(default=16, metadata={"help": "Channels between encoder and decoder."})
     vq_embed_dim: int | None = field(default=None, metadata={"help": "Width of a code; latent_channels when unset."})
     num_vq_embeddings: int = field(default=512, metadata={"help": "Codes in the codebook."})
@@ -80,12 +83,23 @@ class AutoencoderArgs:
     l2_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error."})
     perceptual_model: str = field(default="none", metadata={"help": "`none`, `lpips`, or a folder with a CLIP model."})
     perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of the perceptual distance."})
+    lpips_dropout: bool = field(
+        default=False, metadata={"help": "Dropout before LPIPS's heads in training, as (by accident) the originals."}
+    )
+    reduction: Literal["sum", "mean"] | None = field(
+        default=None, metadata={"help": "Of these three over a picture's elements; when unset, kl: sum, else mean."}
+    )
+    kl_weight: float = field(default=1e-6, metadata={"help": "KL: weight of the divergence from N(0, 1), in nats."})
+    logvar_init: float = field(default=0.0, metadata={"help": "KL: log-variance of the output elements."})
+    learn_logvar: bool = field(default=False, metadata={"help": "KL: learn it (the original keeps it fixed)."})
     commitment_beta: float = field(default=0.25, metadata={"help": "VQ: weight of the commitment term."})
     codebook_weight: float = field(default=1.0, metadata={"help": "VQ: weight of codebook and commitment together."})
     plain_fraction: float = field(
         default=0.12, metadata={"help": "VQ: share of the steps before the codebook is started."}
     )
-    kmeans_samples: int = field(default=512, metadata={"help": "VQ: pictures whose latents the k-means start uses."})
+    kmeans_samples: int = field(
+        default=512, metadata={"help": "VQ: pictures whose latents the k-means start uses; 0: a random start."}
+    )
     restart_steps: int = field(default=60, metadata={"help": "VQ: give unused codes a new place every so many steps."})
     restart_fraction: float = field(default=0.7, metadata={"help": "VQ: share of the steps after which restarts end."})
     gumbel_temperature: list[float] = field(
@@ -99,24 +113,57 @@ class AutoencoderArgs:
     disc_weight: float = field(
         default=0.8, metadata={"help": "Weight of the adversarial term (times the adaptive one)."}
     )
+    disc_loss: Literal["hinge", "vanilla"] = field(default="hinge", metadata={"help": "The discriminator's loss."})
     disc_channels: int = field(default=64, metadata={"help": "Width of the discriminator's first layer."})
     disc_layers: int = field(default=3, metadata={"help": "Strided layers of the discriminator."})
     disc_learning_rate: float | None = field(default=None, metadata={"help": "learning_rate when unset."})
+    disc_fresh_forward: bool = field(
+        default=False,
+        metadata={"help": "Reconstruct anew for the discriminator, with the step's weights and new draws."},
+    )
+    scale_samples: int = field(
+        default=256,
+        metadata={"help": "Pictures that measure scaling_factor = 1 / std(latents) at the end; 0: keep it."},
+    )
+    validation_samples: int = field(default=64, metadata={"help": "Pictures of a validation."})
+    feature_model: str | None = field(
+        default=None, metadata={"help": "Folder with a CLIP image tower: report the Frechet distance of its vectors."}
+    )
 
     def __post_init__(self):
         if len(self.gumbel_temperature) != 2 or min(self.gumbel_temperature) <= 0:
             raise ValueError(f"--gumbel_temperature needs two values > 0, got {self.gumbel_temperature}.")
-        for name in ("restart_steps", "kmeans_samples", "disc_layers"):
+        for name in ("restart_steps", "disc_layers", "validation_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
+        for name in ("kmeans_samples", "scale_samples", "kl_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}.")
         for name in ("plain_fraction", "restart_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie in [0, 1], got {getattr(self, name)}.")
+        levels = len(self.block_out_channels)
+        if not set(self.attention_levels) <= set(range(levels)):
+            raise ValueError(
+                f"--attention_levels={self.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
+            )
+        if self.model != "kl" and (self.learn_logvar or self.logvar_init):
+            raise ValueError(f"--logvar_init and --learn_logvar belong to --model=kl, got --model={self.model}.")
+        if self.lpips_dropout and self.perceptual_model != "lpips":
+            raise ValueError(
+                f"--lpips_dropout goes with --perceptual_model=lpips, got --perceptual_model={self.perceptual_model}."
+            )
+        if self.subfolder and not self.pretrained_model_name_or_path:
+            raise ValueError(f"--subfolder={self.subfolder} goes with --pretrained_model_name_or_path.")
+
+    @property
+    def resolved_reduction(self) -> Literal["sum", "mean"]:
+        return self.reduction or ("sum" if self.model == "kl" else "mean")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs, TrainArgs]:
     args, data, train = parse((AutoencoderArgs, DataArgs, TrainArgs), argv)
-    if train.gradient_checkpointing:
+    if train.gradient_checkpointing and args.model != "kl":
         raise ValueError("--gradient_checkpointing: diffusers' VQModel has none. Lower --train_batch_size instead.")
     if train.gradient_accumulation_steps > 1 and args.disc_start is not None:
         raise ValueError(
@@ -126,141 +173,50 @@ def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs
     return args, data, train
 
 
-def build_autoencoder(args: AutoencoderArgs, resolution: int) -> VQModel:
-    """A new (or the pretrained) autoencoder that takes pictures of `resolution` pixels a side.
-
-    Raises:
-        ValueError: the pretrained one is of another kind than `--model`, or the resolution does not fit the factor.
-    """
-    kind = {"vq": VQModel, "gumbel_vq": GumbelVQModel}[args.model]
-    if args.pretrained_model_name_or_path:
-        name = VQModel.load_config(args.pretrained_model_name_or_path)["_class_name"]
-        if name != kind.__name__:
-            raise ValueError(
-                f"{args.pretrained_model_name_or_path!r} holds a {name}, but --model={args.model} trains a "
-                f"{kind.__name__}."
-            )
-        vqvae = kind.from_pretrained(args.pretrained_model_name_or_path)
-    else:
-        vqvae = new_autoencoder(kind, args, resolution)
-    factor = downsample_factor(vqvae)
-    if resolution % factor:
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise ValueError(
-            f"--resolution={resolution} is no multiple of the autoencoder's factor {factor}; the nearest is {nearest}."
-        )
-    return vqvae
-
-
-def new_autoencoder(kind: type[VQModel], args: AutoencoderArgs, resolution: int) -> VQModel:
-    """An autoencoder with fresh weights."""
-    levels = len(args.block_out_channels)
-    return kind(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(args.block_out_channels),
-        layers_per_block=args.layers_per_block,
-        norm_num_groups=args.norm_num_groups,
-        mid_block_add_attention=args.mid_block_add_attention,
-        latent_channels=args.latent_channels,
-        vq_embed_dim=args.vq_embed_dim,
-        num_vq_embeddings=args.num_vq_embeddings,
-        sample_size=resolution,
-    )
-
-
-class Quantized(nn.Module):
-    """The autoencoder as it is trained with nearest codes: picture in, reconstruction and bottleneck loss out."""
-
-    def __init__(self, vqvae: VQModel, args: AutoencoderArgs, num_steps: int):
-        super().__init__()
-        self.vqvae, self.args = vqvae, args
-        self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
-        self.last_restart = round(args.restart_fraction * num_steps)
-        self.register_buffer("usage", torch.zeros(vqvae.config.num_vq_embeddings))  # counts since the last restart
-
-    def forward(self, image: Tensor, step: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the reconstruction (b, 3, h, w), the bottleneck's loss and the indices (b, h', w')."""
-        latents = self.vqvae.encode(image).latents.float()
-        codebook = self.vqvae.quantize.embedding.weight
-        if step < self.first_step:  # still a plain autoencoder; the zero keeps the codebook in DDP's graph
-            indices = torch.zeros(latents[:, 0].shape, dtype=torch.long, device=latents.device)
-            return self.vqvae.decode(latents, force_not_quantize=True).sample, 0.0 * codebook.sum(), indices
-        indices = nearest_codes(latents.detach(), codebook)
-        codes, loss = vector_quantize(latents, codebook, indices, beta=self.args.commitment_beta)
-        reconstruction = self.vqvae.decode(codes, force_not_quantize=True).sample
-        return reconstruction, self.args.codebook_weight * loss, indices
-
-    @torch.no_grad()
-    def before_step(
-        self, step: int, image: Tensor, count: int, first_latents, accelerator: Accelerator, seed: int
-    ) -> None:
-        """Starts the codebook, and gives unused codes the place of a random latent of the batch.
-
-        Only the first `count` pictures are this process's own; a cut last batch has fewer on some processes.
-        """
-        weight = self.vqvae.quantize.embedding.weight
-        if step == self.first_step and not self.args.pretrained_model_name_or_path:
-            weight.copy_(kmeans_codebook(first_latents(self.vqvae), weight.shape[0], seed))
-            self.usage.zero_()
-        elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
-            dead = self.usage == 0
-            latents = self.vqvae.encode(image).latents.float()
-            counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
-            parts = accelerator.gather(accelerator.pad_across_processes(latents))
-            parts = parts.split(len(parts) // len(counts))
-            latents = torch.cat([part[:own] for part, own in zip(parts, counts, strict=True)])
-            latents = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
-            rows = torch.randint(len(latents), (int(dead.sum()),), generator=loop.keyed_generator(seed, step))
-            weight[dead] = latents[rows.to(latents.device)]
-            self.usage.zero_()
-
-
-class GumbelQuantized(nn.Module):
-    """The autoencoder as it is trained with Gumbel-softmax codes."""
-
-    def __init__(self, vqvae: GumbelVQModel, args: AutoencoderArgs, num_steps: int):
-        super().__init__()
-        self.vqvae, self.args, self.num_steps = vqvae, args, num_steps
-        self.register_buffer("usage", torch.zeros(vqvae.config.num_vq_embeddings))
-
-    def forward(self, image: Tensor, step: int, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Quantized.forward`; draws (k, h', w') uniforms a sample."""
-        first, last = self.args.gumbel_temperature
-        temperature = last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
-        logits = self.vqvae.quantize_proj(self.vqvae.encode(image).latents)
-        uniforms = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(logits.device)
-        codes, divergence = gumbel_quantize(
-            logits, self.vqvae.quantize.embedding.weight, uniforms, temperature=temperature
-        )
-        reconstruction = self.vqvae.decode(codes, force_not_quantize=True).sample
-        return reconstruction, self.args.gumbel_kl_weight * divergence, logits.argmax(1)
-
-    def before_step(
-        self, step: int, image: Tensor, count: int, first_latents, accelerator: Accelerator, seed: int
-    ) -> None:
-        """Gumbel codes need neither a start nor restarts."""
-
-
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
-    vqvae = build_autoencoder(args, data.resolution)
-    objective = (Quantized if args.model == "vq" else GumbelQuantized)(vqvae, args, train.max_train_steps)
-    perceptual = perceptual_distance(args.perceptual_model)
+    autoencoder = build_autoencoder(args, data.resolution)
+    if train.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    objective = OBJECTIVES[args.model](autoencoder, args, train.max_train_steps)
+    perceptual = perceptual_distance(args.perceptual_model, lpips_dropout=args.lpips_dropout)
+    features = CLIPDistance(args.feature_model, "--feature_model") if args.feature_model else None
     train_set, validation_set = load_pictures(data)
     logger.info("%d training pictures, %d for validation", len(train_set), len(validation_set))
-    if fit_autoencoder(accelerator, objective, perceptual, train_set, validation_set, args, data, train):
+    if fit_autoencoder(
+        accelerator, objective, perceptual, features, train_set, validation_set, args, data, train
+    ):  # fmt: skip
         if accelerator.is_main_process:
-            vqvae.save_pretrained(train.output_dir)
+            if args.scale_samples:
+                count, device = args.scale_samples, accelerator.device
+                store_scale(objective, first_pictures(train_set, count, data, train.seed, device))
+            autoencoder.save_pretrained(train.output_dir)
+            name, scale = type(autoencoder).__name__, autoencoder.config["scaling_factor"]
             publish_result(
                 train,
                 recipe="autoencoder",
                 argv=argv,
-                summary=f"A {type(vqvae).__name__}.",
-                usage=USAGE.format(kind=type(vqvae).__name__, folder=train.output_dir),
+                summary=f"First stage {name}; scaling_factor {scale:.5g}.{last_report(train)}",
+                usage=USAGE.format(kind=name, folder=train.output_dir),
             )
     accelerator.end_training()
+
+
+def store_scale(objective: Objective, pictures: Iterator[tuple[Tensor, list[Generator]]]) -> None:
+    """Writes 1 / std of the pictures' latents into the autoencoder's config, where diffusers' pipelines look."""
+    with loop.evaluating(objective):
+        latents = torch.cat([objective.latents(*batch) for batch in pictures])
+    objective.autoencoder.register_to_config(scaling_factor=latent_scale(latents))
+
+
+def last_report(train: TrainArgs) -> str:
+    """The figures of the last validation as a sentence for the model card."""
+    log = Path(train.output_dir) / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    found = [line for line in lines if "validation_psnr" in line][-1:]
+    figures = [f"{name} {value:.4g}" for line in found for name, value in line.items() if name != "step"]
+    return f" At step {found[0]['step']}: {', '.join(figures)}." if found else ""
 
 
 def read_picture(example: dict, generator: torch.Generator, data: DataArgs) -> Tensor:
@@ -271,12 +227,39 @@ def read_picture(example: dict, generator: torch.Generator, data: DataArgs) -> T
     )  # fmt: skip
 
 
-def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_pictures: int) -> None:
-    """Refuses now what would otherwise stop the run in its middle: the discriminator's and the k-means start.
+def first_pictures(
+    train_set, count: int, data: DataArgs, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, list[Generator]]]:
+    """The first `count` pictures of the data set in batches, each picture with a generator; equal on every process."""
+    count = min(count, len(train_set))
+    for start in range(0, count, 32):
+        keys = range(start, min(start + 32, count))
+        images = [read_picture(train_set[i], loop.keyed_generator(seed, i), data) for i in keys]
+        yield torch.stack(images).to(device), [loop.keyed_generator(seed, i, loop.LOSS_STREAM) for i in keys]
+
+
+def validation_pictures(validation_set, count: int, data: DataArgs, device: torch.device) -> Iterator[Tensor]:
+    """The first `count` pictures, their centres, 16 at a time."""
+    for start in range(0, count, 16):
+        rows = [validation_set[i] for i in range(start, min(start + 16, count))]
+        yield torch.stack(
+            [prepare_image(row[data.image_column], data.resolution, center_crop=True) for row in rows]
+        ).to(device)
+
+
+def check_sizes(
+    args: AutoencoderArgs, resolution: int, factor: int, num_pictures: int, num_validation: int = 2
+) -> None:
+    """Refuses now what would otherwise stop the run in its middle: the discriminator's start, the k-means, the report.
 
     Raises:
-        ValueError: the pictures are too small for the discriminator, or too few for a first codebook.
+        ValueError: the pictures are too small for the discriminator, or too few for a first codebook or a covariance.
     """
+    if args.feature_model and num_validation < 2:
+        raise ValueError(
+            f"--feature_model needs at least 2 validation pictures, got {num_validation}: raise --validation_samples, "
+            "or use more pictures (a tenth of them is held out)."
+        )
     smallest = 3 * 2**args.disc_layers
     if args.disc_start is not None and resolution < smallest:
         raise ValueError(
@@ -284,7 +267,8 @@ def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_picture
             "pixels a side."
         )
     num_latents = min(args.kmeans_samples, num_pictures) * (resolution // factor) ** 2
-    if args.model == "vq" and not args.pretrained_model_name_or_path and num_latents < args.num_vq_embeddings:
+    starts = args.model == "vq" and args.kmeans_samples > 0 and not args.pretrained_model_name_or_path
+    if starts and num_latents < args.num_vq_embeddings:
         raise ValueError(
             f"--num_vq_embeddings={args.num_vq_embeddings} codes cannot start from the {num_latents} latents of "
             f"{min(args.kmeans_samples, num_pictures)} pictures: raise --kmeans_samples, use more pictures, or fewer "
@@ -293,18 +277,20 @@ def check_sizes(args: AutoencoderArgs, resolution: int, factor: int, num_picture
 
 
 def fit_autoencoder(
-    accelerator: Accelerator, objective: Quantized | GumbelQuantized, perceptual, train_set, validation_set,
-    args: AutoencoderArgs, data: DataArgs, train: TrainArgs,
+    accelerator: Accelerator, objective: Objective, perceptual, features: CLIPDistance | None, train_set,
+    validation_set, args: AutoencoderArgs, data: DataArgs, train: TrainArgs,
 ) -> bool:  # fmt: skip
     """The loop: autoencoder step, then discriminator step; returns whether `max_train_steps` was reached."""
-    vqvae, device = objective.vqvae, accelerator.device
-    check_sizes(args, data.resolution, downsample_factor(vqvae), len(train_set))
+    autoencoder, device = objective.autoencoder, accelerator.device
+    num_validation = min(args.validation_samples, len(validation_set))
+    check_sizes(args, data.resolution, downsample_factor(autoencoder), len(train_set), num_validation)
     discriminator = PatchDiscriminator(base_channels=args.disc_channels, num_layers=args.disc_layers)
-    optimizer, schedule = loop.build_optimizer(list(objective.parameters()), train)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer, schedule = loop.build_optimizer(trained, train)
     disc_optimizer, disc_schedule = loop.build_optimizer(
         list(discriminator.parameters()), train, args.disc_learning_rate
     )
-    ema = EMAModel(vqvae.parameters(), decay=train.ema_decay) if train.use_ema else None
+    ema = EMAModel(autoencoder.parameters(), decay=train.ema_decay) if train.use_ema else None
     parts = {"objective": objective, "optimizer": optimizer, "lr_scheduler": schedule}
     if args.disc_start is not None:
         parts |= {"discriminator": discriminator, "disc_optimizer": disc_optimizer, "disc_lr_scheduler": disc_schedule}
@@ -316,56 +302,56 @@ def fit_autoencoder(
     if ema is not None:
         ema.to(device)
     model, disc, optimizer, disc_optimizer = accelerator.prepare(objective, discriminator, optimizer, disc_optimizer)
-    if perceptual is not None:
-        perceptual.to(device)
+    for network in filter(None, (perceptual, features)):
+        network.to(device)
 
-    transform = partial(read_picture, data=data)
+    def pictures(count: int) -> Iterator[tuple[Tensor, list[Generator]]]:
+        return first_pictures(train_set, count, data, train.seed, device)
 
-    @torch.no_grad()
-    def first_latents(vqvae: VQModel) -> Tensor:
-        """Latents (n, d) of the first pictures of the data set, equal on every process."""
-        count = min(args.kmeans_samples, len(train_set))
-        latents = []
-        for start in range(0, count, 32):
-            keys = range(start, min(start + 32, count))
-            images = [transform(train_set[i], loop.keyed_generator(train.seed, i)) for i in keys]
-            latents.append(vqvae.encode(torch.stack(images).to(device)).latents.float())
-        return torch.cat(latents).permute(0, 2, 3, 1).flatten(0, 2)
-
-    def autoencoder_losses(image: Tensor, step: int, generators) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        reconstruction, bottleneck, indices = model(image, step, generators)
+    def autoencoder_losses(
+        image: Tensor, step: int, generators: list[Generator]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        reconstruction, terms, seen = model(image, step, generators)
         error = reconstruction.float() - image
-        losses = {"l1": error.abs().mean(), "l2": error.square().mean(), "bottleneck": bottleneck}
-        losses["loss"] = args.l1_weight * losses["l1"] + args.l2_weight * losses["l2"] + bottleneck
+        losses = {"l1": error.abs().mean(), "l2": error.square().mean(), **terms}
+        total = args.l1_weight * losses["l1"] + args.l2_weight * losses["l2"]
         if perceptual is not None:
+            perceptual.train(args.lpips_dropout)
             losses[perceptual.name] = perceptual(reconstruction.float(), image).mean()
-            losses["loss"] = losses["loss"] + args.perceptual_weight * losses[perceptual.name]
-        return losses, reconstruction, indices
+            total = total + args.perceptual_weight * losses[perceptual.name]
+        losses["reconstruction"] = objective.reconstruction_loss(total, image[0].numel())
+        losses["loss"] = losses["reconstruction"] + terms["bottleneck"]
+        return losses, reconstruction, seen
 
     def validate(step: int) -> None:
         if not accelerator.is_main_process:
             return
-        with loop.ema_weights(vqvae, ema), loop.evaluating(vqvae):
-            originals = torch.stack([
-                prepare_image(validation_set[i][data.image_column], data.resolution, center_crop=True)
-                for i in range(min(64, len(validation_set)))
-            ]).to(device)  # fmt: skip
-            indices = encode_indices(vqvae, originals)
-            decoded = decode_indices(vqvae, indices).clamp(-1, 1)
-            counts = torch.bincount(indices.flatten(), minlength=vqvae.config.num_vq_embeddings)
-            values = {"validation_psnr": psnr(decoded, originals), "codes_used": float((counts > 0).sum())}
-            if perceptual is not None:
-                values[f"validation_{perceptual.name}"] = float(perceptual(decoded, originals).mean())
-            log.write(step, values | {"codebook_perplexity": float(codebook_perplexity(counts))})
-            pairs = torch.stack([originals[:16], decoded[:16]], 1).flatten(0, 1)
-            picture_grid(pairs, columns=8).save(Path(train.output_dir) / f"validation-{step}.png")
+        seen: list[Tensor] = []
+
+        def reconstruct(originals: Tensor) -> Tensor:
+            decoded, details = objective.reconstruct(originals)
+            decoded = decoded.clamp(-1, 1)
+            if not seen:
+                pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
+                picture_grid(pairs, columns=8).save(Path(train.output_dir) / f"validation-{step}.png")
+            seen.append(details)
+            return decoded
+
+        if perceptual is not None:
+            perceptual.eval()
+        with loop.ema_weights(autoencoder, ema), loop.evaluating(objective):
+            batches = validation_pictures(validation_set, num_validation, data, device)
+            figures = reconstruction_figures(batches, reconstruct, distance=perceptual, features=features)
+            figures = {f"validation_{name}": value for name, value in figures.items()}
+            log.write(step, figures | objective.figures(torch.cat(seen)))
 
     plan = loop.StepPlan(
         len(train_set), train.train_batch_size, train.gradient_accumulation_steps,
         accelerator.num_processes, accelerator.process_index, train.seed,
     )  # fmt: skip
     steps = range(first_step, train.max_train_steps)
-    stream = loop.windows(train_set, plan, steps, transform=transform, num_workers=data.dataloader_num_workers)
+    transform, num_workers = partial(read_picture, data=data), data.dataloader_num_workers
+    stream = loop.windows(train_set, plan, steps, transform=transform, num_workers=num_workers)
     log, stopwatch = loop.RunLog(accelerator, train, first_step), loop.Stopwatch(accelerator, train.max_train_minutes)
     objective.train()
     for step in steps:
@@ -375,37 +361,38 @@ def fit_autoencoder(
             image = send_to_device(batch, device)
             if micro == 0:
                 count = len(keys) if weight > 0 else 0
-                objective.before_step(step, image, count, first_latents, accelerator, train.seed)
+                objective.before_step(step, image, count, pictures, accelerator, train.seed)
             torch.manual_seed(loop.mix(train.seed, step, micro, accelerator.process_index, loop.DROPOUT_STREAM))
             generators = [loop.keyed_generator(train.seed, epoch, i, loop.LOSS_STREAM) for epoch, i in keys]
             with accelerator.autocast():
-                losses, reconstruction, indices = autoencoder_losses(image, step, generators)
+                losses, reconstruction, seen = autoencoder_losses(image, step, generators)
                 if adversarial:
                     disc.requires_grad_(False)  # its gradients belong to its own step
                     losses["adversarial"] = generator_loss(disc(reconstruction.float()).float())
-                    balance = adaptive_weight(losses["loss"], losses["adversarial"], vqvae.decoder.conv_out.weight)
-                    losses["loss"] = losses["loss"] + args.disc_weight * balance * losses["adversarial"]
+                    last_layer = autoencoder.decoder.conv_out.weight
+                    balance = adaptive_weight(losses["reconstruction"], losses["adversarial"], last_layer)
+                    losses["adaptive_weight"] = args.disc_weight * balance
+                    losses["loss"] = losses["loss"] + losses["adaptive_weight"] * losses["adversarial"]
                     disc.requires_grad_(True)
-            if weight == 0:  # a process without samples of its own took another's
-                counts = torch.zeros_like(objective.usage)
-            else:
-                counts = torch.bincount(indices.flatten(), minlength=len(objective.usage)).float()
-            objective.usage += accelerator.reduce(counts, "sum")  # equal on all processes, as DDP wants buffers
+            objective.record(seen, weight, accelerator)
             with accelerator.no_sync(model) if micro < len(window) - 1 else loop.nullcontext():
                 accelerator.backward(losses["loss"] * (weight * accelerator.num_processes))
             for name, value in losses.items():
                 values[name] = values.get(name, 0) + value.detach() * weight
-        norm = accelerator.clip_grad_norm_(objective.parameters(), train.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(trained, train.max_grad_norm)
         loop.check_finite(accelerator, norm, values["loss"], step, window)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
-            ema.step(vqvae.parameters())
+            ema.step(autoencoder.parameters())
         if adversarial:
             with accelerator.autocast():
+                if args.disc_fresh_forward:
+                    with torch.no_grad():
+                        reconstruction = model(image, step, generators)[0]  # the generators go on: new draws
                 real, fake = disc(image), disc(reconstruction.detach().float())
-                disc_loss = hinge_discriminator_loss(real.float(), fake.float())
+                disc_loss = DISCRIMINATOR_LOSSES[args.disc_loss](real.float(), fake.float())
             accelerator.backward(disc_loss * (weight * accelerator.num_processes))  # one micro-batch, see parse_args
             values["disc_loss"] = disc_loss.detach() * weight
             disc_optimizer.step()
@@ -417,8 +404,7 @@ def fit_autoencoder(
         finished = done == train.max_train_steps
         over = not finished and stopwatch.is_over()
         if done % train.logging_steps == 0 or finished:
-            perplexity = float(codebook_perplexity(objective.usage))
-            log.flush(done, lr=schedule.get_last_lr()[0], usage_perplexity=perplexity)
+            log.flush(done, lr=schedule.get_last_lr()[0], **objective.logged())
         if done % train.checkpointing_steps == 0 or finished or over:
             if accelerator.is_main_process:
                 loop.save_checkpoint(Path(train.output_dir), done, parts, train)
@@ -429,7 +415,7 @@ def fit_autoencoder(
             return False
     log.bar.close()
     if ema is not None:
-        ema.copy_to(vqvae.parameters())
+        ema.copy_to(autoencoder.parameters())
     return True
 
 

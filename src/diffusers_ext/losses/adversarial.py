@@ -10,9 +10,25 @@ def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
+def vanilla_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """(E[softplus(-D(x))] + E[softplus(D(x'))]) / 2, a scalar: the cross-entropy of the original GAN.
+
+    Source: CompVis/taming-transformers@3ba01b2:taming/modules/losses/vqperceptual.py, `disc_loss: vanilla`.
+    """
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """-E[D(x')], a scalar."""
     return -logits_fake.mean()
+
+
+def delayed_factor(step: int, start: int, factor: float = 1.0) -> float:
+    """`factor` from step `start` on, 0 before: for both adversarial terms, so the discriminator starts late as well.
+
+    A step is one generator step with its discriminator step; count no optimiser twice.
+    """
+    return factor if step >= start else 0.0
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:

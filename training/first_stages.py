@@ -1,0 +1,284 @@
+"""The first stages of train_autoencoder.py: for each `--model` the network, and its objective with all of it that the
+loop does not know: its loss, its draws, what it keeps between steps, what it reports.
+
+| `--model` | bottleneck | paper |
+|---|---|---|
+| `vq` | nearest code; starts as a plain autoencoder, k-means start, unused codes get a new place | 1711.00937 |
+| `gumbel_vq` | Gumbel-softmax codes | 2102.12092 |
+| `kl` | Gaussian posterior, one draw of it | 2112.10752 |
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, VQModel
+from torch import Generator, Tensor, nn
+
+from diffusers_ext.losses.kl import kl_divergence, reconstruction_nll, sample_posterior
+from diffusers_ext.losses.quantization import (
+    codebook_perplexity,
+    gumbel_quantize,
+    kmeans_codebook,
+    vector_quantize,
+)
+from diffusers_ext.models.vq_paella import (
+    GumbelVQModel,
+    decode_indices,
+    downsample_factor,
+    encode_indices,
+    nearest_codes,
+)
+from diffusers_ext.training_utils.loop import keyed_generator
+
+if TYPE_CHECKING:
+    from train_autoencoder import AutoencoderArgs
+
+Batches = Iterator[tuple[Tensor, list[Generator]]]  # pictures (b, 3, h, w), and for each its source of draws
+Trained = tuple[Tensor, dict[str, Tensor], Tensor]
+
+
+KINDS: dict[str, type[VQModel] | type[AutoencoderKL]] = {
+    "vq": VQModel, "gumbel_vq": GumbelVQModel, "kl": AutoencoderKL,
+}  # fmt: skip
+
+
+def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> VQModel | AutoencoderKL:
+    """A new (or the pretrained) autoencoder that takes pictures of `resolution` pixels a side.
+
+    Raises:
+        ValueError: the pretrained one is of another kind than `--model`, or the resolution does not fit the factor.
+    """
+    kind = KINDS[args.model]
+    if args.pretrained_model_name_or_path:
+        place = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "subfolder": args.subfolder}
+        name = kind.load_config(**place)["_class_name"]
+        if name != kind.__name__:
+            raise ValueError(
+                f"{args.pretrained_model_name_or_path!r} holds a {name}, but --model={args.model} trains a "
+                f"{kind.__name__}."
+            )
+        autoencoder = kind.from_pretrained(**place)
+    else:
+        autoencoder = new_autoencoder(kind, args, resolution)
+    factor = downsample_factor(autoencoder)
+    if resolution % factor:
+        nearest = max(factor, round(resolution / factor) * factor)
+        raise ValueError(
+            f"--resolution={resolution} is no multiple of the autoencoder's factor {factor}; the nearest is {nearest}."
+        )
+    return autoencoder
+
+
+def new_autoencoder(
+    kind: type[VQModel] | type[AutoencoderKL], args: "AutoencoderArgs", resolution: int
+) -> VQModel | AutoencoderKL:
+    """An autoencoder with fresh weights, and 1 for the scale of its latents."""
+    attends = [level in args.attention_levels for level in range(len(args.block_out_channels))]
+    codebook = {"vq_embed_dim": args.vq_embed_dim, "num_vq_embeddings": args.num_vq_embeddings}
+    return kind(
+        down_block_types=tuple("AttnDownEncoderBlock2D" if attn else "DownEncoderBlock2D" for attn in attends),
+        up_block_types=tuple("AttnUpDecoderBlock2D" if attn else "UpDecoderBlock2D" for attn in attends[::-1]),
+        block_out_channels=tuple(args.block_out_channels),
+        layers_per_block=args.layers_per_block,
+        norm_num_groups=args.norm_num_groups,
+        mid_block_add_attention=args.mid_block_add_attention,
+        latent_channels=args.latent_channels,
+        sample_size=resolution,
+        scaling_factor=1.0,
+        **({} if args.model == "kl" else codebook),
+    )
+
+
+class Objective(nn.Module):
+    """Picture in, reconstruction and bottleneck loss out."""
+
+    def __init__(self, autoencoder: AutoencoderKL | VQModel, args: "AutoencoderArgs", num_steps: int):
+        super().__init__()
+        self.autoencoder, self.args, self.num_steps = autoencoder, args, num_steps
+
+    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+        """Returns the reconstruction (b, 3, h, w); scalars to log, of which `bottleneck` belongs to the loss; and what
+        `record` wants to see."""
+        raise NotImplementedError
+
+    def reconstruction_loss(self, error: Tensor, num_elements: int) -> Tensor:
+        """The term of the loss that `error`, the mean error of an element, stands for (`--reduction`)."""
+        return reconstruction_nll(error, num_elements, reduction=self.args.resolved_reduction)
+
+    def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """What a latent diffusion model learns, before scaling: float32 (b, d, h', w')."""
+        raise NotImplementedError
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The pictures as the finished autoencoder gives them back, and what `figures` wants to see; no draws."""
+        raise NotImplementedError
+
+    def figures(self, seen: Tensor) -> dict[str, float]:
+        """Figures of the bottleneck over all validation pictures."""
+        return {}
+
+    def before_step(
+        self, step: int, image: Tensor, count: int, pictures: Callable[[int], Batches], accelerator: Accelerator,
+        seed: int,
+    ) -> None:  # fmt: skip
+        """Changes of the bottleneck by hand.
+
+        Args:
+            image: The step's first micro-batch; only its first `count` pictures are this process's own (a cut last
+                batch has fewer on some processes).
+            pictures: `(n) -> the first n pictures of the data set`, equal on every process.
+        """
+
+    def record(self, seen: Tensor, weight: float, accelerator: Accelerator) -> None:
+        """Keeps count of a micro-batch; `weight` is 0 on a process that had no samples of its own."""
+
+    def logged(self) -> dict[str, float]:
+        """What the records amount to, for the log."""
+        return {}
+
+
+class CodebookObjective(Objective):
+    """What the two kinds of codes share: the counts of codes."""
+
+    autoencoder: VQModel
+    usage: Tensor  # (k,), counts since the last restart
+
+    def __init__(self, autoencoder: VQModel, args: "AutoencoderArgs", num_steps: int):
+        super().__init__(autoencoder, args, num_steps)
+        self.register_buffer("usage", torch.zeros(autoencoder.config.num_vq_embeddings))
+
+    def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
+        return self.autoencoder.encode(image).latents.float()  # before the codes, as in Latent Diffusion
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        indices = encode_indices(self.autoencoder, image)
+        return decode_indices(self.autoencoder, indices), indices
+
+    def figures(self, seen: Tensor) -> dict[str, float]:
+        counts = torch.bincount(seen.flatten(), minlength=len(self.usage))
+        return {"codes_used": float((counts > 0).sum()), "codebook_perplexity": float(codebook_perplexity(counts))}
+
+    def record(self, seen: Tensor, weight: float, accelerator: Accelerator) -> None:
+        if weight == 0:  # a process without samples of its own took another's
+            counts = torch.zeros_like(self.usage)
+        else:
+            counts = torch.bincount(seen.flatten(), minlength=len(self.usage)).float()
+        self.usage += accelerator.reduce(counts, "sum")  # equal on all processes, as DDP wants buffers
+
+    def logged(self) -> dict[str, float]:
+        return {"usage_perplexity": float(codebook_perplexity(self.usage))}
+
+
+class Quantized(CodebookObjective):
+    """Nearest codes."""
+
+    def __init__(self, autoencoder: VQModel, args: "AutoencoderArgs", num_steps: int):
+        super().__init__(autoencoder, args, num_steps)
+        self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
+        self.last_restart = round(args.restart_fraction * num_steps)
+
+    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+        latents = self.autoencoder.encode(image).latents.float()
+        codebook = self.autoencoder.quantize.embedding.weight
+        if step < self.first_step:  # still a plain autoencoder; the zero keeps the codebook in DDP's graph
+            indices = torch.zeros(latents[:, 0].shape, dtype=torch.long, device=latents.device)
+            picture = self.autoencoder.decode(latents, force_not_quantize=True).sample
+            return picture, {"bottleneck": 0.0 * codebook.sum()}, indices
+        indices = nearest_codes(latents.detach(), codebook)
+        codes, loss = vector_quantize(latents, codebook, indices, beta=self.args.commitment_beta)
+        picture = self.autoencoder.decode(codes, force_not_quantize=True).sample
+        return picture, {"bottleneck": self.args.codebook_weight * loss}, indices
+
+    @torch.no_grad()
+    def before_step(
+        self, step: int, image: Tensor, count: int, pictures: Callable[[int], Batches], accelerator: Accelerator,
+        seed: int,
+    ) -> None:  # fmt: skip
+        """Starts the codebook, and gives unused codes the place of a random latent of the batch."""
+        weight = self.autoencoder.quantize.embedding.weight
+        starts = self.args.kmeans_samples > 0 and not self.args.pretrained_model_name_or_path
+        if step == self.first_step and starts:
+            latents = torch.cat([self.latents(*batch) for batch in pictures(self.args.kmeans_samples)])
+            weight.copy_(kmeans_codebook(as_rows(latents), weight.shape[0], seed))
+            self.usage.zero_()
+        elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
+            dead = self.usage == 0
+            latents = self.autoencoder.encode(image).latents.float()
+            counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
+            parts = accelerator.gather(accelerator.pad_across_processes(latents))
+            parts = parts.split(len(parts) // len(counts))
+            latents = as_rows(torch.cat([part[:own] for part, own in zip(parts, counts, strict=True)]))
+            rows = torch.randint(len(latents), (int(dead.sum()),), generator=keyed_generator(seed, step))
+            weight[dead] = latents[rows.to(latents.device)]
+            self.usage.zero_()
+
+
+def as_rows(latents: Tensor) -> Tensor:
+    """(b, d, h, w) to (b*h*w, d)."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class GumbelQuantized(CodebookObjective):
+    """Gumbel-softmax codes, which need neither a start nor restarts."""
+
+    autoencoder: GumbelVQModel
+
+    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+        """Draws (k, h', w') uniforms a sample."""
+        first, last = self.args.gumbel_temperature
+        temperature = last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
+        logits = self.autoencoder.quantize_proj(self.autoencoder.encode(image).latents)
+        uniforms = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in generators]).to(logits.device)
+        codes, divergence = gumbel_quantize(
+            logits, self.autoencoder.quantize.embedding.weight, uniforms, temperature=temperature
+        )
+        picture = self.autoencoder.decode(codes, force_not_quantize=True).sample
+        return picture, {"bottleneck": self.args.gumbel_kl_weight * divergence}, logits.argmax(1)
+
+
+class Gaussian(Objective):
+    """A Gaussian posterior held near N(0, 1), and one log-variance for all output elements."""
+
+    autoencoder: AutoencoderKL
+
+    def __init__(self, autoencoder: AutoencoderKL, args: "AutoencoderArgs", num_steps: int):
+        super().__init__(autoencoder, args, num_steps)
+        # The original's parameter is in no optimiser, so that it stays what it was at the start.
+        self.logvar = nn.Parameter(torch.tensor(float(args.logvar_init)), requires_grad=args.learn_logvar)
+
+    def moments(self, image: Tensor) -> Tensor:
+        """(b, 2 d, h', w'), float32."""
+        return self.autoencoder.encode(image).latent_dist.parameters.float()
+
+    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+        """Draws (d, h', w') Gaussian values a sample."""
+        moments = self.moments(image)
+        divergence = kl_divergence(moments).mean()
+        picture = self.autoencoder.decode(sample_posterior(moments, self.noise(moments, generators))).sample
+        terms = {"bottleneck": self.args.kl_weight * divergence, "kl": divergence, "logvar": self.logvar.detach()}
+        return picture, terms, moments.detach()
+
+    def noise(self, moments: Tensor, generators: Sequence[Generator]) -> Tensor:
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(moments.device)
+
+    def reconstruction_loss(self, error: Tensor, num_elements: int) -> Tensor:
+        reduction = self.args.resolved_reduction
+        return reconstruction_nll(error, num_elements, logvar=self.logvar, reduction=reduction)
+
+    def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
+        moments = self.moments(image)
+        return sample_posterior(moments, self.noise(moments, generators))
+
+    def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.autoencoder.encode(image).latent_dist
+        return self.autoencoder.decode(posterior.mode()).sample, posterior.parameters
+
+    def figures(self, seen: Tensor) -> dict[str, float]:
+        return {"validation_kl": float(kl_divergence(seen).mean())}
+
+
+OBJECTIVES = {"vq": Quantized, "gumbel_vq": GumbelQuantized, "kl": Gaussian}
