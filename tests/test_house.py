@@ -22,6 +22,10 @@ PACKAGE = ROOT / "src" / "diffusers_ext"
 PUBLIC = [
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "LDMClassEmbedder",
+    "LDMLayoutEncoder",
+    "LDMSpatialRescaler",
+    "LDMUNet",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel as PreTrainedModel
 
 from .guidance import classifier_free_guidance
 from .models.discriminator import PatchDiscriminator
+from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
+from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
 from .models.vq_paella import GumbelVQModel
 from .pipelines.pipeline_paella import PaellaPipeline
@@ -26,6 +28,10 @@ __version__ = "0.1.0"
 __all__ = [
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "LDMClassEmbedder",
+    "LDMLayoutEncoder",
+    "LDMSpatialRescaler",
+    "LDMUNet",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",

@@ -120,6 +120,8 @@ class LayoutTokenizer:
                 )
         if crop is not None:
             _check_box("crop", crop)
+            if crop[2] <= 0 or crop[3] <= 0:
+                raise ValueError(f"`crop` is {tuple(crop)}: it is empty.")
         seen = WHOLE if crop is None else crop
         kept = list(objects[: self.max_objects])
         if shuffle is not None:

@@ -7,7 +7,10 @@ Rombach et al., arXiv 2112.10752; the original's sampler: CompVis/latent-diffusi
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..guidance import classifier_free_guidance
@@ -54,7 +57,7 @@ def set_original_timesteps(
             f"`num_inference_steps` is {num_inference_steps}: with steps of {stride} the original reaches timestep "
             f"{last}, the last one is {last - 1}. Use a divisor of {last}, or the scheduler's own `set_timesteps`."
         )
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    scheduler.set_timesteps(num_inference_steps, device=device)  # type: ignore[arg-type] # takes None
     scheduler.timesteps = torch.tensor(timesteps[::-1], device=device)
 
 

@@ -19,7 +19,9 @@ class TileGrid:
     """Tiles over an input of a given size, and their weights in the result, which may be finer or coarser.
 
     A pixel's weight in its tile is its distance from the tile's nearest side, relative to the side's length and cut to
-    [`min_weight`, `max_weight`]; the weights of all tiles over a pixel are divided by their sum.
+    [`min_weight`, `max_weight`]; the weights of all tiles over a pixel are divided by their sum. In the original a
+    side that lies on the picture's border counts like any other, so that along the border all tiles have the same
+    least weight and their seams show; `count_outer_sides=False` mends that.
 
     Args:
         size: (height, width) of the input.
@@ -28,6 +30,7 @@ class TileGrid:
         up, down: factors between input and result: `up` for decoding, `down` for encoding, 1 for the U-Net.
         tie_breaker: also weight whole tiles by their distance from the border of the grid of tiles, cut to
             [`min_tie_weight`, `max_tie_weight`].
+        count_outer_sides: whether sides on the picture's border lower the weight, as in the original.
 
     Raises:
         ValueError: for tiles that leave gaps, or sizes that `down` does not divide.
@@ -43,6 +46,7 @@ class TileGrid:
     tie_breaker: bool = False
     min_tie_weight: float = 0.01
     max_tie_weight: float = 0.5
+    count_outer_sides: bool = True
 
     def __post_init__(self):
         if min(self.size) < 1 or min(self.kernel) < 1 or min(self.up, self.down) < 1 or self.min_weight <= 0:
@@ -99,13 +103,17 @@ class TileGrid:
 
     def weights(self, device: str | torch.device | None = None) -> Iterator[Tensor]:
         """The weights (kh', kw') of each tile in the result, before the division by their sum."""
-        inner = border_weights(*(self._scaled(side) for side in self.tile_size), self.min_weight, self.max_weight)
-        inner = inner.to(device)
-        if not self.tie_breaker:
-            return (inner for _ in range(len(self)))
-        grid = (len(self.starts[0]), len(self.starts[1]))
-        ties = border_weights(*grid, self.min_tie_weight, self.max_tie_weight).flatten().to(device)
-        return (inner * tie for tie in ties)
+        sides = [self._scaled(side) for side in self.tile_size]
+        rows, columns = self.starts
+        ties = torch.ones(len(self))
+        if self.tie_breaker:
+            grid = border_weights((len(rows), len(columns)), self.min_tie_weight, self.max_tie_weight)
+            ties = grid.flatten()
+        for (top, left), tie in zip(self.corners(), ties.to(device), strict=True):
+            counted = (True, True, True, True)
+            if not self.count_outer_sides:
+                counted = (top != rows[0], top != rows[-1], left != columns[0], left != columns[-1])
+            yield border_weights((sides[0], sides[1]), self.min_weight, self.max_weight, counted).to(device) * tie
 
     def normalization(self, device: str | torch.device | None = None) -> Tensor:
         """Sum of the weights over each place of the result, (h', w')."""
@@ -161,13 +169,21 @@ class TileGrid:
         return values[..., top : top + rows, left : left + columns]
 
 
-def border_weights(height: int, width: int, low: float, high: float) -> Tensor:
+def border_weights(
+    size: tuple[int, int], low: float, high: float, counted: tuple[bool, bool, bool, bool] = (True, True, True, True)
+) -> Tensor:
     """Distance (h, w) from the nearest side, 0 at the sides and 1/2 in the middle, cut to [low, high].
 
     An axis of length 1 has no sides to be near to: it does not count.
+
+    Args:
+        size: (h, w).
+        low, high: limits of the result.
+        counted: which sides there are: top, bottom, left, right.
     """
-    axes = []
-    for length in (height, width):
+    distances = []
+    for length, (first, last) in zip(size, (counted[:2], counted[2:]), strict=True):
         position = torch.linspace(0, 1, length) if length > 1 else torch.full((1,), 0.5)
-        axes.append(torch.minimum(position, 1 - position))
-    return torch.minimum(axes[0][:, None], axes[1][None, :]).clamp(low, high)
+        nowhere = torch.full_like(position, torch.inf)
+        distances.append(torch.minimum(position if first else nowhere, 1 - position if last else nowhere))
+    return torch.minimum(distances[0][:, None], distances[1][None, :]).clamp(low, high)
