@@ -51,8 +51,8 @@ def _filter_rows(logits: Tensor, mass: float, min_tokens: int) -> Tensor:
     p = log_p.exp()
     entropy = -(p * log_p).nansum(dim=-1, keepdim=True)  # 0 * -inf of forbidden entries counts as 0
     score = (-log_p - entropy).abs()  # (n, v); +inf at forbidden entries, so they come last
-    # Short rows sort as fast as they are counted. The histogram must look at its counts, for which an accelerator would
-    # have to wait and a graph would break.
+    # Short rows sort as fast as they are counted. The histogram must look at its counts: an accelerator would have to
+    # wait for them, and a graph would break.
     by_histogram = score.shape[-1] > 1024 and score.device.type == "cpu" and not torch.compiler.is_compiling()
     limit = _limit_by_histogram(score, p, mass) if by_histogram else _limit_by_sorting(score, p, mass)
     if min_tokens > 1:
