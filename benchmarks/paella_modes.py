@@ -104,8 +104,10 @@ class Bench:
 
     def encode(self, pictures: list[Image.Image]) -> torch.Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        # in the batches of `run`: the last bits of an encoder depend on the batch, and near ties on the last bits
+        parts = (pixels.to(self.args.device) / 127.5 - 1).split(self.args.batch_size)
         with torch.no_grad():
-            return encode_indices(self.pipe.vqvae, pixels.to(self.args.device) / 127.5 - 1)
+            return torch.cat([encode_indices(self.pipe.vqvae, part) for part in parts])
 
     def decode(self, tokens: torch.Tensor) -> list[np.ndarray]:
         with torch.no_grad():
