@@ -40,8 +40,8 @@ def test_every_mode_on_a_tiny_pipeline(script, folder, tmp_path, capsys):
 
 
 def test_a_changed_token_is_a_failure(script, folder, monkeypatch):
-    original = script.Bench.encode
-    monkeypatch.setattr(script.Bench, "encode", lambda self, pictures: original(self, pictures) + 1)
+    original = script.Bench.run
+    monkeypatch.setattr(script.Bench, "run", lambda *words, **options: original(*words, **options) ^ 1)
     arguments = ["--checkpoint", folder, "--modes", "outpaint", "--num_cases", "2", "--num_inference_steps", "1"]
     assert script.main(arguments) == 1
 
