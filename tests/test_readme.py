@@ -35,7 +35,7 @@ import torch
 from diffusers_ext import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "training/README.md", "CONTRIBUTING.md")]
+DOCUMENTS = [ROOT / name for name in ("README.md", "training/README.md", "CONTRIBUTING.md", "docs/paella_sampling.md")]
 PRESETS = sorted((ROOT / "training" / "presets").glob("*.yaml"))
 
 # `-paper-` preset -> the recipe's function that builds the network from the parsed arguments, and the exact count.

@@ -29,6 +29,7 @@ from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.losses.discrete import token_cross_entropy
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_paella import GumbelVQModel, downsample_factor, encode_indices
+from diffusers_ext.pipelines.clip_vectors import text_window
 from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training_utils import loop
@@ -311,8 +312,7 @@ class Conditioner:
 
     def token_ids(self, texts: list[str], padding: str = "longest") -> Tensor:
         """The captions as the text tower reads them (b, l)."""
-        # not every tokenizer knows the window
-        window = min(int(self.pipe.tokenizer.model_max_length), self.pipe.text_encoder.config.max_position_embeddings)
+        window = text_window(self.pipe.tokenizer, self.pipe.text_encoder)
         encoded = self.pipe.tokenizer(
             list(texts), padding=padding, truncation=True, max_length=window, return_tensors="pt"
         )

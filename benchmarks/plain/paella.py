@@ -92,7 +92,7 @@ class DenoiseUNet(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, r: Tensor) -> Tensor:
         """Tokens (b, h, w), condition (b, d) or (b, d, h, w), times (b,) -> logits (b, v, h, w)."""
-        time = self.embed_time(r)[:, :, None, None]
+        time = self.embed_time(r)[:, :, None, None].to(c.dtype)
         c = c[:, :, None, None] if c.ndim == 2 else c
         s = torch.cat([c, time.expand(-1, -1, *c.shape[-2:])], dim=1)
         x = self.embedding(x).permute(0, 3, 1, 2)

@@ -34,6 +34,14 @@ def test_plain_network_is_the_recorded_one(script, repo_root):
         case.check("logits_spatial_clip", model(case["tokens"], case["clip_spatial"], case["r"]))
 
 
+def test_plain_network_runs_in_half_precision(script):
+    args = script.parse_args([*TINY.split(), "--dtype", "bfloat16"])  # what an accelerator is measured in
+    tokens, condition = script.inputs(args)
+    with torch.no_grad():
+        logits = script.build_plain(args)(tokens, condition, torch.zeros(1))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
 def test_plain_filter_is_ours(script):
     logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(0)) * 2
     assert torch.equal(script.plain.typical_filter(logits, 0.3), typical_filter(logits, 0.3))

@@ -15,7 +15,8 @@ from pipelines.tiny_paella import CONDITION_DIM, NUM_CODES, WINDOW, tiny_paella_
 from torch import Generator
 
 from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline, _runs_plain_forward
+from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.pipeline_paella_base import _runs_plain_forward
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 PROMPTS = ["a large red circle on the left", "a small blue star", ""]

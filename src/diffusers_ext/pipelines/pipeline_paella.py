@@ -28,7 +28,6 @@ from .pipeline_paella_base import (
     Callback,
     Generators,
     PaellaBasePipeline,
-    _runs_plain_forward,  # noqa: F401 (known by this path)
 )
 
 
