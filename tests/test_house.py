@@ -31,6 +31,7 @@ PUBLIC = [
     "PaellaInpaintPipeline",
     "PaellaPipeline",
     "PaellaUNet",
+    "PaellaVQModel",
     "PatchDiscriminator",
     "classifier_free_guidance",
 ]

@@ -4,6 +4,7 @@ loop does not know: its loss, its draws, what it keeps between steps, what it re
 | `--model` | bottleneck | paper |
 |---|---|---|
 | `vq` | nearest code; starts as a plain autoencoder, k-means start, unused codes get a new place | 1711.00937 |
+| `paella_vq` | the same, with the autoencoder of Paella's own f4 tokenizer | 2211.07292 |
 | `gumbel_vq` | Gumbel-softmax codes | 2102.12092 |
 | `kl` | Gaussian posterior, one draw of it | 2112.10752 |
 """
@@ -26,9 +27,14 @@ from diffusers_ext.losses.quantization import (
 )
 from diffusers_ext.models.vq_paella import (
     GumbelVQModel,
+    PaellaVQModel,
+    Tokenizer,
+    codebook_weight,
     decode_indices,
+    decode_latents,
     downsample_factor,
     encode_indices,
+    encode_latents,
     nearest_codes,
 )
 from diffusers_ext.training_utils.loop import keyed_generator
@@ -40,12 +46,13 @@ Batches = Iterator[tuple[Tensor, list[Generator]]]  # pictures (b, 3, h, w), and
 Trained = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
-KINDS: dict[str, type[VQModel] | type[AutoencoderKL]] = {
-    "vq": VQModel, "gumbel_vq": GumbelVQModel, "kl": AutoencoderKL,
+Autoencoder = Tokenizer | AutoencoderKL
+KINDS: dict[str, type[VQModel] | type[PaellaVQModel] | type[AutoencoderKL]] = {
+    "vq": VQModel, "paella_vq": PaellaVQModel, "gumbel_vq": GumbelVQModel, "kl": AutoencoderKL,
 }  # fmt: skip
 
 
-def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> VQModel | AutoencoderKL:
+def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> Autoencoder:
     """A new (or the pretrained) autoencoder that takes pictures of `resolution` pixels a side.
 
     Raises:
@@ -73,9 +80,18 @@ def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> VQModel
 
 
 def new_autoencoder(
-    kind: type[VQModel] | type[AutoencoderKL], args: "AutoencoderArgs", resolution: int
-) -> VQModel | AutoencoderKL:
+    kind: type[VQModel] | type[PaellaVQModel] | type[AutoencoderKL], args: "AutoencoderArgs", resolution: int
+) -> Autoencoder:
     """An autoencoder with fresh weights, and 1 for the scale of its latents."""
+    if issubclass(kind, PaellaVQModel):
+        return kind(
+            levels=len(args.block_out_channels),
+            bottleneck_blocks=args.bottleneck_blocks,
+            embed_dim=args.block_out_channels[-1],
+            latent_channels=args.latent_channels,
+            num_vq_embeddings=args.num_vq_embeddings,
+            scale_factor=1.0,
+        )
     attends = [level in args.attention_levels for level in range(len(args.block_out_channels))]
     codebook = {"vq_embed_dim": args.vq_embed_dim, "num_vq_embeddings": args.num_vq_embeddings}
     return kind(
@@ -95,9 +111,14 @@ def new_autoencoder(
 class Objective(nn.Module):
     """Picture in, reconstruction and bottleneck loss out."""
 
-    def __init__(self, autoencoder: AutoencoderKL | VQModel, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Autoencoder, args: "AutoencoderArgs", num_steps: int):
         super().__init__()
         self.autoencoder, self.args, self.num_steps = autoencoder, args, num_steps
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The decoder's last weight, by whose gradients the adversarial term is balanced."""
+        return self.autoencoder.decoder.conv_out.weight
 
     def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
         """Returns the reconstruction (b, 3, h, w); scalars to log, of which `bottleneck` belongs to the loss; and what
@@ -143,15 +164,15 @@ class Objective(nn.Module):
 class CodebookObjective(Objective):
     """What the two kinds of codes share: the counts of codes."""
 
-    autoencoder: VQModel
+    autoencoder: Tokenizer
     usage: Tensor  # (k,), counts since the last restart
 
-    def __init__(self, autoencoder: VQModel, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Tokenizer, args: "AutoencoderArgs", num_steps: int):
         super().__init__(autoencoder, args, num_steps)
         self.register_buffer("usage", torch.zeros(autoencoder.config.num_vq_embeddings))
 
     def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
-        return self.autoencoder.encode(image).latents.float()  # before the codes, as in Latent Diffusion
+        return encode_latents(self.autoencoder, image).float()  # before the codes, as in Latent Diffusion
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         indices = encode_indices(self.autoencoder, image)
@@ -175,21 +196,27 @@ class CodebookObjective(Objective):
 class Quantized(CodebookObjective):
     """Nearest codes."""
 
-    def __init__(self, autoencoder: VQModel, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Tokenizer, args: "AutoencoderArgs", num_steps: int):
         super().__init__(autoencoder, args, num_steps)
         self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
         self.last_restart = round(args.restart_fraction * num_steps)
 
+    @property
+    def last_weight(self) -> Tensor:
+        if isinstance(self.autoencoder, PaellaVQModel):
+            return self.autoencoder.out_block[0].weight
+        return super().last_weight
+
     def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
-        latents = self.autoencoder.encode(image).latents.float()
-        codebook = self.autoencoder.quantize.embedding.weight
+        latents = encode_latents(self.autoencoder, image).float()
+        codebook = codebook_weight(self.autoencoder)
         if step < self.first_step:  # still a plain autoencoder; the zero keeps the codebook in DDP's graph
             indices = torch.zeros(latents[:, 0].shape, dtype=torch.long, device=latents.device)
-            picture = self.autoencoder.decode(latents, force_not_quantize=True).sample
+            picture = decode_latents(self.autoencoder, latents)
             return picture, {"bottleneck": 0.0 * codebook.sum()}, indices
         indices = nearest_codes(latents.detach(), codebook)
         codes, loss = vector_quantize(latents, codebook, indices, beta=self.args.commitment_beta)
-        picture = self.autoencoder.decode(codes, force_not_quantize=True).sample
+        picture = decode_latents(self.autoencoder, codes)
         return picture, {"bottleneck": self.args.codebook_weight * loss}, indices
 
     @torch.no_grad()
@@ -198,7 +225,7 @@ class Quantized(CodebookObjective):
         seed: int,
     ) -> None:  # fmt: skip
         """Starts the codebook, and gives unused codes the place of a random latent of the batch."""
-        weight = self.autoencoder.quantize.embedding.weight
+        weight = codebook_weight(self.autoencoder)
         starts = self.args.kmeans_samples > 0 and not self.args.pretrained_model_name_or_path
         if step == self.first_step and starts:
             latents = torch.cat([self.latents(*batch) for batch in pictures(self.args.kmeans_samples)])
@@ -206,7 +233,7 @@ class Quantized(CodebookObjective):
             self.usage.zero_()
         elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
             dead = self.usage == 0
-            latents = self.autoencoder.encode(image).latents.float()
+            latents = encode_latents(self.autoencoder, image).float()
             counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
             parts = accelerator.gather(accelerator.pad_across_processes(latents))
             parts = parts.split(len(parts) // len(counts))
@@ -281,4 +308,4 @@ class Gaussian(Objective):
         return {"validation_kl": float(kl_divergence(seen).mean())}
 
 
-OBJECTIVES = {"vq": Quantized, "gumbel_vq": GumbelQuantized, "kl": Gaussian}
+OBJECTIVES = {"vq": Quantized, "paella_vq": Quantized, "gumbel_vq": GumbelQuantized, "kl": Gaussian}

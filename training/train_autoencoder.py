@@ -59,8 +59,9 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_di
 class AutoencoderArgs:
     """The network and its loss."""
 
-    model: Literal["vq", "gumbel_vq", "kl"] = field(
-        default="vq", metadata={"help": "Nearest code, Gumbel-softmax codes, or a Gaussian posterior."}
+    model: Literal["vq", "paella_vq", "gumbel_vq", "kl"] = field(
+        default="vq",
+        metadata={"help": "Nearest code (stock network or Paella's), Gumbel-softmax codes, or a Gaussian posterior."},
     )
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Autoencoder to fine-tune; the sizes below then come from it."}
@@ -68,8 +69,9 @@ class AutoencoderArgs:
     subfolder: str | None = field(default=None, metadata={"help": "Where it lies there: `vae` in a pipeline."})
     block_out_channels: list[int] = field(
         default_factory=lambda: [16, 32, 64, 96],
-        metadata={"help": "Width of each level; the factor is 2^(levels - 1)."},
+        metadata={"help": "Width of each level; the factor is 2^(levels - 1), for paella_vq 2^levels."},
     )
+    bottleneck_blocks: int = field(default=12, metadata={"help": "paella_vq: blocks of the decoder's deepest level."})
     layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks a level."})
     norm_num_groups: int = field(default=8, metadata={"help": "Groups of the group norms."})
     mid_block_add_attention: bool = field(default=True, metadata={"help": "Self-attention in the middle block."})
@@ -133,7 +135,7 @@ class AutoencoderArgs:
     def __post_init__(self):
         if len(self.gumbel_temperature) != 2 or min(self.gumbel_temperature) <= 0:
             raise ValueError(f"--gumbel_temperature needs two values > 0, got {self.gumbel_temperature}.")
-        for name in ("restart_steps", "disc_layers", "validation_samples"):
+        for name in ("restart_steps", "disc_layers", "validation_samples", "bottleneck_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
         for name in ("kmeans_samples", "scale_samples", "kl_weight"):
@@ -146,6 +148,12 @@ class AutoencoderArgs:
         if not set(self.attention_levels) <= set(range(levels)):
             raise ValueError(
                 f"--attention_levels={self.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
+            )
+        halves = [self.block_out_channels[-1] // 2**level for level in reversed(range(levels))]
+        if self.model == "paella_vq" and list(self.block_out_channels) != halves:
+            raise ValueError(
+                f"--block_out_channels={self.block_out_channels}: for --model=paella_vq each level is twice as wide as "
+                f"the one before, here {halves}."
             )
         if self.model != "kl" and (self.learn_logvar or self.logvar_init):
             raise ValueError(f"--logvar_init and --learn_logvar belong to --model=kl, got --model={self.model}.")
@@ -164,7 +172,7 @@ class AutoencoderArgs:
 def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs, TrainArgs]:
     args, data, train = parse((AutoencoderArgs, DataArgs, TrainArgs), argv)
     if train.gradient_checkpointing and args.model != "kl":
-        raise ValueError("--gradient_checkpointing: diffusers' VQModel has none. Lower --train_batch_size instead.")
+        raise ValueError("--gradient_checkpointing: only AutoencoderKL has it. Lower --train_batch_size instead.")
     if train.gradient_accumulation_steps > 1 and args.disc_start is not None:
         raise ValueError(
             f"--gradient_accumulation_steps={train.gradient_accumulation_steps} with --disc_start: the adaptive "
@@ -188,11 +196,12 @@ def main(argv: list[str] | None = None) -> None:
         accelerator, objective, perceptual, features, train_set, validation_set, args, data, train
     ):  # fmt: skip
         if accelerator.is_main_process:
-            if args.scale_samples:
+            if args.scale_samples and "scaling_factor" in autoencoder.config:
                 count, device = args.scale_samples, accelerator.device
                 store_scale(objective, first_pictures(train_set, count, data, train.seed, device))
             autoencoder.save_pretrained(train.output_dir)
-            name, scale = type(autoencoder).__name__, autoencoder.config["scaling_factor"]
+            name = type(autoencoder).__name__
+            scale = autoencoder.config.get("scaling_factor", 1.0)  # Paella's has a batch norm before its codes
             publish_result(
                 train,
                 recipe="autoencoder",
@@ -369,8 +378,7 @@ def fit_autoencoder(
                 if adversarial:
                     disc.requires_grad_(False)  # its gradients belong to its own step
                     losses["adversarial"] = generator_loss(disc(reconstruction.float()).float())
-                    last_layer = autoencoder.decoder.conv_out.weight
-                    balance = adaptive_weight(losses["reconstruction"], losses["adversarial"], last_layer)
+                    balance = adaptive_weight(losses["reconstruction"], losses["adversarial"], objective.last_weight)
                     losses["adaptive_weight"] = args.disc_weight * balance
                     losses["loss"] = losses["loss"] + losses["adaptive_weight"] * losses["adversarial"]
                     disc.requires_grad_(True)

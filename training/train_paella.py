@@ -28,8 +28,8 @@ from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.losses.discrete import token_cross_entropy
 from diffusers_ext.models.unet_paella import PaellaUNet
-from diffusers_ext.models.vq_paella import GumbelVQModel, downsample_factor, encode_indices
-from diffusers_ext.pipelines.clip_vectors import text_window
+from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, downsample_factor, encode_indices
+from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training_utils import loop
@@ -187,9 +187,7 @@ def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
         return pipe
     if args.pretrained_vqvae_name_or_path is None:
         raise ValueError("--pretrained_vqvae_name_or_path is needed: train one with training/train_autoencoder.py.")
-    config = VQModel.load_config(args.pretrained_vqvae_name_or_path)
-    kind = GumbelVQModel if config["_class_name"] == "GumbelVQModel" else VQModel
-    vqvae = kind.from_pretrained(args.pretrained_vqvae_name_or_path)
+    vqvae = load_tokenizer(args.pretrained_vqvae_name_or_path)
     components = dict.fromkeys(CLIP_COMPONENTS)
     condition_dim = args.num_labels
     if args.condition in ("text", "image"):
@@ -210,6 +208,18 @@ def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
         default_guidance_scale=args.guidance_scale,
         **components,
     )
+
+
+def load_tokenizer(folder: str) -> Tokenizer:
+    """The first stage in `folder` (or on the Hub), of whichever class was saved there."""
+    kinds = {kind.__name__: kind for kind in (VQModel, GumbelVQModel, PaellaVQModel)}
+    name = VQModel.load_config(folder)["_class_name"]
+    if name not in kinds:
+        raise ValueError(
+            f"--pretrained_vqvae_name_or_path={folder} holds a {name}, which has no codes. Known are "
+            f"{', '.join(kinds)}: train one with training/train_autoencoder.py."
+        )
+    return kinds[name].from_pretrained(folder)
 
 
 def condition_column(args: PaellaArgs, data: DataArgs) -> str:
@@ -305,10 +315,9 @@ class Conditioner:
         return self._vectors(lambda ids: self.pipe.text_encoder(ids).text_embeds, self.token_ids(texts, "max_length"))
 
     def image_vectors(self, images: Tensor) -> Tensor:
-        pixels = self.pipe.feature_extractor(
-            (images + 1) / 2, do_rescale=False, return_tensors="pt", device=images.device
-        ).pixel_values
-        return self.pipe.image_encoder(pixels).image_embeds
+        """The pictures' vectors (b, d), prepared as `PaellaImageVariationPipeline` does it."""
+        pipe = self.pipe
+        return image_vectors(pipe.feature_extractor, pipe.image_encoder, list((images + 1) / 2), images.device)
 
     def token_ids(self, texts: list[str], padding: str = "longest") -> Tensor:
         """The captions as the text tower reads them (b, l)."""

@@ -15,7 +15,7 @@ from .models.discriminator import PatchDiscriminator
 from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
 from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
-from .models.vq_paella import GumbelVQModel
+from .models.vq_paella import GumbelVQModel, PaellaVQModel
 from .pipelines.pipeline_paella import PaellaPipeline
 from .pipelines.pipeline_paella_image_variation import PaellaImageVariationPipeline
 from .pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
@@ -37,6 +37,7 @@ __all__ = [
     "PaellaInpaintPipeline",
     "PaellaPipeline",
     "PaellaUNet",
+    "PaellaVQModel",
     "PatchDiscriminator",
     "classifier_free_guidance",
 ]

@@ -5,6 +5,8 @@ from diffusers import VQModel
 from diffusers_ext.models import vq_paella
 from diffusers_ext.models.vq_paella import (
     GumbelVQModel,
+    PaellaVQModel,
+    codebook_weight,
     decode_indices,
     downsample_factor,
     encode_indices,
@@ -85,6 +87,52 @@ def test_gumbel_model():
     assert torch.equal(vqvae.decode(codes, force_not_quantize=True).sample, image)
 
 
+def tiny_paella():
+    torch.manual_seed(0)
+    vqvae = PaellaVQModel(bottleneck_blocks=2, embed_dim=16, latent_channels=4, num_vq_embeddings=20).eval()
+    torch.nn.init.normal_(codebook_weight(vqvae), std=0.1)  # as wide as the latents of random weights
+    for name, parameter in vqvae.named_parameters():
+        if name.endswith("gammas"):
+            torch.nn.init.normal_(parameter, std=0.5)  # open the branches
+    return vqvae
+
+
+@torch.no_grad()
+def test_paella_model_has_the_released_size_and_takes_pictures_like_the_others():
+    with torch.device("meta"):
+        assert round(sum(p.numel() for p in PaellaVQModel().parameters()) / 1e6, 1) == 18.4  # paella.md, section 6
+    vqvae = tiny_paella()
+    assert downsample_factor(vqvae) == 4
+    indices = encode_indices(vqvae, IMAGE)
+    latents = vqvae.encode(IMAGE / 2 + 0.5).latents  # the class itself: [0, 1]
+    assert torch.equal(indices, nearest_codes(latents, codebook_weight(vqvae))) and len(indices.unique()) > 2
+    image = decode_indices(vqvae, indices)
+    assert image.shape == IMAGE.shape
+    torch.testing.assert_close(image, vqvae(IMAGE / 2 + 0.5).sample * 2 - 1)
+    torch.testing.assert_close(image, vqvae.decode(latents, force_not_quantize=False, return_dict=False)[0] * 2 - 1)
+
+
+@torch.no_grad()
+def test_codes_of_the_paella_model_see_only_their_surroundings():
+    vqvae = tiny_paella()
+    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    changed = image.clone()
+    changed[..., :4] = 0.0  # the first column of tokens
+    moved = (vqvae.encode(image).latents != vqvae.encode(changed).latents).any(1)[0].any(0)  # columns
+    assert moved.tolist() == [True, True, True, *[False] * 9]
+
+
+@torch.no_grad()
+def test_paella_model_is_saved_and_loaded(tmp_path):
+    vqvae = tiny_paella()
+    vqvae.save_pretrained(tmp_path)
+    loaded, info = PaellaVQModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(encode_indices(loaded, IMAGE), encode_indices(vqvae, IMAGE))
+    with pytest.raises(ValueError, match="`embed_dim` is 18: with 3 levels it must be a multiple of 4"):
+        PaellaVQModel(levels=3, embed_dim=18)
+
+
 @torch.no_grad()
 def test_sampled_indices_follow_the_softmax():
     vqvae = tiny(GumbelVQModel, num_vq_embeddings=5)
@@ -140,6 +188,8 @@ def test_indices_carry_no_graph():
         (VQModel, lambda m: encode_indices(m, IMAGE[:, :1]), r"`image` has shape \(2, 1, 12, 16\)"),
         (VQModel, lambda m: encode_indices(m, IMAGE[..., :15]), r"12x15 pixels.*multiples of 2.*valid size is 12x16"),
         (VQModel, lambda m: encode_indices(m, IMAGE, sample=True), r"`sample=True` needs a GumbelVQModel: a VQModel"),
+        (PaellaVQModel, lambda m: encode_indices(m, IMAGE[..., :15]), r"12x15 pixels.*of 4.*valid size is 12x16"),
+        (PaellaVQModel, lambda m: encode_indices(m, IMAGE, sample=True), r"GumbelVQModel: a PaellaVQModel takes"),
         (GumbelVQModel, lambda m: encode_indices(m, IMAGE, gumbel_noise=IMAGE), r"expected \(2, 20, 6, 8\)"),
         (
             GumbelVQModel,
@@ -152,4 +202,4 @@ def test_indices_carry_no_graph():
 )  # fmt: skip
 def test_bad_input(kind, call, message):
     with pytest.raises(ValueError, match=message):
-        call(tiny(kind))
+        call(tiny_paella() if kind is PaellaVQModel else tiny(kind))

@@ -1,13 +1,15 @@
-"""The recorded networks of Paella v1, through the converters."""
+"""The recorded networks of Paella v1 and of v3's tokenizer, through the converters."""
 
 import math
 
 import torch
 from parity.case import Case
+from torch.nn import functional as F
 
-from diffusers_ext.conversion.paella import convert_paella_unet, convert_paella_vqgan_gumbel
+from diffusers_ext.conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
+from diffusers_ext.losses.quantization import vector_quantize
 from diffusers_ext.models.unet_paella import paella_time_embedding
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.vq_paella import codebook_weight, decode_indices, encode_indices
 
 
 @torch.no_grad()
@@ -63,4 +65,32 @@ def v1_vqgan_gumbel_f8(case: Case) -> None:
         case.check("kl_loss", (case.facts["ctor"]["kl_weight"] * divergence)[None], atol=0.0, rtol=1e-4)
 
 
-KINDS = {"v1_unet_forward": v1_unet_forward, "v1_vqgan_gumbel_f8": v1_vqgan_gumbel_f8}
+@torch.no_grad()
+def v3_vqgan_f4(case: Case) -> None:
+    ctor = case.facts["ctor"]
+    vqvae = convert_paella_vqgan(case.weights(), scale_factor=ctor["scale_factor"])
+    assert vqvae.config["levels"] == ctor["levels"] and vqvae.config["bottleneck_blocks"] == ctor["bottleneck_blocks"]
+    assert vqvae.config["embed_dim"] == ctor["c_hidden"] and vqvae.config["num_vq_embeddings"] == ctor["codebook_size"]
+    scale = vqvae.config["scale_factor"]
+    image = 2 * case["image"] - 1
+    latents = vqvae.encode(case["image"]).latents
+    case.check("latents_unscaled", latents)
+    case.check("latents_scaled", latents / scale)
+    indices = encode_indices(vqvae, image)
+    case.check("indices", indices)
+    codes, loss = vector_quantize(latents, codebook_weight(vqvae), indices, beta=0.25)
+    error = F.mse_loss(codes, latents)
+    case.check("vq_loss", error.reshape(case["vq_loss"].shape))
+    case.check("commit_loss", error.reshape(case["commit_loss"].shape))
+    case.check("loss", loss.reshape(case["loss"].shape))
+    case.check("quantized_scaled", codes / scale)
+    case.check("decoded_from_quantized", vqvae.decode(codes).sample)
+    case.check("decoded_from_latents", vqvae.decode(latents).sample)
+    case.check("decoded_from_indices", (decode_indices(vqvae, indices) + 1) / 2)
+
+
+KINDS = {
+    "v1_unet_forward": v1_unet_forward,
+    "v1_vqgan_gumbel_f8": v1_vqgan_gumbel_f8,
+    "v3_vqgan_f4": v3_vqgan_f4,
+}

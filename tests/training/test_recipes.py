@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel
 
-from diffusers_ext import GumbelVQModel, PaellaPipeline
+from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
 from diffusers_ext.data.photographs import tile_photographs
 from diffusers_ext.data.scenes import load_scenes, write_scenes
 from diffusers_ext.models.vq_paella import encode_indices
@@ -89,6 +89,24 @@ def test_gumbel_autoencoder_smoke_run(tmp_path):
     model = GumbelVQModel.from_pretrained(tmp_path)
     assert model.encode_indices(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
     assert all(value > 0 for value in logged(tmp_path, "bottleneck"))  # the divergence is in the loss
+
+
+def test_paellas_own_tokenizer_trains_resumes_and_serves_the_predictor(stages, tmp_path):
+    words = [str(PRESETS / "autoencoder-smoke.yaml"), "--model", "paella_vq", "--block_out_channels", "8", "16"]
+    words += ["--bottleneck_blocks", "2", "--output_dir", str(tmp_path / "vq")]
+    train_autoencoder.main(words)
+    assert PaellaVQModel.from_pretrained(tmp_path / "vq").config.num_vq_embeddings == 32
+    assert logged(tmp_path / "vq", "disc_loss") and logged(tmp_path / "vq", "usage_perplexity")[-1] > 1.5
+    straight = load_file(tmp_path / "vq" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "vq" / "checkpoint-8" / "manifest.json").unlink()
+    train_autoencoder.main([*words, "--resume_from_checkpoint", "latest"])
+    resumed = load_file(tmp_path / "vq" / "diffusion_pytorch_model.safetensors")  # with the batch norm's statistics
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+    train_paella.main(paella_words({**stages, "vq": tmp_path / "vq"}, tmp_path / "paella"))
+    pipe = PaellaPipeline.from_pretrained(tmp_path / "paella")
+    assert isinstance(pipe.vqvae, PaellaVQModel) and pipe.vae_scale_factor == 4
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (32, 32)
 
 
 def test_autoencoder_with_clip_features_is_named_after_them(stages, tmp_path):
@@ -233,7 +251,12 @@ def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
         (train_autoencoder, ["--gumbel_temperature", "1"], "--gumbel_temperature needs two values > 0"),
         (train_autoencoder, ["--plain_fraction", "2"], r"--plain_fraction must lie in \[0, 1\]"),
         (train_autoencoder, ["--disc_start", "1", "--gradient_accumulation_steps", "2"], "adaptive weight"),
-        (train_autoencoder, ["--gradient_checkpointing"], "VQModel has none"),
+        (train_autoencoder, ["--gradient_checkpointing"], "only AutoencoderKL has it"),
+        (
+            train_autoencoder,
+            ["--model", "paella_vq", "--block_out_channels", "8", "24"],
+            r"--block_out_channels=\[8, 24\]: for --model=paella_vq .* here \[12, 24\]",
+        ),
         (train_autoencoder, ["--restart_steps", "0"], "--restart_steps must be > 0, got 0"),
         (train_paella, ["--condition", "class", "--num_labels", "-3"], "--condition class needs --num_labels"),
         (train_paella, ["--rank", "0"], "--rank must be > 0, got 0"),
@@ -262,6 +285,13 @@ def test_an_autoencoder_that_cannot_work_is_refused_before_it_starts(stages):
     args.model, args.pretrained_model_name_or_path = "gumbel_vq", str(stages["vq"])
     with pytest.raises(ValueError, match="holds a VQModel, but --model=gumbel_vq trains a GumbelVQModel"):
         train_autoencoder.build_autoencoder(args, 32)
+
+
+def test_a_first_stage_without_codes_is_refused(stages, tmp_path):
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "kl")
+    args, data, _ = train_paella.parse_args(paella_words({**stages, "vq": tmp_path / "kl"}, tmp_path))
+    with pytest.raises(ValueError, match="kl holds a AutoencoderKL, which has no codes. Known are VQModel, GumbelVQM"):
+        train_paella.build_pipeline(args, data.resolution)
 
 
 def test_labels_beyond_the_network_are_named(stages, tmp_path):

@@ -5,6 +5,7 @@ Token predictor: dome272/Paella@b1f88ef `DenoiseUNet` (weights MIT); files such 
 `vqgan.gumbelf8-sber.model.ckpt`, whose keys are those of taming-transformers.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import GumbelVQModel
+from ..models.vq_paella import GumbelVQModel, PaellaVQModel
 from .keys import Rules, build_empty, load_strict, rename_keys, under, unwrap_state_dict
 
 _PAELLA_BLOCK: Rules = [
@@ -173,6 +174,42 @@ def convert_paella_vqgan_gumbel(
         vq_embed_dim=weights["quantize.embed.weight"].shape[1],
     )
     return load_strict(model, rename_keys(weights, rules, ignore=ignore))
+
+
+def convert_paella_vqgan(state_dict: Mapping[str, Any], *, scale_factor: float = 0.3764) -> PaellaVQModel:
+    """Converts the weights of Paella's own f4 tokenizer (`vqgan_f4.pt`), or of diffusers' class of the same name.
+
+    Args:
+        state_dict: original weights, flat, under `"state_dict"`, or of a DDP module (`module.`).
+        scale_factor: of the latents, which no weight tells.
+
+    Returns:
+        The tokenizer in eval mode, in the dtype of the weights.
+
+    Raises:
+        ValueError: listing keys that are unknown, missing, misshaped or not finite.
+    """
+    weights = unwrap_state_dict(state_dict)
+    _require(weights, "Paella's f4 tokenizer", "in_block.1.weight", "up_blocks.0.0.weight", "out_block.0.weight")
+    levels = 1 + _count(weights, "down_blocks.", ".weight")  # that are the strided convolutions between them
+    block = re.compile(r"up_blocks\.(\d+)\.gammas")
+    first_level = [int(match[1]) for key in weights if (match := block.fullmatch(key))]
+    rules: list[tuple[str, str]] = [(f"{part}.*", f"{part}.*") for part in ("in_block", "down_blocks", "up_blocks")]
+    rules += [("out_block.*", "out_block.*"), ("vquantizer.codebook.weight", "vquantizer.embedding.weight")]
+    renamed = rename_keys(weights, [*rules, ("vquantizer.embedding.weight", "vquantizer.embedding.weight")])
+    embed_dim, latent_channels = weights["up_blocks.0.0.weight"].shape[:2]
+    pixels = weights["in_block.1.weight"].shape[1] // 3  # of a folded patch; three colours
+    model = build_empty(
+        PaellaVQModel,
+        up_down_scale_factor=math.isqrt(pixels),
+        levels=levels,
+        bottleneck_blocks=len(first_level) - (levels - 1),
+        embed_dim=embed_dim,
+        latent_channels=latent_channels,
+        num_vq_embeddings=renamed["vquantizer.embedding.weight"].shape[0],
+        scale_factor=scale_factor,
+    )
+    return load_strict(model, renamed)
 
 
 def _taming_levels(source: str, target: str, resample: str) -> Rules:

@@ -1,11 +1,15 @@
-"""Pictures to codebook indices and back: the tokenizers of Paella v1.
+"""Pictures to codebook indices and back: the tokenizers of Paella.
 
 `GumbelVQModel` is the f8 Gumbel-VQGAN of Paella v1: ruDALL-E's, ai-forever/ru-dalle@0255cec (Apache-2.0, weights
 Apache-2.0), after taming-transformers (Esser, Rombach, Ommer, arXiv 2012.09841). Encoder and decoder are those of
 diffusers' `VQModel`; one 1x1 convolution to logits over the codebook chooses the code.
 
-The functions serve it and a stock `VQModel` of any downsampling factor alike. Difference from the original: indices
-are the most probable ones by default; Paella's own helper always draws them (pass `sample=True`).
+`PaellaVQModel` is Paella's own f4 tokenizer (the paper's second text): dome272/Paella@e1ab72b:src/vqgan.py (MIT,
+weights MIT). Each of its codes sees little more than its own pixels, and no statistic of the whole picture: equal
+patches get equal codes, which makes tokens easy to predict.
+
+The functions serve both and a stock `VQModel` of any downsampling factor alike. Difference from the original: indices
+of a `GumbelVQModel` are the most probable ones by default; Paella's own helper always draws them (`sample=True`).
 
 Letters in shape comments: b images, (h, w) the token grid, d latent channels, k codes, n = b*h*w rows.
 """
@@ -13,11 +17,13 @@ Letters in shape comments: b images, (h, w) the token grid, d latent channels, k
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
 _ROWS_PER_CHUNK = 4096  # bounds the scores to rows x codes floats: 134 MB for 8192 codes
 
@@ -105,14 +111,159 @@ class GumbelVQModel(VQModel):
         return DecoderOutput(sample=sample, commit_loss=commit_loss)  # type: ignore[arg-type]
 
 
-def downsample_factor(vqvae: VQModel) -> int:
+class _MixingBlock(nn.Module):
+    """Depthwise and channel-wise mixing, each of a modulated layer norm, each scaled by a learned number."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        # index 0 stands where the original pads; its padding is the convolution's here
+        convolution = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, padding_mode="replicate")
+        self.depthwise = nn.Sequential(nn.Identity(), convolution)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
+        self.gammas = nn.Parameter(torch.zeros(6))  # both branches are closed at first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) to the same shape."""
+        gammas = self.gammas
+        x = x + self.depthwise(self._normed(x, gammas[0], gammas[1]).permute(0, 3, 1, 2)) * gammas[2]
+        mixed = self.channelwise(self._normed(x, gammas[3], gammas[4]))
+        return x + mixed.permute(0, 3, 1, 2) * gammas[5]
+
+    @staticmethod
+    def _normed(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, h, w, c)."""
+        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=1e-6) * (1 + scale) + shift
+
+
+class _Codebook(nn.Module):
+    """Holds the codes under the name that diffusers' checkpoints of this network use."""
+
+    def __init__(self, num_vq_embeddings: int, latent_channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_vq_embeddings, latent_channels)
+        nn.init.uniform_(self.embedding.weight, -1 / num_vq_embeddings, 1 / num_vq_embeddings)
+
+
+class PaellaVQModel(ModelMixin, ConfigMixin):
+    """Paella's f4 tokenizer: a few convolutional blocks around a codebook, batch norm before it.
+
+    Pictures are in **[0, 1]** here, as in the original; `encode_indices` and `decode_indices` take and give [-1, 1]
+    for every tokenizer. Config and weights are those of the class of this name inside diffusers (which it only keeps
+    for its deprecated Wuerstchen pipelines).
+
+    Args:
+        in_channels, out_channels: of the pictures.
+        up_down_scale_factor: pixels a side that are folded into channels before the first block.
+        levels: widths `embed_dim / 2^(levels-1) ... embed_dim`, with a factor of 2 between them.
+        bottleneck_blocks: blocks of the decoder's deepest level.
+        embed_dim: width of the deepest level.
+        latent_channels: width of a code.
+        num_vq_embeddings: codes.
+        scale_factor: by which the original divides latents for other networks; tokens do not depend on it.
+
+    Raises:
+        ValueError: if `embed_dim` cannot be halved for every level.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        up_down_scale_factor: int = 2,
+        levels: int = 2,
+        bottleneck_blocks: int = 12,
+        embed_dim: int = 384,
+        latent_channels: int = 4,
+        num_vq_embeddings: int = 8192,
+        scale_factor: float = 0.3764,
+    ):
+        super().__init__()
+        if embed_dim % 2 ** (levels - 1):
+            raise ValueError(
+                f"`embed_dim` is {embed_dim}: with {levels} levels it must be a multiple of {2 ** (levels - 1)}."
+            )
+        widths = [embed_dim // 2 ** (levels - 1 - level) for level in range(levels)]
+        folded = up_down_scale_factor**2
+        self.in_block = nn.Sequential(
+            nn.PixelUnshuffle(up_down_scale_factor), nn.Conv2d(in_channels * folded, widths[0], 1)
+        )
+        down: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            if level > 0:
+                down.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
+            down.append(_MixingBlock(width))
+        down.append(
+            nn.Sequential(nn.Conv2d(embed_dim, latent_channels, 1, bias=False), nn.BatchNorm2d(latent_channels))
+        )
+        self.down_blocks = nn.Sequential(*down)
+        self.vquantizer = _Codebook(num_vq_embeddings, latent_channels)
+        up: list[nn.Module] = [nn.Sequential(nn.Conv2d(latent_channels, embed_dim, 1))]
+        for level in reversed(range(levels)):
+            up += [_MixingBlock(widths[level]) for _ in range(bottleneck_blocks if level == levels - 1 else 1)]
+            if level > 0:
+                up.append(nn.ConvTranspose2d(widths[level], widths[level - 1], 4, stride=2, padding=1))
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(
+            nn.Conv2d(widths[0], out_channels * folded, 1), nn.PixelShuffle(up_down_scale_factor)
+        )
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+        """Pictures (b, 3, 4h, 4w) in [0, 1] to latents (b, d, h, w) before the codes, unscaled."""
+        latents = self.down_blocks(self.in_block(x))
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self, h: Tensor, force_not_quantize: bool = True, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Codes or latents (b, d, h, w), unscaled, to pictures (b, 3, 4h, 4w), nominally in [0, 1]."""
+        if not force_not_quantize:
+            weight = self.vquantizer.embedding.weight
+            h = F.embedding(nearest_codes(h, weight), weight).permute(0, 3, 1, 2)
+        sample = self.out_block(self.up_blocks(h))
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pictures (b, 3, 4h, 4w) in [0, 1], through the codes and back."""
+        latents = self.encode(sample, return_dict=False)[0]
+        return self.decode(latents, force_not_quantize=False, return_dict=return_dict)
+
+
+Tokenizer = VQModel | PaellaVQModel  # a GumbelVQModel is a VQModel
+
+
+def codebook_weight(vqvae: Tokenizer) -> Tensor:
+    """The codes (k, d)."""
+    return (vqvae.vquantizer if isinstance(vqvae, PaellaVQModel) else vqvae.quantize).embedding.weight
+
+
+def downsample_factor(vqvae: Tokenizer) -> int:
     """How many pixels a side one token stands for."""
+    if isinstance(vqvae, PaellaVQModel):
+        return vqvae.config["up_down_scale_factor"] * 2 ** (vqvae.config["levels"] - 1)
     return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
+
+
+def encode_latents(vqvae: Tokenizer, image: Tensor) -> Tensor:
+    """Pictures (b, c, height, width) in [-1, 1] to latents (b, d, h, w) before the codes."""
+    if isinstance(vqvae, PaellaVQModel):
+        image = image / 2 + 0.5
+    return vqvae.encode(image, return_dict=False)[0]
+
+
+def decode_latents(vqvae: Tokenizer, latents: Tensor) -> Tensor:
+    """Latents (b, d, h, w), codes or not, to pictures (b, c, height, width), nominally in [-1, 1]."""
+    image = vqvae.decode(latents, force_not_quantize=True, return_dict=False)[0]
+    return image * 2 - 1 if isinstance(vqvae, PaellaVQModel) else image
 
 
 @torch.no_grad()
 def encode_indices(
-    vqvae: VQModel,
+    vqvae: Tokenizer,
     image: Tensor,
     *,
     sample: bool = False,
@@ -122,7 +273,7 @@ def encode_indices(
     """Pictures to codebook indices.
 
     Args:
-        vqvae: a `VQModel` (nearest code) or a `GumbelVQModel` (most probable code).
+        vqvae: a `VQModel` or `PaellaVQModel` (nearest code) or a `GumbelVQModel` (most probable code).
         image: (batch, channels, height, width) in [-1, 1]; sides are multiples of the downsampling factor.
         sample: draw each index from softmax(logits) instead of taking the most probable one. Only `GumbelVQModel`
             has logits. The original Paella trains and edits with drawn indices.
@@ -133,7 +284,7 @@ def encode_indices(
         int64 (batch, h, w).
 
     Raises:
-        ValueError: for a picture of unfit shape, for `sample` with a `VQModel`, or a list of unfit length.
+        ValueError: for a picture of unfit shape, for `sample` without a `GumbelVQModel`, or a list of unfit length.
     """
     factor = downsample_factor(vqvae)
     in_channels = vqvae.config["in_channels"]
@@ -153,20 +304,20 @@ def encode_indices(
         raise ValueError(
             f"`sample=True` needs a GumbelVQModel: a {type(vqvae).__name__} takes the nearest code and has no logits."
         )
-    latents = vqvae.encode(image.to(vqvae.dtype)).latents  # (b, d, h, w)
+    latents = encode_latents(vqvae, image.to(vqvae.dtype))  # (b, d, h, w)
     if not isinstance(vqvae, GumbelVQModel):
-        return nearest_codes(latents, vqvae.quantize.embedding.weight)
+        return nearest_codes(latents, codebook_weight(vqvae))
     if not sample:
         return most_probable_codes(latents, vqvae.quantize_proj)
     return _draw_codes(latents, vqvae.quantize_proj, gumbel_noise, generator)
 
 
 @apply_forward_hook  # moves an offloaded tokenizer before its codebook is read
-def decode_indices(vqvae: VQModel, indices: Tensor) -> Tensor:
+def decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     """Codebook indices to pictures; the grid need not be square.
 
     Args:
-        vqvae: a `VQModel` or a `GumbelVQModel`.
+        vqvae: a `VQModel`, a `GumbelVQModel` or a `PaellaVQModel`.
         indices: int64 (batch, h, w), values 0..num_vq_embeddings-1.
 
     Returns:
@@ -178,16 +329,18 @@ def decode_indices(vqvae: VQModel, indices: Tensor) -> Tensor:
     if indices.ndim != 3:
         raise ValueError(f"`indices` has shape {tuple(indices.shape)}, the tokenizer takes (batch, h, w).")
     try:
-        codes = vqvae.quantize.embedding(indices).permute(0, 3, 1, 2)  # (b, d, h, w)
+        codes = F.embedding(indices, codebook_weight(vqvae)).permute(0, 3, 1, 2)  # (b, d, h, w)
     except IndexError as error:
         raise ValueError(
             f"`indices` go from {indices.min().item()} to {indices.max().item()}, the codebook has "
             f"0..{vqvae.config['num_vq_embeddings'] - 1}: they come from another tokenizer."
         ) from error
-    if vqvae.config["lookup_from_codebook"]:  # such a model looks unquantized input up by itself
+    if (
+        not isinstance(vqvae, PaellaVQModel) and vqvae.config["lookup_from_codebook"]
+    ):  # such a model looks unquantized input up by itself
         shape = (indices.shape[0], *codes.shape[2:], codes.shape[1])
         return vqvae.decode(indices, force_not_quantize=True, return_dict=False, shape=shape)[0]
-    return vqvae.decode(codes, force_not_quantize=True, return_dict=False)[0]
+    return decode_latents(vqvae, codes)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from transformers import (
 from ..conditions.images import image_batch, image_list
 from ..guidance import classifier_free_guidance
 from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import GumbelVQModel, decode_indices, downsample_factor, encode_indices
+from ..models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, decode_indices, downsample_factor, encode_indices
 from ..schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from .checks import (
     as_texts,
@@ -49,7 +49,7 @@ class PaellaBasePipeline(DiffusionPipeline):
     """Components, conditions and loop of the Paella pipelines: a checkpoint loads into each, `from_pipe` shares it.
 
     Args:
-        vqvae: Image tokenizer; a stock `VQModel` of any downsampling factor or a `GumbelVQModel`.
+        vqvae: Image tokenizer; a `PaellaVQModel`, a `GumbelVQModel`, or a stock `VQModel` of any downsampling factor.
         tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
         text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the tokenizer
             are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
@@ -65,7 +65,7 @@ class PaellaBasePipeline(DiffusionPipeline):
     _optional_components = ["tokenizer", "text_encoder", "image_encoder", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
 
-    vqvae: VQModel
+    vqvae: Tokenizer
     tokenizer: PreTrainedTokenizerBase
     text_encoder: CLIPTextModelWithProjection
     unet: PaellaUNet
@@ -73,7 +73,7 @@ class PaellaBasePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vqvae: VQModel | GumbelVQModel,
+        vqvae: VQModel | GumbelVQModel | PaellaVQModel,
         tokenizer: PreTrainedTokenizerBase | None,
         text_encoder: CLIPTextModelWithProjection | None,
         unet: PaellaUNet,
