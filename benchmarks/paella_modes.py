@@ -33,6 +33,7 @@ from diffusers_ext.pipelines.pipeline_paella_image_variation import PaellaImageV
 from diffusers_ext.pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
 from diffusers_ext.pipelines.pipeline_paella_inpaint import PaellaInpaintPipeline
 
+IMAGE_ADAPTER = "image_adapter"  # LoRA matrices inside a text checkpoint
 CHROMA = 40  # of 255: what counts as an object's pixel against the muted grounds
 Row = tuple[str, Share | float, Share | float | None]  # what is measured, its value, the level of chance
 
@@ -42,7 +43,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--checkpoint", default="checkpoints/paella-scenes-64", help="pipeline folder")
-    parser.add_argument("--variation_checkpoint", help="pipeline fine-tuned on image vectors; default: no variations")
+    parser.add_argument(
+        "--variation_checkpoint",
+        help="pipeline fine-tuned on image vectors; default: the checkpoint with its image_adapter, if it has one",
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that the checkpoints allow")
     parser.add_argument("--num_cases", type=int, default=64)
     parser.add_argument("--num_inference_steps", type=int, default=12)
@@ -61,9 +65,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for folder in filter(None, (args.checkpoint, args.variation_checkpoint)):
         if not (Path(folder) / "model_index.json").is_file():
             parser.error(f"{folder!r} is no pipeline folder: it holds no model_index.json")
-    if "variation" in (args.modes or ()) and args.variation_checkpoint is None:
-        parser.error("--modes variation needs --variation_checkpoint, a pipeline fine-tuned on image vectors")
-    args.modes = args.modes or [mode for mode in MODES if mode != "variation" or args.variation_checkpoint]
+    varies = args.variation_checkpoint is not None or (Path(args.checkpoint) / IMAGE_ADAPTER).is_dir()
+    if "variation" in (args.modes or ()) and not varies:
+        parser.error(
+            f"--modes variation needs --variation_checkpoint, a pipeline fine-tuned on image vectors, or a folder "
+            f"{IMAGE_ADAPTER!r} in the checkpoint"
+        )
+    args.modes = args.modes or [mode for mode in MODES if mode != "variation" or varies]
     return args
 
 
@@ -287,8 +295,11 @@ def variation(bench: Bench) -> tuple[list[Row], list[list]]:
     """Other pictures of what a picture shows, from its CLIP image vector alone."""
     scenes = bench.scenes(1)
     pictures = bench.render(scenes)
-    pipe = PaellaImageVariationPipeline.from_pretrained(bench.args.variation_checkpoint, dtype=torch.float32)
-    pipe = pipe.to(bench.args.device)
+    folder = bench.args.variation_checkpoint or bench.args.checkpoint
+    pipe = PaellaImageVariationPipeline.from_pretrained(folder, dtype=torch.float32).to(bench.args.device)
+    if bench.args.variation_checkpoint is None:
+        weights = f"{folder}/{IMAGE_ADAPTER}/pytorch_lora_weights.safetensors"
+        pipe.unet.load_lora_adapter(weights, prefix=None)
     steps = bench.args.num_inference_steps
     results = bench.decode(bench.run(pipe, None, image=pictures, num_inference_steps=steps))
     right, chance = followed(results, [f"a {scene.objects[0].name}" for scene in scenes])

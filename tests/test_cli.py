@@ -86,6 +86,7 @@ def original(repo_root):
     [
         ("paella-unet", "v1_unet_forward", "PaellaUNet", ["--time_embed_dim", "16"]),
         ("paella-vqgan", "v1_vqgan_gumbel_f8", "GumbelVQModel", []),
+        ("paella-vqgan-f4", "v3_vqgan_f4", "PaellaVQModel", []),
     ],
 )
 def test_convert_writes_a_model_and_its_card(original, tmp_path, capsys, kind, case, name, options):
@@ -107,6 +108,7 @@ def test_convert_writes_a_model_and_its_card(original, tmp_path, capsys, kind, c
         (["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"], "paella-vqgan takes no --time_embed_dim"),
         (["paella-unet", "nothing.pt"], "there is no such file"),
         (["paella-vqgan", "weights.safetensors"], "is not a Gumbel-VQGAN"),
+        (["paella-vqgan-f4", "weights.safetensors"], "is not Paella's f4 tokenizer: it lacks in_block.1.weight"),
         (["paella-unet", "weights.safetensors", "--ignore", "x"], "paella-unet takes no --ignore"),
         (["paella-unet", "weights.safetensors", "--quick_gelu", "--text_heads", "2"], "no --quick_gelu --text_heads"),
         (["open-clip", "weights.safetensors", "--time_embed_dim", "16"], "open-clip takes no --time_embed_dim"),

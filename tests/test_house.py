@@ -20,12 +20,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "diffusers_ext"
 
 PUBLIC = [
+    "AutoencoderOptimus",
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "LDMClassConditionalPipeline",
     "LDMClassEmbedder",
+    "LDMInpaintPipeline",
     "LDMLayoutEncoder",
+    "LDMLayoutPipeline",
+    "LDMSemanticPipeline",
     "LDMSpatialRescaler",
+    "LDMTextPipeline",
     "LDMUNet",
+    "LDMUnconditionalPipeline",
+    "LDMUpscalePipeline",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",
@@ -33,6 +41,8 @@ PUBLIC = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "VersatilePipeline",
+    "VersatileUNet",
     "classifier_free_guidance",
 ]
 

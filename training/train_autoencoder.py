@@ -152,8 +152,8 @@ class AutoencoderArgs:
         halves = [self.block_out_channels[-1] // 2**level for level in reversed(range(levels))]
         if self.model == "paella_vq" and list(self.block_out_channels) != halves:
             raise ValueError(
-                f"--block_out_channels={self.block_out_channels}: for --model=paella_vq each level is twice as wide as "
-                f"the one before, here {halves}."
+                f"--block_out_channels={self.block_out_channels}: for --model=paella_vq each level is twice as wide "
+                f"as the one before, here {halves}."
             )
         if self.model != "kl" and (self.learn_logvar or self.logvar_init):
             raise ValueError(f"--logvar_init and --learn_logvar belong to --model=kl, got --model={self.model}.")

@@ -11,27 +11,45 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from transformers import PreTrainedModel as PreTrainedModel
 
 from .guidance import classifier_free_guidance
+from .models.autoencoder_optimus import AutoencoderOptimus
 from .models.discriminator import PatchDiscriminator
 from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
 from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
+from .models.unet_versatile import VersatileUNet
 from .models.vq_paella import GumbelVQModel, PaellaVQModel
+from .pipelines.pipeline_ldm_class import LDMClassConditionalPipeline
+from .pipelines.pipeline_ldm_inpaint import LDMInpaintPipeline
+from .pipelines.pipeline_ldm_layout import LDMLayoutPipeline
+from .pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
+from .pipelines.pipeline_ldm_text import LDMTextPipeline
+from .pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
+from .pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
 from .pipelines.pipeline_paella import PaellaPipeline
 from .pipelines.pipeline_paella_image_variation import PaellaImageVariationPipeline
 from .pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
 from .pipelines.pipeline_paella_inpaint import PaellaInpaintPipeline
+from .pipelines.pipeline_versatile import VersatilePipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoencoderOptimus",
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
+    "LDMClassConditionalPipeline",
     "LDMClassEmbedder",
+    "LDMInpaintPipeline",
     "LDMLayoutEncoder",
+    "LDMLayoutPipeline",
+    "LDMSemanticPipeline",
     "LDMSpatialRescaler",
+    "LDMTextPipeline",
     "LDMUNet",
+    "LDMUnconditionalPipeline",
+    "LDMUpscalePipeline",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",
@@ -39,6 +57,8 @@ __all__ = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "VersatilePipeline",
+    "VersatileUNet",
     "classifier_free_guidance",
 ]
 

@@ -2,20 +2,108 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from .conversion.keys import load_original
+from .conversion.ldm import convert_ldm_schedule, split_ldm_checkpoint
+from .conversion.ldm_autoencoder import convert_ldm_first_stage
+from .conversion.ldm_encoders import convert_ldm_conditioner
+from .conversion.ldm_pipeline import (
+    LDM_TASKS,
+    RELEASES,
+    assemble_ldm_pipeline,
+    latent_side,
+    ldm_settings,
+    load_bert_tokenizer,
+)
+from .conversion.ldm_unet import convert_ldm_unet
 from .conversion.open_clip import build_open_clip_processors, convert_open_clip
-from .conversion.paella import convert_paella_unet, convert_paella_vqgan_gumbel
+from .conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
 from .data import scenes
 from .training_utils import hub
+
+LDM_OPTIONS = ("num_heads", "num_head_channels", "resolution", "scale_factor", "null_class", "num_classes")
+
+
+def convert_first_stage(
+    state_dict: Mapping[str, Any],
+    *,
+    resolution: int = 256,
+    scale_factor: float | None = None,
+    use_ema: bool | None = None,
+) -> Any:
+    """The first stage of a latent-diffusion checkpoint, or one alone, as `AutoencoderKL` or `VQModel`."""
+    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
+    measured = 1.0 if parts.scale_factor is None else parts.scale_factor
+    scale = measured if scale_factor is None else scale_factor
+    return convert_ldm_first_stage(parts.first_stage, scale_factor=scale, sample_size=resolution)
+
+
+def convert_ldm_pipeline(
+    state_dict: Mapping[str, Any],
+    task: str | None = None,
+    *,
+    release: str | None = None,
+    tokenizer: str | None = None,
+    use_ema: bool | None = None,
+    **settings: Any,
+) -> DiffusionPipeline:
+    """A latent-diffusion checkpoint with all its parts as the pipeline of its task.
+
+    It stands here, since converters do not know each other.
+
+    Args:
+        state_dict: original weights, flat or under `"state_dict"`.
+        task, release, settings: see `ldm_settings`. A measured scale in the file counts more than the release's.
+        tokenizer: of a text model, a folder or a name on the Hub.
+        use_ema: see `split_ldm_checkpoint`.
+
+    Raises:
+        ValueError: for settings or a checkpoint that do not fit, listing the keys.
+    """
+    model = ldm_settings(task, release, **settings)
+    if tokenizer is not None and model.task != "text":
+        raise ValueError(f"`tokenizer` is {tokenizer!r}, but only models for 'text' have one, not {model.task!r}.")
+    words = load_bert_tokenizer(tokenizer) if model.task == "text" else None  # first, as it may be missing
+    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
+    given = (settings.get("scale_factor"), parts.scale_factor, model.scale_factor, 1.0)
+    vqvae = convert_ldm_first_stage(
+        parts.first_stage,
+        scale_factor=next(scale for scale in given if scale is not None),
+        sample_size=model.resolution,
+    )
+    side = latent_side(model, vqvae)
+    return assemble_ldm_pipeline(
+        model,
+        vqvae=vqvae,
+        unet=convert_ldm_unet(
+            parts.unet, num_heads=model.num_heads, num_head_channels=model.num_head_channels, sample_size=side
+        ),
+        scheduler=convert_ldm_schedule(parts.betas, model.betas),
+        conditioner=convert_ldm_conditioner(
+            parts.cond_stage,
+            model.task,
+            null_class=model.null_class,
+            num_stages=(model.resolution // side).bit_length() - 1,
+            first_stage=parts.first_stage,
+        ),
+        tokenizer=words,
+    )
+
 
 # kind -> its converter and the options of `convert` that it takes
 CONVERTERS = {
     "paella-unet": (convert_paella_unet, ("time_embed_dim",)),
     "paella-vqgan": (convert_paella_vqgan_gumbel, ("ignore",)),
+    "paella-vqgan-f4": (convert_paella_vqgan, ()),
     "open-clip": (convert_open_clip, ("vision_heads", "text_heads", "quick_gelu")),
+    "ldm": (convert_ldm_pipeline, ("task", "release", "tokenizer", "use_ema", *LDM_OPTIONS)),
+    "ldm-first-stage": (convert_first_stage, ("resolution", "scale_factor", "use_ema")),
 }
 # kind -> what makes the tokenizer and the like that belong into the model's folder
 PROCESSORS = {"open-clip": build_open_clip_processors}
@@ -31,13 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="turn a checkpoint of the original authors into a model folder",
+        help="turn a checkpoint of the original authors into a model or pipeline folder",
         description="Strict: a key that is unknown or missing is an error that lists it.",
         allow_abbrev=False,
     )
     convert.add_argument("kind", choices=CONVERTERS)
     convert.add_argument("checkpoint", type=Path, help="the original's .pt, .ckpt or .safetensors file")
-    convert.add_argument("output_dir", type=Path, help="new folder for the model and its card")
+    convert.add_argument("output_dir", type=Path, help="new folder for the result and its card")
     convert.add_argument("--license", required=True, help="licence of the weights, for the card: mit, other, ...")
     convert.add_argument("--time_embed_dim", type=int, help="paella-unet: the original's c_r, if it is not 64")
     convert.add_argument(
@@ -47,6 +135,18 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--text_heads", type=int, help="open-clip: attention heads, if not the width / 64")
     convert.add_argument(
         "--quick_gelu", action="store_true", default=None, help="open-clip: for OpenAI's weights and ...-quickgelu"
+    )
+    convert.add_argument("--release", choices=RELEASES, metavar="NAME", help=f"ldm: {', '.join(RELEASES)}")
+    convert.add_argument("--task", choices=LDM_TASKS, help="ldm: of a model that is no released one")
+    convert.add_argument("--num_heads", type=int, help="ldm: of the U-Net's config; this ...")
+    convert.add_argument("--num_head_channels", type=int, help="ldm: ... or this")
+    convert.add_argument("--resolution", type=int, help="ldm, ldm-first-stage: side of the pictures, if not 256")
+    convert.add_argument("--scale_factor", type=float, help="ldm, ldm-first-stage: of the latents, if not in the file")
+    convert.add_argument("--null_class", type=int, help="ldm: the class that stands for none, if there is one")
+    convert.add_argument("--num_classes", type=int, help="ldm: categories of a layout model")
+    convert.add_argument("--tokenizer", help="ldm: folder or name of the text model's, if not bert-base-uncased")
+    convert.add_argument(
+        "--use_ema", action=argparse.BooleanOptionalAction, help="ldm, ldm-first-stage: averaged weights, if there are"
     )
     convert.add_argument(
         "--allow_pickle", action="store_true", help="run the code in an old pickle; only if you trust it"
@@ -95,7 +195,9 @@ def run_convert(options: argparse.Namespace) -> int:
         license=options.license,
         usage=f"import {library}\n\nmodel = {load}" if library == hub.LIBRARY else None,
     )
-    print(f"Wrote {options.output_dir}: {name} with {model.num_parameters():,} parameters.")
+    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    count = sum(weight.numel() for part in parts if isinstance(part, nn.Module) for weight in part.parameters())
+    print(f"Wrote {options.output_dir}: {name} with {count:,} parameters.")
     return 0
 
 

@@ -26,7 +26,7 @@ AUTO_MODULE = "diffusers.pipelines.auto_pipeline"
 
 # AutoPipeline table -> its key -> our pipeline. The same key in two tables links the variants for `from_pipe`.
 AUTO_PIPELINES = {
-    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline"},
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline", "ldm": "LDMTextPipeline"},
     "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaImg2ImgPipeline"},
     "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline"},
 }

@@ -15,15 +15,14 @@ from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
 from diffusers_ext.conversion.keys import load_original
-from diffusers_ext.conversion.ldm import (
+from diffusers_ext.conversion.ldm import convert_ldm_schedule, split_ldm_checkpoint
+from diffusers_ext.conversion.ldm_encoders import (
     convert_ldm_bert,
     convert_ldm_class_embedder,
     convert_ldm_layout_encoder,
-    convert_ldm_schedule,
     convert_ldm_spatial_rescaler,
-    convert_ldm_unet,
-    split_ldm_checkpoint,
 )
+from diffusers_ext.conversion.ldm_unet import convert_ldm_unet
 from diffusers_ext.losses.diffusion import scaled_linear_betas
 from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder, LDMSpatialRescaler
 from diffusers_ext.models.unet_ldm import LDMUNet

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
 from PIL import Image
 from pipelines.tiny_paella import tiny_paella_components
 
@@ -37,6 +39,22 @@ def test_every_mode_on_a_tiny_pipeline(script, folder, tmp_path, capsys):
         assert "unchanged" in kept["measured"] and kept["value"]["value"] == 1.0 and kept["value"]["count"] == 3
     assert all((tmp_path / "grids" / f"{mode}.png").is_file() for mode in script.MODES)
     assert Image.open(tmp_path / "grids" / "inpaint.png").width > 3 * 32
+
+
+def test_the_image_adapter_inside_a_text_checkpoint_serves_for_variations(script, folder, tmp_path):
+    pipe = PaellaPipeline(**tiny_paella_components(image_encoder=True))
+    targets = [name for name, module in pipe.unet.named_modules() if isinstance(module, torch.nn.Linear)]
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    pipe.unet.save_lora_adapter(tmp_path / "image_adapter")
+    pipe.unet.unload_lora()
+    pipe.save_pretrained(tmp_path)
+
+    def grid(name, *options):
+        small = ["--num_cases", "2", "--num_inference_steps", "2", "--grid_dir", str(tmp_path / name)]
+        assert script.main(["--checkpoint", str(tmp_path), "--modes", "variation", *small, *options]) == 0
+        return np.asarray(Image.open(tmp_path / name / "variation.png"))
+
+    assert (grid("adapted") != grid("plain", "--variation_checkpoint", str(tmp_path))).any()
 
 
 def test_a_changed_token_is_a_failure(script, folder, monkeypatch):

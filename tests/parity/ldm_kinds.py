@@ -7,15 +7,15 @@ from parity.case import Case
 
 from diffusers_ext.conditions.inpainting import composite, latent_mask, masked_image
 from diffusers_ext.conditions.layout import LayoutObject, LayoutTokenizer
-from diffusers_ext.conversion.ldm import (
+from diffusers_ext.conversion.ldm import split_ldm_checkpoint
+from diffusers_ext.conversion.ldm_autoencoder import convert_ldm_autoencoder_kl, convert_ldm_vq
+from diffusers_ext.conversion.ldm_encoders import (
     convert_ldm_bert,
     convert_ldm_class_embedder,
     convert_ldm_layout_encoder,
     convert_ldm_spatial_rescaler,
-    convert_ldm_unet,
-    split_ldm_checkpoint,
 )
-from diffusers_ext.conversion.ldm_autoencoder import convert_ldm_autoencoder_kl, convert_ldm_vq
+from diffusers_ext.conversion.ldm_unet import convert_ldm_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.losses.kl import kl_divergence, latent_scale, sample_posterior
 from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler

@@ -6,8 +6,9 @@ from parity.ldm_kinds import heads_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffusers_ext.conversion.ldm import convert_ldm_schedule, convert_ldm_unet, split_ldm_checkpoint
+from diffusers_ext.conversion.ldm import convert_ldm_schedule, split_ldm_checkpoint
 from diffusers_ext.conversion.ldm_autoencoder import convert_ldm_vq
+from diffusers_ext.conversion.ldm_unet import convert_ldm_unet
 from diffusers_ext.losses.adversarial import (
     adaptive_weight,
     delayed_factor,

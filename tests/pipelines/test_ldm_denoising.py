@@ -5,11 +5,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel, UNet2DModel
 
 from diffusers_ext.pipelines.ldm_denoising import (
+    KnownRegion,
+    LDMCondition,
     keep_known_latents,
     ldm_scheduler,
     predict_noise,
     set_original_timesteps,
 )
+from diffusers_ext.pipelines.ldm_tiling import TileGrid
 
 BLOCKS = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
@@ -91,6 +94,63 @@ def test_concatenation_without_context():
     latents, condition = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     expected = unet(torch.cat([latents, condition], dim=1), 7).sample
     assert torch.equal(predict_noise(unet, latents, 7, concat=[condition]), expected)
+
+
+def concat_unet(in_channels):
+    return UNet2DModel(
+        in_channels=in_channels, out_channels=3, down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2, attention_head_dim=8, **BLOCKS,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_guidance_away_from_null_maps():
+    unet, latents = concat_unet(6), torch.randn(2, 3, 8, 8)
+    maps, null = torch.randn(2, 2, 3, 8, 8)
+    cond, uncond = (predict_noise(unet, latents, 7, concat=[values]) for values in (maps, null))
+    guided = predict_noise(unet, latents, 7, concat=[maps], null_concat=[null], guidance_scale=3.0)
+    torch.testing.assert_close(guided, uncond + 3 * (cond - uncond), atol=1e-5, rtol=1e-5)
+    assert torch.equal(predict_noise(unet, latents, 7, concat=[maps], null_concat=[null]), cond)
+
+
+@torch.no_grad()
+def test_a_condition_under_tiles_is_cut_like_the_latents():
+    unet, latents = concat_unet(6), torch.randn(1, 3, 12, 8)
+    maps, null = torch.randn(2, 1, 3, 12, 8)
+    grid = TileGrid((12, 8), (8, 8), (4, 4))
+    tiled = LDMCondition(concat=maps, null_concat=null).predict(unet, latents, 7, guidance_scale=2.0, grid=grid)
+    parts = [
+        predict_noise(
+            unet, latents[..., rows, :], 7, concat=[maps[..., rows, :]], null_concat=[null[..., rows, :]],
+            guidance_scale=2.0,
+        )
+        for rows in (slice(0, 8), slice(4, 12))
+    ]  # fmt: skip
+    torch.testing.assert_close(tiled, grid.blend(iter(parts)))
+    torch.testing.assert_close(tiled[..., :4, :], parts[0][..., :4, :])
+
+
+@torch.no_grad()
+def test_each_tile_has_a_context_of_its_own():
+    unet = UNet2DConditionModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4, in_channels=3, out_channels=3, **BLOCKS,
+    ).eval()  # fmt: skip
+    latents, contexts, null = torch.randn(1, 3, 12, 8), torch.randn(2, 1, 3, 8), torch.randn(1, 3, 8)
+    grid = TileGrid((12, 8), (8, 8), (4, 4))
+    condition = LDMCondition(None, null, tile_contexts=list(contexts))
+    tiled = condition.predict(unet, latents, 7, guidance_scale=2.0, grid=grid)
+    last = predict_noise(unet, latents[..., 4:, :], 7, context=contexts[1], null_context=null, guidance_scale=2.0)
+    torch.testing.assert_close(tiled[..., 8:, :], last[..., 4:, :], atol=1e-5, rtol=1e-5)
+
+
+def test_after_the_run_the_known_region_is_clean():
+    latents, known = torch.randn(2, 2, 3, 4, 4)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    result = KnownRegion(known[:1], mask).put_back(latents)
+    assert torch.equal(result[..., :2], known[:1, ..., :2].expand(2, -1, -1, -1))
+    assert torch.equal(result[..., 2:], latents[..., 2:])
 
 
 def test_known_latents_are_put_back_at_the_steps_noise_level():

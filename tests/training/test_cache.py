@@ -131,7 +131,7 @@ def test_an_interrupted_cache_is_completed_and_others_are_refused(tmp_path):
     pipe = PaellaPipeline.from_pretrained(CHECKPOINT)
     with torch.no_grad():
         pipe.text_encoder.text_projection.weight[0, 0] += 1
-        pipe.vqvae.encoder.conv_in.bias[0] += 1
+        pipe.vqvae.in_block[1].bias[0] += 1
     pipe.vqvae.save_pretrained(other / "vqvae")
     pipe.save_pretrained(other / "clip")
     for more, message in (

@@ -1,12 +1,34 @@
-"""Masks as users hold them to boolean tensors, and to the coarser grid of a tokenizer."""
+"""Masks as users hold them to boolean tensors, and to the coarser grid of a tokenizer; random ones for training."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageDraw
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class _MaskSetting:
+    """Ranges with both ends included; lengths in pixels of a picture whose shorter side is 256."""
+
+    stroke_probability: float  # else boxes
+    strokes: tuple[int, int]
+    length: tuple[int, int]  # of each of a stroke's one to five straight parts
+    width: tuple[int, int]
+    boxes: tuple[int, int]
+    side: tuple[int, int]
+    margin: int
+
+
+_MASK_SETTINGS = {
+    "large": _MaskSetting(1 / 2, (1, 6), (10, 209), (5, 104), (1, 4), (30, 150), 10),
+    "medium": _MaskSetting(1 / 1.3, (4, 6), (10, 109), (5, 54), (1, 5), (10, 50), 0),
+}
+_ANGLES = (0.01, 1.01, 2.01, 3.01)  # radians, from straight down; every other stroke turns the other way
 
 
 def mask_batch(mask: Any, name: str = "mask_image") -> Tensor:
@@ -58,6 +80,80 @@ def mask_to_tokens(mask: Tensor, factor: int) -> Tensor:
     repainted with it.
     """
     return F.max_pool2d(mask[:, None].float(), factor)[:, 0] > 0
+
+
+def random_mask(height: int, width: int, generator: Generator, *, size: str = "large") -> Tensor:
+    """A hole as LaMa trains with: thick polygonal strokes, or boxes.
+
+    Suvorov et al., "Resolution-robust Large Mask Inpainting with Fourier Convolutions", arXiv 2109.07161, section 2.4.
+    Which settings Rombach et al. (arXiv 2112.10752, section 4.5) used of it is not known; these are the numbers of
+    advimman/lama@6bb7047 (Apache-2.0), configs/training/data/abl-04-256-mh-dist.yaml (`large`) and
+    configs/data_gen/random_medium_256.yaml (`medium`), counted as its code does (one stroke more than they say).
+
+    Args:
+        height, width: in pixels, at least 8. The ranges, given for 256 pixels, grow with the shorter side.
+        generator: on the CPU; draws everything.
+        size: `large`, which LaMa was trained with, or `medium`, one of its test sets.
+
+    Returns:
+        float32 (1, height, width): 1 in the hole, 0 where the picture is known; never all of one kind.
+
+    Raises:
+        TypeError: if `generator` is none.
+        ValueError: for another `size`, or a picture too small.
+    """
+    if size not in _MASK_SETTINGS:
+        raise ValueError(f"`size` is {size!r}: it must be one of {', '.join(_MASK_SETTINGS)}.")
+    if min(height, width) < 8:
+        raise ValueError(f"`height` and `width` are {height} and {width}: both must be at least 8.")
+    if not isinstance(generator, Generator):
+        raise TypeError(f"`generator` is {type(generator).__name__}: it must be a torch.Generator on the CPU.")
+    setting = _MASK_SETTINGS[size]
+    while True:
+        picture = Image.new("L", (width, height))
+        strokes = torch.rand((), generator=generator).item() < setting.stroke_probability
+        (_draw_strokes if strokes else _draw_boxes)(picture, setting, generator)
+        mask = torch.from_numpy(np.array(picture)).float()[None]
+        if 0 < float(mask.sum()) < mask.numel():  # hardly ever otherwise
+            return mask
+
+
+def _draw_strokes(picture: Image.Image, setting: _MaskSetting, generator: Generator) -> None:
+    """Chains of thick lines with round joints."""
+    scale = min(picture.size) / 256
+    canvas = ImageDraw.Draw(picture)
+    for stroke in range(_integer(setting.strokes, generator)):
+        x, y = (_integer((0, side - 1), generator) for side in picture.size)
+        for _ in range(_integer((1, 5), generator)):
+            angle = _ANGLES[_integer((0, 3), generator)] * (-1 if stroke % 2 == 0 else 1)
+            length = scale * _integer(setting.length, generator)
+            thickness = max(1, round(scale * _integer(setting.width, generator)))
+            end = (
+                min(max(round(x + length * math.sin(angle)), 0), picture.width),
+                min(max(round(y + length * math.cos(angle)), 0), picture.height),
+            )
+            canvas.line((x, y, *end), fill=1, width=thickness)
+            for centre in ((x, y), end):
+                canvas.circle(centre, thickness / 2, fill=1)
+            x, y = end
+
+
+def _draw_boxes(picture: Image.Image, setting: _MaskSetting, generator: Generator) -> None:
+    """Rectangles, all within a margin."""
+    scale = min(picture.size) / 256
+    margin = int(scale * setting.margin)
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(_integer(setting.boxes, generator)):
+        sides = [max(1, round(scale * _integer(setting.side, generator))) for _ in range(2)]
+        start = [
+            _integer((margin, whole - margin - s), generator) for whole, s in zip(picture.size, sides, strict=True)
+        ]
+        canvas.rectangle((*start, start[0] + sides[0] - 1, start[1] + sides[1] - 1), fill=1)
+
+
+def _integer(bounds: tuple[int, int], generator: Generator) -> int:
+    """One of the integers from the first to the last bound."""
+    return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator))
 
 
 def _binary(values: Tensor, name: str) -> Tensor:

@@ -7,6 +7,8 @@ rest of the key; the target takes them over in the same order:
 
 Nothing is passed over in silence: a key that no pattern knows, a weight that is missing, misshaped or not finite is an
 error that lists the keys.
+
+The autoencoders of taming-transformers, which several families build on, are here too.
 """
 
 import argparse
@@ -28,6 +30,22 @@ Rules = Sequence[tuple[str, str]]
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _LISTED = 20  # keys that an error message names before it counts the rest
+
+# Encoder and decoder of CompVis/taming-transformers@3ba01b2:taming/modules/diffusionmodules/model.py (MIT)
+_TAMING_RESNET: Rules = [
+    ("norm1.*", "norm1.*"),
+    ("conv1.*", "conv1.*"),
+    ("norm2.*", "norm2.*"),
+    ("conv2.*", "conv2.*"),
+    ("nin_shortcut.*", "conv_shortcut.*"),
+]
+_TAMING_ATTENTION: Rules = [
+    ("norm.*", "group_norm.*"),
+    ("q.*", "to_q.*"),
+    ("k.*", "to_k.*"),
+    ("v.*", "to_v.*"),
+    ("proj_out.*", "to_out.0.*"),
+]
 
 
 class _Placeholder:
@@ -111,6 +129,21 @@ def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
     return [(source + left, target + right) for left, right in rules]
 
 
+def require(weights: Mapping[str, Tensor], what: str, *keys: str) -> None:
+    """Refuses weights of another model: `what`, with its article, has all of `keys`."""
+    missing = [key for key in keys if key not in weights]
+    if missing:
+        raise ValueError(
+            f"`state_dict` is not {what}: it lacks {', '.join(missing)}. It starts with {list(weights)[:3]}."
+        )
+
+
+def count_keys(weights: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
+    """Number of keys `prefix<index>suffix`."""
+    pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
+    return sum(pattern.fullmatch(key) is not None for key in weights)
+
+
 def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Iterable[str] = ()) -> dict[str, Tensor]:
     """Renames every key by the first rule that fits it.
 
@@ -142,6 +175,50 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Itera
     if clashes:
         raise ValueError(f"Keys of the checkpoint would overwrite others: {_listing(clashes)}.")
     return renamed
+
+
+def taming_autoencoder(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Sizes and key names of a taming-transformers encoder and decoder, as diffusers' `VQModel` has them.
+
+    Args:
+        weights: original ones, flat; all sizes are read off their shapes.
+
+    Returns:
+        What the config of a `VQModel` or `AutoencoderKL` says about both, and the rules for their keys; those of the
+        bottleneck between the two 1x1 convolutions are the caller's.
+
+    Raises:
+        ValueError: for a first level that is wider than the first convolution, which diffusers cannot express.
+    """
+    num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
+    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
+    if weights["encoder.conv_in.weight"].shape[0] != widths[0]:
+        raise ValueError(
+            f"The encoder starts with {weights['encoder.conv_in.weight'].shape[0]} channels and its first level has "
+            f"{widths[0]}: diffusers needs the same, that is a `ch_mult` that starts with 1."
+        )
+    has_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(num_levels)]
+    config = {
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": weights["decoder.conv_out.weight"].shape[0],
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)),
+        "block_out_channels": tuple(widths),
+        "layers_per_block": count_keys(weights, "encoder.down.0.block.", ".conv1.weight"),
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+    }
+    rules = [("quant_conv.*", "quant_conv.*"), ("post_quant_conv.*", "post_quant_conv.*")]
+    for half in ("encoder.", "decoder."):
+        rules += [(half + f"{name}.*", half + f"{name}.*") for name in ("conv_in", "conv_out")]
+        rules += [(half + "norm_out.*", half + "conv_norm_out.*")]
+        rules += under(half + "mid.block_1.", half + "mid_block.resnets.0.", _TAMING_RESNET)
+        rules += under(half + "mid.attn_1.", half + "mid_block.attentions.0.", _TAMING_ATTENTION)
+        rules += under(half + "mid.block_2.", half + "mid_block.resnets.1.", _TAMING_RESNET)
+    rules += _taming_level("encoder.down.{}.", "encoder.down_blocks.{}.", "downsample")
+    for level in range(num_levels):  # the original counts upward levels from the finest, diffusers from the deepest
+        source, target = f"decoder.up.{level}.", f"decoder.up_blocks.{num_levels - 1 - level}."
+        rules += _taming_level(source, target, "upsample")
+    return config, rules
 
 
 def build_empty(model_class: type[ModuleType], **config: Any) -> ModuleType:
@@ -177,6 +254,15 @@ def load_strict(model: ModuleType, state_dict: Mapping[str, Tensor]) -> ModuleTy
     fitted = {key: value.detach().reshape(wanted[key].shape).clone() for key, value in state_dict.items()}
     model.load_state_dict(fitted, assign=True)
     return model.eval()
+
+
+def _taming_level(source: str, target: str, resample: str) -> Rules:
+    """One level (or all, with an index in both prefixes): residual blocks, attention and resampling."""
+    return [
+        *under(source + "block.{}.", target + "resnets.{}.", _TAMING_RESNET),
+        *under(source + "attn.{}.", target + "attentions.{}.", _TAMING_ATTENTION),
+        (source + f"{resample}.conv.*", target + f"{resample}rs.0.conv.*"),
+    ]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

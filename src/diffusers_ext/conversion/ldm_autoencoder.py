@@ -5,7 +5,6 @@ CompVis/taming-transformers@3ba01b2 (code and weights MIT). diffusers' own conve
 levels, which kl-f16, kl-f32, vq-f8 and vq-f16 have, and knows no codebook.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,30 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor
 
-from .keys import Rules, build_empty, load_strict, rename_keys, under, unwrap_state_dict
-
-_TAMING_ATTENTION: Rules = [
-    ("norm.*", "group_norm.*"),
-    ("q.*", "to_q.*"),
-    ("k.*", "to_k.*"),
-    ("v.*", "to_v.*"),
-    ("proj_out.*", "to_out.0.*"),
-]
-_TAMING_RESNET: Rules = [
-    ("norm1.*", "norm1.*"),
-    ("conv1.*", "conv1.*"),
-    ("norm2.*", "norm2.*"),
-    ("conv2.*", "conv2.*"),
-    ("nin_shortcut.*", "conv_shortcut.*"),
-]
-_TAMING_ENDS: Rules = [
-    *under("mid.block_1.", "mid_block.resnets.0.", _TAMING_RESNET),
-    *under("mid.attn_1.", "mid_block.attentions.0.", _TAMING_ATTENTION),
-    *under("mid.block_2.", "mid_block.resnets.1.", _TAMING_RESNET),
-    ("conv_in.*", "conv_in.*"),
-    ("norm_out.*", "conv_norm_out.*"),
-    ("conv_out.*", "conv_out.*"),
-]
+from .keys import build_empty, load_strict, rename_keys, require, taming_autoencoder, unwrap_state_dict
 
 
 def convert_ldm_autoencoder_kl(
@@ -63,14 +39,14 @@ def convert_ldm_autoencoder_kl(
             cannot express: `embed_dim` unlike `z_channels`, or `ch_mult` that does not start with 1.
     """
     weights = _weights(state_dict)
-    _require(weights, "a KL autoencoder", "encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight")
+    require(weights, "a KL autoencoder", "encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight")
     embed_dim, latent_channels = weights["post_quant_conv.weight"].shape[1::-1]
     if embed_dim != latent_channels or weights["quant_conv.weight"].shape[0] != 2 * embed_dim:
         raise ValueError(
             f"The autoencoder has `embed_dim` {embed_dim} and `z_channels` {latent_channels}: AutoencoderKL needs the "
             "same, as in all released models."
         )
-    config, rules = _autoencoder_config(weights)
+    config, rules = taming_autoencoder(weights)
     model = build_empty(
         AutoencoderKL,
         **config,
@@ -97,8 +73,8 @@ def convert_ldm_vq(
         works on; `decode` quantises first.
     """
     weights = _weights(state_dict)
-    _require(weights, "a VQ autoencoder", "encoder.conv_in.weight", "quantize.embedding.weight")
-    config, rules = _autoencoder_config(weights)
+    require(weights, "a VQ autoencoder", "encoder.conv_in.weight", "quantize.embedding.weight")
+    config, rules = taming_autoencoder(weights)
     model = build_empty(
         VQModel,
         **config,
@@ -112,6 +88,15 @@ def convert_ldm_vq(
     return load_strict(model, rename_keys(weights, rules, ignore=ignore))
 
 
+def convert_ldm_first_stage(state_dict: Mapping[str, Any], **options: Any) -> AutoencoderKL | VQModel:
+    """One of the two above, whichever the weights are of; arguments and errors are theirs."""
+    if not state_dict:
+        raise ValueError("The checkpoint holds no first stage ('first_stage_model.').")
+    weights = _weights(state_dict)
+    convert = convert_ldm_vq if "quantize.embedding.weight" in weights else convert_ldm_autoencoder_kl
+    return convert(weights, **options)
+
+
 def _weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     weights = unwrap_state_dict(state_dict)
     if any(key.startswith("model_ema.") for key in weights):
@@ -120,52 +105,3 @@ def _weights(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             "use_ema=...).first_stage`."
         )
     return weights
-
-
-def _autoencoder_config(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], Rules]:
-    """What both kinds of autoencoder share: the sizes of encoder and decoder, and the renaming of their keys."""
-    num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
-    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
-    if weights["encoder.conv_in.weight"].shape[0] != widths[0]:
-        raise ValueError(
-            f"The encoder starts with {weights['encoder.conv_in.weight'].shape[0]} channels and its first level has "
-            f"{widths[0]}: diffusers needs the same, that is a `ch_mult` that starts with 1."
-        )
-    has_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(num_levels)]
-    layer = re.compile(r"encoder\.down\.0\.block\.\d+\.conv1\.weight")
-    config = {
-        "in_channels": weights["encoder.conv_in.weight"].shape[1],
-        "out_channels": weights["decoder.conv_out.weight"].shape[0],
-        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)),
-        "block_out_channels": tuple(widths),
-        "layers_per_block": sum(layer.fullmatch(key) is not None for key in weights),
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
-    }
-    rules: list[tuple[str, str]] = [
-        ("quant_conv.*", "quant_conv.*"),
-        ("post_quant_conv.*", "post_quant_conv.*"),
-        *under("encoder.", "encoder.", _TAMING_ENDS),
-        *under("decoder.", "decoder.", _TAMING_ENDS),
-        *_taming_levels("encoder.down.{}.", "encoder.down_blocks.{}.", "downsample"),
-    ]
-    for level in range(num_levels):  # the original counts upward levels from the finest, diffusers from the deepest
-        source, target = f"decoder.up.{level}.", f"decoder.up_blocks.{num_levels - 1 - level}."
-        rules += _taming_levels(source, target, "upsample")
-    return config, rules
-
-
-def _taming_levels(source: str, target: str, resample: str) -> Rules:
-    return [
-        *under(source + "block.{}.", target + "resnets.{}.", _TAMING_RESNET),
-        *under(source + "attn.{}.", target + "attentions.{}.", _TAMING_ATTENTION),
-        (source + f"{resample}.conv.*", target + f"{resample}rs.0.conv.*"),
-    ]
-
-
-def _require(weights: Mapping[str, Tensor], what: str, *keys: str) -> None:
-    missing = [key for key in keys if key not in weights]
-    if missing:
-        raise ValueError(
-            f"`state_dict` is not {what}: it lacks {', '.join(missing)}. It starts with {list(weights)[:3]}."
-        )

@@ -10,11 +10,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_paella import GumbelVQModel, PaellaVQModel
-from .keys import Rules, build_empty, load_strict, rename_keys, under, unwrap_state_dict
+from .keys import (
+    Rules,
+    build_empty,
+    count_keys,
+    load_strict,
+    rename_keys,
+    require,
+    taming_autoencoder,
+    under,
+    unwrap_state_dict,
+)
 
 _PAELLA_BLOCK: Rules = [
     ("gamma", "layer_scale"),
@@ -24,29 +32,6 @@ _PAELLA_BLOCK: Rules = [
     ("ln.ln.*", "norm.*"),
     ("channelwise.{}.*", "channelwise.{}.*"),
     ("cond_mapper.*", "cond_mapper.*"),
-]
-
-_TAMING_RESNET: Rules = [
-    ("norm1.*", "norm1.*"),
-    ("conv1.*", "conv1.*"),
-    ("norm2.*", "norm2.*"),
-    ("conv2.*", "conv2.*"),
-    ("nin_shortcut.*", "conv_shortcut.*"),
-]
-_TAMING_ATTENTION: Rules = [
-    ("norm.*", "group_norm.*"),
-    ("q.*", "to_q.*"),
-    ("k.*", "to_k.*"),
-    ("v.*", "to_v.*"),
-    ("proj_out.*", "to_out.0.*"),
-]
-_TAMING_ENDS: Rules = [
-    *under("mid.block_1.", "mid_block.resnets.0.", _TAMING_RESNET),
-    *under("mid.attn_1.", "mid_block.attentions.0.", _TAMING_ATTENTION),
-    *under("mid.block_2.", "mid_block.resnets.1.", _TAMING_RESNET),
-    ("conv_in.*", "conv_in.*"),
-    ("norm_out.*", "conv_norm_out.*"),
-    ("conv_out.*", "conv_out.*"),
 ]
 
 
@@ -66,10 +51,10 @@ def convert_paella_unet(state_dict: Mapping[str, Any], *, time_embed_dim: int = 
         ValueError: listing keys that are unknown, missing, misshaped or not finite.
     """
     weights = unwrap_state_dict(state_dict)
-    _require(weights, "a Paella v1 DenoiseUNet", "embedding.weight", "down_blocks.0.0.cond_mapper.weight")
+    require(weights, "a Paella v1 DenoiseUNet", "embedding.weight", "down_blocks.0.0.cond_mapper.weight")
     num_levels = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("down_blocks."))
-    down_layers = [_count(weights, f"down_blocks.{level}.", ".gamma") for level in range(num_levels)]
-    up_layers = [_count(weights, f"up_blocks.{level}.", ".gamma") for level in range(num_levels)]
+    down_layers = [count_keys(weights, f"down_blocks.{level}.", ".gamma") for level in range(num_levels)]
+    up_layers = [count_keys(weights, f"up_blocks.{level}.", ".gamma") for level in range(num_levels)]
 
     rules: list[tuple[str, str]] = [("embedding.*", "token_embedding.*"), ("clf.*", "proj_out.*")]
     for level in range(num_levels):
@@ -136,37 +121,12 @@ def convert_paella_vqgan_gumbel(
     weights = unwrap_state_dict(state_dict)
     if all(key.startswith("model.") for key in weights):  # `get_vae().state_dict()`
         weights = {key.removeprefix("model."): value for key, value in weights.items()}
-    _require(weights, "a Gumbel-VQGAN", "encoder.conv_in.weight", "quantize.embed.weight", "quantize.proj.weight")
-    num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
-    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
-    if weights["encoder.conv_in.weight"].shape[0] != widths[0]:
-        raise ValueError(
-            f"The encoder starts with {weights['encoder.conv_in.weight'].shape[0]} channels and its first level has "
-            f"{widths[0]}: VQModel needs the same, that is a `ch_mult` that starts with 1."
-        )
-    has_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(num_levels)]
-
-    rules: list[tuple[str, str]] = [
-        ("quant_conv.*", "quant_conv.*"),
-        ("post_quant_conv.*", "post_quant_conv.*"),
-        ("quantize.embed.weight", "quantize.embedding.weight"),
-        ("quantize.proj.*", "quantize_proj.*"),
-        *under("encoder.", "encoder.", _TAMING_ENDS),
-        *under("decoder.", "decoder.", _TAMING_ENDS),
-        *_taming_levels("encoder.down.{}.", "encoder.down_blocks.{}.", "downsample"),
-    ]
-    for level in range(num_levels):  # the original counts upward levels from the finest, diffusers from the deepest
-        source, target = f"decoder.up.{level}.", f"decoder.up_blocks.{num_levels - 1 - level}."
-        rules += _taming_levels(source, target, "upsample")
-
+    require(weights, "a Gumbel-VQGAN", "encoder.conv_in.weight", "quantize.embed.weight", "quantize.proj.weight")
+    config, rules = taming_autoencoder(weights)
+    rules += [("quantize.embed.weight", "quantize.embedding.weight"), ("quantize.proj.*", "quantize_proj.*")]
     model = build_empty(
         GumbelVQModel,
-        in_channels=weights["encoder.conv_in.weight"].shape[1],
-        out_channels=weights["decoder.conv_out.weight"].shape[0],
-        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)),
-        block_out_channels=tuple(widths),
-        layers_per_block=_count(weights, "encoder.down.0.block.", ".conv1.weight"),
+        **config,
         latent_channels=weights["encoder.conv_out.weight"].shape[0],
         sample_size=sample_size,
         num_vq_embeddings=weights["quantize.embed.weight"].shape[0],
@@ -190,8 +150,8 @@ def convert_paella_vqgan(state_dict: Mapping[str, Any], *, scale_factor: float =
         ValueError: listing keys that are unknown, missing, misshaped or not finite.
     """
     weights = unwrap_state_dict(state_dict)
-    _require(weights, "Paella's f4 tokenizer", "in_block.1.weight", "up_blocks.0.0.weight", "out_block.0.weight")
-    levels = 1 + _count(weights, "down_blocks.", ".weight")  # that are the strided convolutions between them
+    require(weights, "Paella's f4 tokenizer", "in_block.1.weight", "up_blocks.0.0.weight", "out_block.0.weight")
+    levels = 1 + count_keys(weights, "down_blocks.", ".weight")  # that are the strided convolutions between them
     block = re.compile(r"up_blocks\.(\d+)\.gammas")
     first_level = [int(match[1]) for key in weights if (match := block.fullmatch(key))]
     rules: list[tuple[str, str]] = [(f"{part}.*", f"{part}.*") for part in ("in_block", "down_blocks", "up_blocks")]
@@ -210,26 +170,3 @@ def convert_paella_vqgan(state_dict: Mapping[str, Any], *, scale_factor: float =
         scale_factor=scale_factor,
     )
     return load_strict(model, renamed)
-
-
-def _taming_levels(source: str, target: str, resample: str) -> Rules:
-    """One level (or all, with an index in both prefixes): residual blocks, attention and resampling."""
-    return [
-        *under(source + "block.{}.", target + "resnets.{}.", _TAMING_RESNET),
-        *under(source + "attn.{}.", target + "attentions.{}.", _TAMING_ATTENTION),
-        (source + f"{resample}.conv.*", target + f"{resample}rs.0.conv.*"),
-    ]
-
-
-def _count(weights: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
-    """Number of keys `prefix<index>suffix`."""
-    pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
-    return sum(pattern.fullmatch(key) is not None for key in weights)
-
-
-def _require(weights: Mapping[str, Tensor], what: str, *keys: str) -> None:
-    missing = [key for key in keys if key not in weights]
-    if missing:
-        raise ValueError(
-            f"`state_dict` is not {what}: it lacks {', '.join(missing)}. It starts with {list(weights)[:3]}."
-        )

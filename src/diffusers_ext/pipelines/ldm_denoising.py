@@ -5,6 +5,7 @@ Rombach et al., arXiv 2112.10752; the original's sampler: CompVis/latent-diffusi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -14,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..guidance import classifier_free_guidance
+from .ldm_tiling import TileGrid
 
 
 def ldm_scheduler(
@@ -69,6 +71,7 @@ def predict_noise(
     context: Tensor | None = None,
     null_context: Tensor | None = None,
     concat: Sequence[Tensor] = (),
+    null_concat: Sequence[Tensor] | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
     """The network's prediction for all of the conditions of section 3.3, guided if asked for.
@@ -80,22 +83,80 @@ def predict_noise(
         context: sequences (b, l, d) for cross-attention.
         null_context: what stands for "no condition", (b, l, d) or (1, l, d).
         concat: maps (b, c', h, w), put behind the latents in this order.
-        guidance_scale: 1 means no guidance, and half the work; ignored without `null_context`.
+        null_concat: what stands there for "no condition", of the same shapes; by default the same maps.
+        guidance_scale: 1 means no guidance, and half the work; ignored without a null condition.
 
     Returns:
         (b, c, h, w).
     """
     sample = torch.cat([latents, *(maps.to(latents) for maps in concat)], dim=1)
-    if context is None:
-        return unet(sample, timestep, return_dict=False)[0]
-    context = context.to(latents)
-    if null_context is None or guidance_scale == 1.0:
-        return unet(sample, timestep, context, return_dict=False)[0]
-    both = torch.cat([null_context.to(latents).expand_as(context), context])
+    context = None if context is None else context.to(latents)
+    if guidance_scale == 1.0 or (null_context is None and null_concat is None):
+        return _call(unet, sample, timestep, context)
+    null_maps = concat if null_concat is None else null_concat
+    null_sample = torch.cat([latents, *(maps.to(latents) for maps in null_maps)], dim=1)
+    if context is not None:
+        null = context if null_context is None else null_context.to(latents).expand_as(context)
+        context = torch.cat([null, context])
     if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(timestep) == len(latents):
         timestep = timestep.repeat(2)
-    uncond, cond = unet(torch.cat([sample, sample]), timestep, both, return_dict=False)[0].chunk(2)
+    uncond, cond = _call(unet, torch.cat([null_sample, sample]), timestep, context).chunk(2)
     return classifier_free_guidance(cond, uncond, guidance_scale)
+
+
+def _call(unet: torch.nn.Module, sample: Tensor, timestep: Tensor | int, context: Tensor | None) -> Tensor:
+    return unet(sample, timestep, *(() if context is None else (context,)), return_dict=False)[0]
+
+
+@dataclass
+class LDMCondition:
+    """What the network is told besides the noisy latents, during a whole run. All of it may be missing.
+
+    Args:
+        context, null_context: sequences (b, l, d) for cross-attention; of a layout under tiles those of the whole.
+        concat, null_concat: maps (b, c', h, w) behind the latents.
+        tile_contexts: a context for each tile in place of `context`.
+    """
+
+    context: Tensor | None = None
+    null_context: Tensor | None = None
+    concat: Tensor | None = None
+    null_concat: Tensor | None = None
+    tile_contexts: Sequence[Tensor] | None = None
+
+    def predict(
+        self,
+        unet: UNet2DModel | UNet2DConditionModel,
+        latents: Tensor,
+        timestep: Tensor | int,
+        *,
+        guidance_scale: float = 1.0,
+        grid: TileGrid | None = None,
+    ) -> Tensor:
+        """`predict_noise` under this condition, (b, c, h, w); tile by tile if there is a `grid` over the latents.
+
+        Maps are cut like the latents.
+        """
+        maps = [] if self.concat is None else [self.concat]
+        null_maps = [] if self.null_concat is None else [self.null_concat]
+
+        def predict(latents: Tensor, context: Tensor | None, cut: Sequence[Tensor]) -> Tensor:
+            return predict_noise(
+                unet,
+                latents,
+                timestep,
+                context=context,
+                null_context=self.null_context,
+                concat=cut[: len(maps)],
+                null_concat=cut[len(maps) :] or None,
+                guidance_scale=guidance_scale,
+            )
+
+        if grid is None:
+            return predict(latents, self.context, [*maps, *null_maps])
+        contexts = [self.context] * len(grid) if self.tile_contexts is None else self.tile_contexts
+        tiles = zip(*(grid.cut(values) for values in (latents, *maps, *null_maps)), strict=True)
+        return grid.blend(predict(tile[0], context, tile[1:]) for context, tile in zip(contexts, tiles, strict=True))
 
 
 def keep_known_latents(
@@ -113,3 +174,29 @@ def keep_known_latents(
     """
     noisy = scheduler.add_noise(known_latents, noise, timestep.reshape(1))  # type: ignore[attr-defined]
     return noisy * mask + latents * (1 - mask)
+
+
+@dataclass(frozen=True)
+class KnownRegion:
+    """The part of a picture that an unconditional run has to keep.
+
+    Args:
+        latents: scaled and clean, (1 or b, c, h, w).
+        mask: (1 or b, 1, h, w), 1 where to keep them.
+    """
+
+    latents: Tensor
+    mask: Tensor
+
+    def put_back(
+        self,
+        latents: Tensor,
+        noise: Tensor | None = None,
+        scheduler: SchedulerMixin | None = None,
+        timestep: Tensor | None = None,
+    ) -> Tensor:
+        """The known part in `latents` (b, c, h, w), at the noise level of a timestep; clean without one."""
+        known, mask = self.latents.expand_as(latents), self.mask
+        if noise is None or scheduler is None or timestep is None:
+            return known * mask + latents * (1 - mask)
+        return keep_known_latents(latents, known, mask, noise, scheduler, timestep)

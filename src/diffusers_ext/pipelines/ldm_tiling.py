@@ -169,6 +169,25 @@ class TileGrid:
         return values[..., top : top + rows, left : left + columns]
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """The same tiles over a picture and its latents: for the U-Net, and for both ways through the first stage."""
+
+    latents: TileGrid
+    encode: TileGrid
+    decode: TileGrid
+
+    @classmethod
+    def build(cls, size: tuple[int, int], tile: tuple[int, int], stride: tuple[int, int], factor: int) -> "Tiles":
+        """Size of the picture and of a tile, steps (down, across), all in pixels; the first stage's factor."""
+        coarse, *steps = ((rows // factor, columns // factor) for rows, columns in (size, tile, stride))
+        return cls(
+            latents=TileGrid(coarse, steps[0], steps[1], count_outer_sides=False),
+            encode=TileGrid(size, tile, stride, down=factor, count_outer_sides=False),
+            decode=TileGrid(coarse, steps[0], steps[1], up=factor, count_outer_sides=False),
+        )
+
+
 def border_weights(
     size: tuple[int, int], low: float, high: float, counted: tuple[bool, bool, bool, bool] = (True, True, True, True)
 ) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vq_model import VQModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from torch import Tensor
 from transformers import (
@@ -27,7 +27,14 @@ from transformers import (
 from ..conditions.images import image_batch, image_list
 from ..guidance import classifier_free_guidance
 from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, decode_indices, downsample_factor, encode_indices
+from ..models.vq_paella import (
+    GumbelVQModel,
+    PaellaVQModel,
+    Tokenizer,
+    decode_indices,
+    downsample_factor,
+    encode_indices,
+)
 from ..schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from .checks import (
     as_texts,
@@ -39,13 +46,13 @@ from .checks import (
 )
 from .checks_paella import check_components, check_conditions, check_image_components, check_latents, check_size
 from .clip_vectors import cut_texts, image_vectors, text_vectors, text_window
+from .sharing import SharingPipeline
 
 Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator] | None
-_KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
-class PaellaBasePipeline(DiffusionPipeline):
+class PaellaBasePipeline(SharingPipeline):
     """Components, conditions and loop of the Paella pipelines: a checkpoint loads into each, `from_pipe` shares it.
 
     Args:
@@ -99,20 +106,6 @@ class PaellaBasePipeline(DiffusionPipeline):
         self._guidance_scale = default_guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
-        """diffusers' `from_pipe`, except that shared components keep their dtypes unless `dtype` is given."""
-        names_dtype = kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None
-        if not names_dtype and kwargs.get("custom_pipeline") is None:
-            kwargs["dtype"] = _KEEP_DTYPE
-        return super().from_pipe(pipeline, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> "PaellaBasePipeline":
-        """As in diffusers: moves and casts all components."""
-        if kwargs.get("dtype") is _KEEP_DTYPE:
-            return self
-        return super().to(*args, **kwargs)
 
     @property
     def guidance_scale(self) -> float:

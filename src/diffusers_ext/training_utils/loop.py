@@ -232,9 +232,12 @@ def start(args: TrainArgs) -> Accelerator:
 
 
 def build_optimizer(
-    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]], args: TrainArgs, learning_rate: float | None = None
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
+    args: TrainArgs,
+    learning_rate: float | None = None,
+    lr_multiplier: Callable[[int], float] | None = None,
 ):
-    """AdamW and its learning-rate schedule, both counted in optimizer steps.
+    """AdamW and its learning-rate schedule (`lr_multiplier` of the step, or that of `args`), in optimizer steps.
 
     The schedule is never `prepare`d: accelerate would step it once a process.
     """
@@ -245,6 +248,8 @@ def build_optimizer(
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+    if lr_multiplier is not None:
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_multiplier)
     schedule = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -280,6 +285,9 @@ def fit(
     num_workers: int = 0,
     on_validate: Callable[[int], Mapping[str, float]] | None = None,
     parameter_groups: Sequence[dict[str, Any]] | None = None,
+    lr_multiplier: Callable[[int], float] | None = None,
+    averaged: nn.Module | None = None,
+    make_ema: Callable[..., EMAModel] = EMAModel,
 ) -> bool:
     """Trains `model` in place; at the end it holds the averaged weights if an average was asked for.
 
@@ -295,6 +303,9 @@ def fit(
         parameter_groups: For AdamW, where parts of the model have learning rates of their own; all trained parameters
             when unset.
         on_validate: `(step) -> values to log`; called on the main process, the averaged weights in place.
+        lr_multiplier: `(step) -> multiple of the learning rate`, instead of `args.lr_scheduler`.
+        averaged: The part of `model` that the average covers; all of it when unset.
+        make_ema: `(parameters, decay=...) -> average`: another rule than diffusers'.
 
     Returns:
         Whether training reached `max_train_steps` (`False`: the time limit came first; a checkpoint was saved).
@@ -306,8 +317,9 @@ def fit(
     """
     output_dir = Path(args.output_dir)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, schedule = build_optimizer(parameter_groups or trained, args)
-    ema = EMAModel(model.parameters(), decay=args.ema_decay) if args.use_ema else None
+    optimizer, schedule = build_optimizer(parameter_groups or trained, args, lr_multiplier=lr_multiplier)
+    averaged = model if averaged is None else averaged
+    ema = make_ema(averaged.parameters(), decay=args.ema_decay) if args.use_ema else None
     plan = StepPlan(
         num_samples=len(dataset),
         batch_size=args.train_batch_size,
@@ -334,7 +346,7 @@ def fit(
 
     def validate(step: int) -> None:
         if on_validate is not None and accelerator.is_main_process:
-            with ema_weights(model, ema), evaluating(model):
+            with ema_weights(averaged, ema), evaluating(model):
                 log.write(step, on_validate(step))
         accelerator.wait_for_everyone()
 
@@ -361,7 +373,7 @@ def fit(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
-            ema.step(model.parameters())
+            ema.step(averaged.parameters())
         log.add(values, sum(len(keys) for _, keys, _ in window) * accelerator.num_processes)
 
         done = step + 1
@@ -377,7 +389,7 @@ def fit(
             return False
     log.bar.close()
     if ema is not None:
-        ema.copy_to(model.parameters())
+        ema.copy_to(averaged.parameters())
     return True
 
 

@@ -1,0 +1,71 @@
+"""Latent diffusion, text to image (arXiv 2112.10752): the file for `custom_pipeline=`, and a runnable example.
+
+As a custom pipeline, without importing the package yourself:
+
+    DiffusionPipeline.from_pretrained(
+        "folder/or/hub-id", custom_pipeline="pipelines/ldm_text.py", trust_remote_code=True
+    )
+
+As a script:
+
+    python pipelines/ldm_text.py CompVis/ldm-text2im-large-256 "a squirrel eating a burger" --guidance_scale 5
+"""
+
+import argparse
+
+# diffusers takes the one pipeline class that it finds here, so no other may be imported by name
+try:
+    from diffusers_ext.pipelines.pipeline_ldm_text import LDMTextPipeline
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.split(".")[0] != "diffusers_ext":
+        raise
+    raise ModuleNotFoundError(
+        "pipelines/ldm_text.py needs the package diffusers_ext: pip install diffusers_ext, or `make venv` in a clone.",
+        name=error.name,
+    ) from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Sample a grid of pictures.", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="pipeline folder or Hub id")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--negative_prompt")
+    parser.add_argument("--num_images_per_prompt", type=int, default=4)
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, help="default: the checkpoint's")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM's steps, 0 to 1")
+    parser.add_argument("--height", type=int, help="pixels; default: the checkpoint's; so is --width")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--tile_size", type=int, help="pixels: sample in tiles, for large pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--output", default="ldm_text.png")
+    args = parser.parse_args(arguments)
+
+    import torch
+    from diffusers.utils import make_image_grid
+
+    pipe = LDMTextPipeline.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype)).to(args.device)
+    generators = [
+        torch.Generator(args.device).manual_seed(args.seed + i)
+        for i in range(len(args.prompts) * args.num_images_per_prompt)
+    ]
+    images = pipe(
+        args.prompts,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        num_images_per_prompt=args.num_images_per_prompt,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        eta=args.eta,
+        tile_size=args.tile_size,
+        generator=generators,
+    ).images
+    make_image_grid(images, rows=len(args.prompts), cols=args.num_images_per_prompt).save(args.output)
+    print(f"{len(images)} pictures, one row a prompt: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Semantic label maps as users hold them (PIL, numpy, torch; one or several) to integer tensors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .palettes import labels_from_colors
+
+
+def label_batch(
+    label_map: Any,
+    num_labels: int,
+    *,
+    palette: Sequence[Sequence[int]] | None = None,
+    name: str = "label_map",
+) -> Tensor:
+    """One map or several of one size as int64 (b, H, W), labels from 0 to `num_labels` - 1.
+
+    Args:
+        label_map: A PIL picture of mode L, P or I, whose values are labels; of mode RGB, drawn in the palette's
+            colours; an integer array or tensor (H, W) or (b, H, W). Or a list of those.
+        num_labels: How many labels there are.
+        palette: (r, g, b) of each label.
+        name: What messages call it.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: An empty list, another shape or mode, different sizes, unknown labels or colours.
+    """
+    if isinstance(label_map, (list, tuple)):
+        if len(label_map) == 0:
+            raise ValueError(f"`{name}` is an empty list; pass at least one map.")
+        maps = [label_batch(entry, num_labels, palette=palette, name=name) for entry in label_map]
+        sizes = sorted({(entry.shape[2], entry.shape[1]) for entry in maps})
+        if len(sizes) > 1:
+            raise ValueError(f"`{name}` holds maps of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}.")
+        return torch.cat([entry.to(maps[0].device) for entry in maps])
+    if isinstance(label_map, Image.Image):
+        values = torch.from_numpy(_read_picture(label_map, palette, name))
+    elif isinstance(label_map, (np.ndarray, Tensor)):
+        values = torch.as_tensor(label_map)
+    else:
+        raise TypeError(
+            f"`{name}` must be a PIL picture, an integer array or tensor, or a list of them, received"
+            f" {type(label_map).__name__}."
+        )
+    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"`{name}` must hold integers, one label a pixel, received {values.dtype}.")
+    if values.ndim not in (2, 3) or values.numel() == 0:
+        raise ValueError(f"`{name}` must have shape (H, W) or (b, H, W), received {tuple(values.shape)}.")
+    values = values.long().reshape(-1, *values.shape[-2:])
+    _check_labels(values, num_labels, name)
+    return values
+
+
+def resize_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """Label maps (b, H, W) at another size, nearest neighbour."""
+    if tuple(labels.shape[1:]) == (height, width):
+        return labels
+    return F.interpolate(labels[:, None].double(), size=(height, width), mode="nearest-exact")[:, 0].long()
+
+
+def _read_picture(picture: Image.Image, palette: Sequence[Sequence[int]] | None, name: str) -> np.ndarray:
+    if picture.mode in ("L", "P", "I"):
+        return np.array(picture)
+    if picture.mode != "RGB":
+        raise ValueError(
+            f"`{name}` is a PIL picture of mode {picture.mode!r}; the modes L, P and I hold labels, RGB colours of the"
+            " palette."
+        )
+    if palette is None:
+        raise ValueError(
+            f"`{name}` is a coloured picture, but the pipeline has no `label_palette`: pass integers, or a PIL picture"
+            " of mode L or P that holds them."
+        )
+    return labels_from_colors(picture, np.asarray(palette, dtype=np.uint8))
+
+
+def _check_labels(values: Tensor, num_labels: int, name: str) -> None:
+    unknown = (values < 0) | (values >= num_labels)
+    if bool(unknown.any()):
+        _, y, x = unknown.nonzero()[0].tolist()
+        found = values[unknown].unique().tolist()
+        raise ValueError(
+            f"`{name}` holds {len(found)} unknown label(s), {found[0]} at x={x}, y={y}: this model knows the labels 0"
+            f" to {num_labels - 1}. Map others onto these; what is unlabelled (often 255) needs a label as well."
+        )

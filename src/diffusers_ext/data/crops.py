@@ -1,0 +1,150 @@
+"""Square crops at random scales, and everything that must be cut alike: picture, label map, boxes, low resolution.
+
+The crops of the latent-diffusion trainings (Rombach et al., arXiv 2112.10752, appendix D and E; CompVis/
+latent-diffusion@a506df5:ldm/data/imagenet.py and CompVis/taming-transformers@3ba01b2:taming/data/image_transforms.py,
+MIT): a square of random side and place is cut and then resized. Difference: cutting and resizing are one operation.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Resampling = Literal["bicubic", "area", "nearest"]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of a picture, perhaps mirrored left to right.
+
+    Args:
+        size: (width, height) of the picture in pixels.
+        left, top, side: of the square, in pixels.
+        flip: mirror what was cut.
+    """
+
+    size: tuple[int, int]
+    left: int
+    top: int
+    side: int
+    flip: bool = False
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x, y, width, height) relative to the picture, before mirroring."""
+        width, height = self.size
+        return self.left / width, self.top / height, self.side / width, self.side / height
+
+    def image(self, image: Image.Image, resolution: int, resampling: Resampling = "bicubic") -> Tensor:
+        """The square of an RGB picture, float32 (3, resolution, resolution) in [-1, 1].
+
+        A picture of another size than `size` is cut at the same place relative to its sides.
+        """
+        pixels = self._cut(image.convert("RGB"), resolution, resampling).astype(np.float32)
+        return torch.from_numpy(pixels.transpose(2, 0, 1) / 127.5 - 1.0).contiguous()
+
+    def labels(self, label_map: Image.Image, resolution: int) -> Tensor:
+        """The square of a picture of class numbers, int64 (resolution, resolution), nearest neighbour.
+
+        Raises:
+            ValueError: the map has several channels, or another size than the picture.
+        """
+        if len(label_map.getbands()) != 1:
+            raise ValueError(
+                f"A label map has the mode {label_map.mode!r}, but must have one channel whose pixels are class "
+                "numbers (mode L, P or I)."
+            )
+        if label_map.size != self.size:
+            raise ValueError(
+                f"The label map has {label_map.width}x{label_map.height} pixels, its picture "
+                f"{self.size[0]}x{self.size[1]}: both must be of one size."
+            )
+        return torch.from_numpy(self._cut(label_map, resolution, "nearest").astype(np.int64))
+
+    def _cut(self, image: Image.Image, resolution: int, resampling: Resampling) -> np.ndarray:
+        x, y, width, height = self.box
+        # rounded, so that whole pixels stay whole and nothing is resampled
+        left, right = (round(edge * image.width, 6) for edge in (x, x + width))
+        top, bottom = (round(edge * image.height, 6) for edge in (y, y + height))
+        enlarges = right - left < resolution
+        method = {
+            "bicubic": Image.Resampling.BICUBIC,
+            "nearest": Image.Resampling.NEAREST,
+            # of an enlarged picture area interpolation is linear
+            "area": Image.Resampling.BILINEAR if enlarges else Image.Resampling.BOX,
+        }[resampling]
+        gap = None if resampling == "nearest" else 3.0
+        pixels = np.asarray(
+            image.resize((resolution, resolution), method, box=(left, top, right, bottom), reducing_gap=gap)
+        )
+        return pixels[:, ::-1] if self.flip else pixels
+
+
+def draw_crop(
+    size: tuple[int, int],
+    resolution: int,
+    generator: torch.Generator | None = None,
+    *,
+    scale: tuple[float, float] = (1.0, 1.0),
+    center_crop: bool = False,
+    random_flip: bool = False,
+) -> Crop:
+    """A square of random side and place.
+
+    Args:
+        size: (width, height) of the picture.
+        resolution: to which the square will be resized; the smallest side where `scale` starts at 0.
+        generator: four draws, whatever the options: side, place (two), mirroring.
+        scale: range of the side relative to the picture's shorter one. (1, 1) takes the largest square, (0.5, 1) is
+            the original's for super-resolution, and (0, 1) is taming's `random-2d`: from `resolution` pixels on.
+        center_crop: take the centre instead of a random place.
+        random_flip: mirror with probability 1/2.
+    """
+    grows, across, down, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    width, height = size
+    shorter = min(size)
+    if scale[0] == 0:
+        smallest, largest = min(resolution, shorter), max(1, int(scale[1] * shorter))
+        side = min(smallest, largest) + int(grows * (largest - min(smallest, largest) + 1))
+    else:
+        side = max(1, int(shorter * (scale[0] + grows * (scale[1] - scale[0]))))
+    if center_crop:
+        left, top = (width - side) // 2, (height - side) // 2
+    else:
+        left, top = int(across * (width - side + 1)), int(down * (height - side + 1))
+    return Crop(size, left, top, side, random_flip and mirror < 0.5)
+
+
+def draw_patch(
+    size: tuple[int, int],
+    side: int,
+    generator: torch.Generator | None = None,
+    *,
+    multiple: int = 1,
+    center_crop: bool = False,
+    random_flip: bool = False,
+) -> Crop:
+    """A square of `side` pixels, so that nothing is resized: for pictures given in two resolutions.
+
+    Args:
+        size: (width, height) of the larger picture.
+        side: of the square.
+        generator, center_crop, random_flip: as `draw_crop`, with its four draws.
+        multiple: of which left and top are multiples: the factor between the two resolutions.
+
+    Raises:
+        ValueError: the picture is smaller than the square.
+    """
+    if min(size) < side:
+        raise ValueError(f"The picture has {size[0]}x{size[1]} pixels, a crop without resizing needs {side} a side.")
+    _, across, down, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    if center_crop:
+        across = down = 0.5 * (1 - 1e-9)  # the middle of the places that there are
+    left, top = (
+        multiple * int(draw * ((length - side) // multiple + 1))
+        for draw, length in ((across, size[0]), (down, size[1]))
+    )
+    return Crop(size, left, top, side, random_flip and mirror < 0.5)

@@ -1,0 +1,138 @@
+"""Checks that concern `VersatilePipeline`; each raises before any model runs, and its message names the way out."""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.unet_versatile import flow_name
+from .clip_vectors import cut_texts, text_window
+from .versatile_conditions import Conditions
+from .versatile_contexts import NULL_PICTURES
+
+DATA_TYPES = ("image", "text")  # what the pipeline can decode
+COLOR_ADJUSTMENTS = ("simple", "histogram")
+MIXINGS = ("attention", "layer")
+NULL_IMAGES = ("zeros", *NULL_PICTURES)
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...], *, or_none: bool = False) -> None:
+    if (or_none and value is None) or value in allowed:
+        return
+    listed = ", ".join(map(repr, allowed)) + (" or None" if or_none else "")
+    raise ValueError(f"`{name}` is {value!r}; allowed are {listed}.")
+
+
+def check_share(name: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, received {value!r}.")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` is {value}: it lies between 0 and 1.")
+
+
+def check_flows(pipe: Any, data_type: str, context_types: list[str]) -> None:
+    """The network has the layers of the flows that a call needs."""
+    check_choice("data_type", data_type, DATA_TYPES)
+    if not context_types:
+        raise ValueError("There is nothing to start from: pass `prompt`, `image`, or embeddings of one of them.")
+    missing = [flow for kind in context_types if (flow := flow_name(kind, data_type)) not in pipe.unet.flows]
+    if missing:
+        raise ValueError(
+            f"The call needs the flow {', '.join(missing)}; the loaded network has {', '.join(pipe.unet.flows)}, of"
+            f" {', '.join(pipe.unet.known_flows)}. Load it with `VersatilePipeline.from_pretrained(..., flows=[...])`"
+            " or without `flows`."
+        )
+
+
+def check_fit(pipe: Any, data_type: str, context_types: list[str]) -> None:
+    """Encoders and decoders have the widths that the network was built for."""
+    config = pipe.unet.config
+    found = {}
+    for kind in context_types:
+        name = f"{kind}_encoder"
+        if getattr(pipe, name) is not None:
+            width = getattr(pipe, name).config.projection_dim
+            found[f"{name}.config.projection_dim"] = (width, config["context_types"][kind])
+    decoder, size = {"image": ("vae", "latent_channels"), "text": ("optimus", "latent_dim")}[data_type]
+    if getattr(pipe, decoder) is not None:
+        width = getattr(pipe, decoder).config[size]
+        found[f"{decoder}.config.{size}"] = (width, config["data_types"][data_type]["channels"])
+    wrong = [f"{name} is {have}, the network needs {need}" for name, (have, need) in found.items() if have != need]
+    if wrong:
+        raise ValueError(f"The components do not fit: {'; '.join(wrong)}. Load those that it was trained with.")
+
+
+def check_parts(pipe: Any, what: str, *names: str) -> None:
+    """The components that a call needs are there."""
+    missing = [name for name in names if getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(f"The pipeline was loaded without {', '.join(missing)}; {what} needs them.")
+
+
+def check_text_length(pipe: Any, name: str, texts: list[str], truncate: bool) -> None:
+    """Texts fit the window of the text encoder, or may be cut."""
+    window = text_window(pipe.tokenizer, pipe.text_encoder)
+    cut = cut_texts(pipe.tokenizer, window, texts)
+    if cut and not truncate:
+        raise ValueError(
+            f"`{name}` is too long: the text encoder reads {window} tokens, and this part does not fit: {cut[0]!r}."
+            " Shorten it, spread it over several texts of one sample ([[first, second]]), or pass truncate=True."
+        )
+
+
+def check_embeds(pipe: Any, kind: str, embeds: Any, negative: Any, has_other: bool, *, guided: bool) -> None:
+    """Context tokens (b, l, d) in place of texts or pictures, and those of "no context".
+
+    Args:
+        has_other: whether the texts or pictures themselves were given.
+    """
+    other, name = {"text": ("prompt", "prompt_embeds"), "image": ("image", "image_embeds")}[kind]
+    if embeds is not None and has_other:
+        raise ValueError(f"`{other}` and `{name}` are both given: pass one of them.")
+    if negative is not None and embeds is None:
+        raise ValueError(f"`negative_{name}` is given without `{name}`.")
+    if embeds is None:
+        return
+    if guided and negative is None:
+        raise ValueError(f"`{name}` needs `negative_{name}` for guidance, or `guidance_scale=1`.")
+    width = pipe.unet.config["context_types"][kind]
+    for label, value in ((name, embeds), (f"negative_{name}", negative)):
+        fits = isinstance(value, Tensor) and value.ndim == 3 and value.shape[2] == width and 0 not in value.shape
+        if value is not None and not fits:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`{label}` must have shape (b, tokens, {width}), received {found}.")
+    if negative is not None and len(negative) not in (1, len(embeds)):
+        raise ValueError(f"`negative_{name}` holds {len(negative)} samples and `{name}` {len(embeds)}.")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Standard normal noise of the wanted shape."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise TypeError(f"`latents` must be a floating-point tensor of standard normal noise, received {kind}.")
+    if tuple(latents.shape) != shape or not bool(torch.isfinite(latents).all()):
+        raise ValueError(f"`latents` must be finite and of shape {shape}, received {tuple(latents.shape)}.")
+
+
+def check_start(conditions: Conditions, data_type: str, strength: float, color_adjust: str | None) -> None:
+    """A start from a picture, or its colours, need exactly one picture a sample."""
+    check_share("strength", strength)
+    check_choice("color_adjust", color_adjust, COLOR_ADJUSTMENTS, or_none=True)
+    for name, value, neutral in (("strength", strength, 1.0), ("color_adjust", color_adjust, None)):
+        if value == neutral:
+            continue
+        if data_type != "image" or len(conditions.image_weights) != 1:
+            raise ValueError(
+                f"`{name}` is {value!r}: it works for pictures made from exactly one picture a sample; this call makes"
+                f" {data_type}s from {len(conditions.image_weights)}."
+            )
+
+
+def check_temperature(temperature: Any) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        raise TypeError(f"`temperature` must be a number, received {temperature!r}.")
+    if not 0 <= float(temperature) < math.inf:
+        raise ValueError(f"`temperature` is {temperature}: 0 takes the most probable words, 1 draws them.")

@@ -1,0 +1,110 @@
+"""Pictures to the latents of latent diffusion and back, whatever the first stage, in one piece or in tiles.
+
+Rombach et al., arXiv 2112.10752, sections 3.1 and D.1, appendix G; original: CompVis/latent-diffusion@a506df5
+:ldm/models/diffusion/ddpm.py (`get_first_stage_encoding`, `decode_first_stage`, MIT). Training and sampling use the
+same functions, so that a model meets the latents that it was trained on.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vq_model import VQModel
+from torch import Tensor
+
+from ..conditions.inpainting import latent_mask, masked_image
+from .ldm_tiling import TileGrid
+
+FirstStage = AutoencoderKL | VQModel
+VQ_DEFAULT_SCALE = 0.18215  # of diffusers' VQModel: the text model's KL autoencoder has it, no released VQ model does
+
+
+def first_stage_factor(vqvae: FirstStage) -> int:
+    """How many pixels a side one latent stands for."""
+    return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
+
+
+def first_stage_channels(vqvae: FirstStage) -> int:
+    """Channels of the latents that diffusion works on."""
+    embedded = vqvae.config.get("vq_embed_dim")
+    return vqvae.config["latent_channels"] if embedded is None else embedded
+
+
+def has_unset_scale(vqvae: Any) -> bool:
+    """Whether the config holds a scale that nobody measured: the default of `VQModel`.
+
+    A config file without the entry (all VQ repositories of CompVis) and one that was saved again afterwards look the
+    same, so the value decides: latents of the released VQ models are not scaled, and a measured scale is another one.
+    """
+    return isinstance(vqvae, VQModel) and vqvae.config["scaling_factor"] == VQ_DEFAULT_SCALE
+
+
+def latent_scale(vqvae: FirstStage) -> float:
+    """By what latents are multiplied before diffusion, and divided afterwards: the config's `scaling_factor`.
+
+    It is 1 for a `VQModel` whose config only holds the class's default (see `has_unset_scale`).
+    """
+    return 1.0 if has_unset_scale(vqvae) else float(vqvae.config["scaling_factor"])
+
+
+def encode_first_stage(
+    vqvae: FirstStage,
+    images: Tensor,
+    *,
+    sample: bool = False,
+    generator: Any = None,
+    grid: TileGrid | None = None,
+) -> Tensor:
+    """Pictures (b, 3, H, W) in [-1, 1] to latents (b, c, h, w), not scaled; of a `VQModel` those before the codebook.
+
+    Args:
+        sample: draw from the posterior of an `AutoencoderKL`, as in training, instead of taking its mean.
+        generator: for that draw, one or one a picture.
+        grid: over the pictures, with `down` = the autoencoder's factor: encode tile by tile. Moments are blended
+            before a draw.
+    """
+    images = images.to(vqvae.dtype)
+    if isinstance(vqvae, AutoencoderKL):
+
+        def moments(tile: Tensor) -> Tensor:
+            return vqvae.encode(tile, return_dict=False)[0].parameters
+
+        posterior = DiagonalGaussianDistribution(moments(images) if grid is None else grid.apply(moments, images))
+        return posterior.sample(generator) if sample else posterior.mode()
+
+    def encode(tile: Tensor) -> Tensor:
+        return vqvae.encode(tile).latents
+
+    return encode(images) if grid is None else grid.apply(encode, images)
+
+
+def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | None = None) -> Tensor:
+    """Latents (b, c, h, w), no longer scaled, to pictures (b, 3, H, W), nominally in [-1, 1].
+
+    A `VQModel` takes the nearest codes first.
+
+    Args:
+        grid: over the latents, with `up` = the autoencoder's factor: decode tile by tile.
+    """
+
+    def decode(tile: Tensor) -> Tensor:
+        return vqvae.decode(tile, return_dict=False)[0]  # type: ignore[arg-type] # any tensor of floats
+
+    latents = latents.to(vqvae.dtype)
+    return decode(latents) if grid is None else grid.apply(decode, latents)
+
+
+def encode_masked_image(vqvae: FirstStage, images: Tensor, mask: Tensor, *, grid: TileGrid | None = None) -> Tensor:
+    """What an inpainting model is given beside its latents: (b, c + 1, h, w), picture with a hole and mask.
+
+    The encoding is neither scaled nor quantised, and of an `AutoencoderKL` the mean.
+
+    Args:
+        images: (b, 3, H, W) in [-1, 1].
+        mask: (b, 1, H, W), 1 in the hole.
+        grid: as in `encode_first_stage`.
+    """
+    encoded = encode_first_stage(vqvae, masked_image(images, mask), grid=grid)
+    signed = latent_mask(mask, list(encoded.shape[-2:])).to(encoded)
+    return torch.cat([encoded, signed], dim=1)

@@ -1,0 +1,115 @@
+"""Guiding latent diffusion without re-training, by the gradient of any function of the picture that is on its way.
+
+Rombach et al., arXiv 2112.10752, appendix C, after arXiv 2105.05233, section 4.2: with log p(y | z) = -loss the
+predicted noise becomes eps + sqrt(1 - abar) * d loss / d z. The loss is computed on the decoded prediction of the
+clean picture, and the gradient goes back through the first stage's decoder and the U-Net. (The paper's equation has
+the opposite sign, which would lead away from y.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..conditions.images import image_batch
+
+GuidanceFn = Callable[[Tensor], Tensor]
+
+
+def low_resolution_guidance(image: Any) -> GuidanceFn:
+    """The paper's example: half the squared distance from a small picture, as a loss (b,) of pictures (b, 3, H, W).
+
+    Args:
+        image: the small picture, one for all samples or one a sample (see `conditions.images.image_batch`). Samples
+            are shrunk to its size, bicubic with anti-aliasing.
+    """
+    target = 2 * image_batch(image) - 1  # (1 or b, 3, h, w)
+
+    def loss(pictures: Tensor) -> Tensor:
+        small = F.interpolate(pictures.float(), size=target.shape[-2:], mode="bicubic", antialias=True)
+        return (small - target.to(small)).square().sum(dim=(1, 2, 3)) / 2
+
+    return loss
+
+
+def signal_and_noise(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """sqrt(abar) and sqrt(1 - abar) at a timestep, which need not be a whole number.
+
+    Between timesteps the ratio of the two is interpolated, as schedulers that work with it do.
+    """
+    abar = scheduler.alphas_cumprod.double().cpu()
+    ratios = ((1 - abar) / abar).sqrt()
+    position = min(max(float(timestep), 0.0), len(abar) - 1.0)
+    low = int(position)
+    ratio = float(torch.lerp(ratios[low], ratios[min(low + 1, len(abar) - 1)], position - low))
+    signal = (1 + ratio**2) ** -0.5
+    return signal, ratio * signal
+
+
+def split_prediction(scheduler: Any, prediction: Tensor, scaled: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise (float32) that a network's prediction for `scaled` latents amounts to."""
+    signal, noise_level = signal_and_noise(scheduler, timestep)
+    prediction, scaled = prediction.float(), scaled.float()
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind == "v_prediction":
+        return signal * scaled - noise_level * prediction, noise_level * scaled + signal * prediction
+    if kind == "sample":
+        return prediction, (scaled - signal * prediction) / noise_level
+    return (scaled - noise_level * prediction) / signal, prediction
+
+
+def guide_prediction(
+    predict: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    guidance_fn: GuidanceFn,
+    scale: float,
+    scaled: Tensor,
+    timestep: Tensor,
+    scheduler: Any,
+) -> Tensor:
+    """A network's prediction, led towards pictures for which `guidance_fn` is small.
+
+    Args:
+        predict: (b, c, h, w) -> the network's prediction.
+        decode: clean latents -> pictures (b, 3, H, W) in [-1, 1].
+        guidance_fn: of those, differentiable: a loss (b,), or their sum.
+        scale: of the gradient.
+        scaled: latents as the network takes them.
+        scheduler: tells the levels of signal and noise, and what the network predicts.
+
+    Returns:
+        (b, c, h, w), of the kind that the network predicts.
+
+    Raises:
+        ValueError: if `guidance_fn` returns another shape, or nothing to differentiate.
+    """
+    with torch.enable_grad():
+        scaled = scaled.detach().requires_grad_()
+        prediction = predict(scaled)
+        pictures = decode(split_prediction(scheduler, prediction, scaled, timestep)[0])
+        loss = guidance_fn(pictures)
+        _check_loss(loss, len(scaled))
+        gradient = torch.autograd.grad(loss.sum(), scaled, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "The loss that `guidance_fn` returned does not depend on the pictures, or was computed without gradients"
+            " (`torch.no_grad`, `.detach()`, numpy): compute it from its argument with differentiable torch functions."
+        )
+    prediction, scaled = prediction.detach(), scaled.detach()
+    signal, noise_level = signal_and_noise(scheduler, timestep)
+    noise = split_prediction(scheduler, prediction, scaled, timestep)[1] + scale * noise_level * gradient.float()
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    clean = (scaled.float() - noise_level * noise) / signal
+    guided = {"sample": clean, "v_prediction": signal * noise - noise_level * clean}.get(kind, noise)
+    return guided.to(prediction.dtype)
+
+
+def _check_loss(loss: Any, batch_size: int) -> None:
+    if not isinstance(loss, Tensor) or tuple(loss.shape) not in ((), (batch_size,)):
+        received = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"`guidance_fn` must return a loss for each of the {batch_size} pictures, shape ({batch_size},), or their"
+            f" sum; received {received}."
+        )

@@ -1,0 +1,61 @@
+"""Sentences to the tokens that `AutoencoderOptimus` reads, and back.
+
+SHI-Labs/Versatile-Diffusion@cf0f4a2:lib/model_zoo/optimus.py (MIT). Difference: padding that was drawn within a
+sentence is left out of the text.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_WORD_PIECES = 77  # of a sentence, [CLS] and [SEP] not counted
+MAX_SENTENCE_LENGTH = 30  # tokens that are decoded, <BOS> and <EOS> included
+
+# "a pink car ." -> "a pink car.": spaces that only the tokenisation made
+_SPACE_BEFORE = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re)(?:\W|$))")
+
+
+def sentence_ids(
+    tokenizer, sentences: Sequence[str], *, max_word_pieces: int = MAX_WORD_PIECES, lower_case: bool = True
+) -> Tensor:
+    """The encoder's tokens of sentences, integers (b, l): in lower case, cut, with [CLS] and [SEP], padded.
+
+    Args:
+        tokenizer: of the encoder; BERT's *cased* one in the released model.
+        max_word_pieces: what a longer sentence is cut to.
+        lower_case: Versatile Diffusion does so, although BERT's cased vocabulary knows more. Optimus itself does not.
+    """
+    return tokenizer(
+        [sentence.lower() if lower_case else sentence for sentence in sentences],
+        padding=True,
+        truncation=True,
+        max_length=max_word_pieces + tokenizer.num_special_tokens_to_add(),
+        return_tensors="pt",
+    ).input_ids
+
+
+def word_piece_window(tokenizer, optimus) -> int:
+    """How many word pieces of a sentence `optimus` reads: 77 at most, as in Versatile Diffusion."""
+    return min(MAX_WORD_PIECES, optimus.config["encoder_max_length"] - tokenizer.num_special_tokens_to_add())
+
+
+def target_ids(tokenizer, sentences: Sequence[str], *, max_length: int = MAX_SENTENCE_LENGTH) -> Tensor:
+    """The decoder's tokens of sentences, integers (b, l): <BOS>, the sentence (cut to fit), <EOS>, padding."""
+    encoded = tokenizer(list(sentences), add_special_tokens=False, truncation=True, max_length=max_length - 2)
+    rows = [
+        torch.tensor([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=torch.long)
+        for ids in encoded.input_ids
+    ]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+
+
+def read_sentences(tokenizer, token_ids: Tensor) -> list[str]:
+    """The sentences in the decoder's tokens (b, l): what lies between <BOS> and the first <EOS>, tidied."""
+    sentences = []
+    for ids in token_ids.tolist():
+        ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        sentences.append(_SPACE_BEFORE.sub("", " ".join(text.split())))
+    return sentences

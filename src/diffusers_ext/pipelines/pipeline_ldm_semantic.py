@@ -1,0 +1,167 @@
+"""Pictures of a semantic label map with latent diffusion, of any size.
+
+Rombach et al., arXiv 2112.10752, section 4.3.2; original: CompVis/latent-diffusion@a506df5
+:models/ldm/semantic_synthesis256/config.yaml (code and weights MIT). Differences: see `pipeline_ldm_base.py`.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from ..conditions.label_maps import label_batch, resize_labels
+from ..models.encoders_ldm import LDMSpatialRescaler
+from ..models.unet_ldm import LDMUNet
+from .checks import check_integer
+from .checks_ldm import check_components, check_rescaler
+from .ldm_denoising import LDMCondition
+from .ldm_tiling import TileGrid, Tiles
+from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+
+
+class LDMSemanticPipeline(LDMBasePipeline):
+    """Draws pictures with given things at given pixels.
+
+    Example:
+
+        pipe(Image.open("labels.png"))                               # mode L or P: one label a pixel
+        pipe(label_map, height=1024, width=2048, tile_size=256)      # larger than in the training, in tiles
+
+    Args:
+        vqvae, unet, scheduler, latent_scale, default_guidance_scale: see `LDMBasePipeline`.
+        spatial_rescaler: label maps to channels at latent size; its `in_channels` is the number of labels.
+        label_names: names of the labels 0, 1, ...
+        label_palette: (r, g, b) of each label, 0 to 255: then maps may be drawn in these colours.
+        null_condition: whether the network also learnt maps of zeros behind the rescaler, which guidance needs.
+    """
+
+    model_cpu_offload_seq = "spatial_rescaler->unet->vqvae"
+
+    spatial_rescaler: LDMSpatialRescaler
+
+    def __init__(
+        self,
+        vqvae: AutoencoderKL | VQModel,
+        unet: UNet2DModel | LDMUNet,
+        scheduler: Any,
+        spatial_rescaler: LDMSpatialRescaler,
+        label_names: list[str] | None = None,
+        label_palette: list[list[int]] | None = None,
+        null_condition: bool = False,
+        latent_scale: float | None = None,
+        default_guidance_scale: float | None = None,
+    ):
+        super().__init__(
+            {"vqvae": vqvae, "unet": unet, "scheduler": scheduler, "spatial_rescaler": spatial_rescaler},
+            {
+                "label_names": label_names,
+                "label_palette": label_palette,
+                "null_condition": null_condition,
+                "latent_scale": latent_scale,
+                "default_guidance_scale": default_guidance_scale,
+            },
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        label_map: Any,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        eta: float = 0.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_stride: int | tuple[int, int] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples pictures.
+
+        Args:
+            label_map: one map or several of one size: PIL pictures of mode L or P that hold labels, or of mode RGB in
+                the checkpoint's `label_palette`; integer arrays or tensors (H, W) or (n, H, W).
+            height: of the result in pixels, by default the map's; so is `width`. The map is resized to it, nearest
+                neighbour.
+
+        The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
+        """
+        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        scale = self._resolve_scale(guidance_scale)
+
+        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        check_rescaler(self)
+        check_components(self, concat_channels=self._channels())
+        labels = label_batch(label_map, self.num_labels, palette=self.config["label_palette"])
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        batch_size = len(labels) * num_images_per_prompt
+        own = height is None and width is None
+        size = (labels.shape[1] if height is None else height, labels.shape[2] if width is None else width)
+        tiles = self.check_inputs(
+            batch_size,
+            *size,
+            size_names=("label_map.height", "label_map.width") if own else ("height", "width"),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=scale,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            tile_size=tile_size,
+            tile_stride=tile_stride,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_names,
+        )
+        timesteps = self._begin_run(num_inference_steps, scale)
+
+        # 2. Condition and initial noise
+        condition = self.encode_labels(resize_labels(labels, *size), num_images_per_prompt, tiles=tiles)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+
+        # 3. Denoise
+        sampled = self._sample(
+            timesteps,
+            noise,
+            condition,
+            eta=eta,
+            generator=generator,
+            tiles=tiles,
+            callback=callback_on_step_end,
+            callback_names=callback_names,
+        )
+
+        # 4. Latents to pixels
+        return self._end_run(sampled, output_type, return_dict, tiles=tiles)
+
+    @property
+    def num_labels(self) -> int:
+        return self.spatial_rescaler.config["in_channels"]
+
+    def encode_labels(
+        self, labels: Tensor, num_images_per_prompt: int = 1, *, tiles: Tiles | None = None
+    ) -> LDMCondition:
+        """Label maps (n, H, W) to channels beside the latents, (n * num_images_per_prompt, c', h, w).
+
+        With tiles it is done piece by piece, since the one-hot map is the largest thing there is.
+        """
+        labels = labels.to(self._execution_device)
+        if tiles is None:
+            maps = self.spatial_rescaler(labels)
+        else:
+            grid = tiles.encode  # halving looks at no neighbours, so the pieces need not overlap
+            pieces = TileGrid(grid.size, grid.kernel, grid.kernel, down=grid.down)
+            maps = pieces.apply(self.spatial_rescaler, labels)
+        maps = maps.repeat_interleave(num_images_per_prompt, dim=0)
+        return LDMCondition(concat=maps, null_concat=self._null_maps(maps))
+
+    def _channels(self) -> int:
+        channels = self.spatial_rescaler.config["out_channels"]
+        return self.num_labels if channels is None else channels

@@ -1,0 +1,98 @@
+"""Texts and pictures to the context tokens of Versatile Diffusion: all tokens of CLIP, projected and normalised.
+
+Xu et al., arXiv 2211.08332, section 3.3; SHI-Labs/Versatile-Diffusion@cf0f4a2:lib/model_zoo/clip.py (MIT). One norm
+for all tokens of a sample, that of the token which CLIP pools: only that one becomes a unit vector.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from .clip_vectors import LEGACY_EOS, text_window
+
+# A picture of one grey value that stands for "no picture": mid-grey in the first release, black for texts since.
+NULL_PICTURES = {"grey": 127, "black": 0}
+
+
+def text_context(text_encoder: CLIPTextModelWithProjection, input_ids: Tensor) -> Tensor:
+    """Tokens of texts (n, l), padding included, to a context (n, l, d); padding is attended to, as in the original."""
+    out = text_encoder(input_ids)
+    tokens = text_encoder.text_projection(out.last_hidden_state)
+    return tokens / out.text_embeds.norm(dim=-1)[:, None, None]
+
+
+def image_context(
+    image_encoder: CLIPVisionModelWithProjection, pixel_values: Tensor, token_weights: Tensor | None = None
+) -> Tensor:
+    """Prepared pictures (n, 3, h, w) to a context (n, 1 + patches, d), the token of the whole picture first.
+
+    Args:
+        token_weights: as `mask_to_token_weights` gives them; what they leave out is neither read nor passed on.
+    """
+    tower = image_encoder.vision_model
+    if token_weights is None:
+        hidden_states = image_encoder(pixel_values).last_hidden_state
+    else:  # through the whole encoder as well, which may have been offloaded; the hook is gone afterwards
+        hook = tower.embeddings.register_forward_hook(lambda module, args, out: out * token_weights.to(out))
+        try:
+            hidden_states = image_encoder(pixel_values).last_hidden_state
+        finally:
+            hook.remove()
+    tokens = image_encoder.visual_projection(tower.post_layernorm(hidden_states))
+    tokens = tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
+    return tokens if token_weights is None else tokens * token_weights.to(tokens)
+
+
+def mask_to_token_weights(mask: Tensor, image_size: int, patch_size: int) -> Tensor:
+    """Masks (n, 1, h, w) of any size, 1 = keep, 0 = leave out, to weights of the tokens (n, 1 + patches, 1).
+
+    Each patch gets the mean of its part of the mask, the token of the whole picture that of the whole mask.
+    """
+    mask = F.interpolate(mask.float().clamp(0, 1), size=(image_size, image_size), mode="bilinear")
+    patches = F.avg_pool2d(mask, patch_size).flatten(2).transpose(1, 2)  # (n, patches, 1)
+    return torch.cat([mask.mean(dim=(2, 3))[:, None], patches], dim=1)
+
+
+def token_ids(tokenizer: Any, text_encoder: CLIPTextModelWithProjection, texts: list[str]) -> Tensor:
+    """(n, l), padded and cut to what the text encoder reads.
+
+    Raises:
+        ValueError: The tokenizer is not the one that the text encoder was trained with.
+    """
+    window = text_window(tokenizer, text_encoder)
+    ids = tokenizer(texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt").input_ids
+    vocab_size, eos = text_encoder.config.vocab_size, text_encoder.config.eos_token_id
+    pooled = eos == LEGACY_EOS or bool((ids == eos).any(dim=1).all())
+    if int(ids.max()) >= vocab_size or not pooled:
+        raise ValueError(
+            f"The tokenizer gives tokens up to {int(ids.max())} and ends texts with {tokenizer.eos_token_id}, the text"
+            f" encoder knows {vocab_size} and pools at {eos}: use the tokenizer that it was trained with."
+        )
+    return ids
+
+
+def prepare_pictures(feature_extractor: Any, images: list[Tensor], height: int, width: int) -> Tensor:
+    """Pictures (3, H, W) in [0, 1] as the image encoder wants them, (n, 3, h, w).
+
+    As in the original, each is stretched to the size of the result first, then to that of the encoder: two bicubic
+    resizings of 8-bit pictures.
+    """
+    pictures = [stretch_picture(image, height, width) for image in images]
+    return feature_extractor(images=pictures, return_tensors="pt").pixel_values
+
+
+def stretch_picture(image: Tensor, height: int, width: int) -> Image.Image:
+    """(3, H, W) in [0, 1] as an 8-bit picture of another size; its aspect is not kept."""
+    array = (image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(array))
+    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def null_picture(kind: str, height: int, width: int) -> Tensor:
+    """(3, height, width) of one grey value, see `NULL_PICTURES`."""
+    return torch.full((3, height, width), NULL_PICTURES[kind] / 255)

@@ -1,0 +1,199 @@
+"""The recipe of Versatile Diffusion: its stages one after the other, resuming, what it refuses."""
+
+import json
+import os
+import pickle
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import train_versatile
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from training.tiny_versatile import sentence_tokenizers, tiny_encoders, tiny_unet
+from transformers import CLIPConfig, CLIPModel
+
+from diffusers_ext.models.unet_versatile import VersatileUNet
+from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+
+PRESETS = Path(__file__).parents[2] / "training" / "presets"
+SMOKE = str(PRESETS / "versatile-smoke.yaml")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    """Frozen networks, untrained, in the layouts of the recipes that make them."""
+    torch.manual_seed(0)
+    folder, parts = tmp_path_factory.mktemp("stages"), tiny_encoders()
+    parts.vae.save_pretrained(folder / "vae")
+    parts.optimus.save_pretrained(folder / "optimus")
+    for name, tokenizer in zip(("encoder", "decoder"), sentence_tokenizers(), strict=True):
+        tokenizer.save_pretrained(folder / "optimus" / f"{name}_tokenizer")
+    towers = {"text_config": parts.text_encoder.config, "vision_config": parts.image_encoder.config}
+    clip = CLIPModel(CLIPConfig(**{name: config.to_dict() for name, config in towers.items()}, projection_dim=8))
+    for part in (clip, parts.tokenizer, parts.feature_extractor):
+        part.save_pretrained(folder / "clip")
+    return folder
+
+
+def words(stages: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        SMOKE, "--output_dir", str(output_dir), "--resolution", "16", "--max_train_samples", "8",
+        "--logging_steps", "1", "--validation_samples", "4", "--max_train_steps", "2",
+        *(f"--pretrained_{name}_name_or_path={stages / name}" for name in ("vae", "optimus", "clip")), *more,
+    ]  # fmt: skip
+
+
+def run(stages: Path, output_dir: Path, *more: str) -> Path:
+    train_versatile.main(words(stages, output_dir, *more))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output_dir
+
+
+def next_stage(last: Path, output_dir: Path, *more: str) -> Path:
+    """Goes on from an earlier stage, which brings all parts along."""
+    preset = output_dir.with_suffix(".yaml")
+    preset.write_text("\n".join(line for line in Path(SMOKE).read_text().splitlines() if "pretrained_" not in line))
+    more = ("--pretrained_model_name_or_path", str(last), "--max_train_steps", "2", *more)
+    data = ["--resolution", "16", "--max_train_samples", "8", "--validation_samples", "4", "--logging_steps", "1"]
+    train_versatile.main([str(preset), "--output_dir", str(output_dir), *data, *more])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def single(stages, tmp_path_factory) -> Path:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    folder = tmp_path_factory.mktemp("single") / "run"
+    return run(stages, folder, "--flows", "image-to-image", "--lr_scales", "data.image=0.1", "--use_ema", "false")
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def test_a_single_flow_holds_its_layers_only(single):
+    pipe = VersatilePipeline.from_pretrained(single)
+    assert pipe.unet.flows == ["image-to-image"]
+    assert set(pipe.unet.layer_groups()) == {"global", "data.image", "context.image"}
+    assert pipe.optimus.config.latent_dim == 6 and pipe.config.default_sample_size == 16
+    assert logged(single, "loss") == logged(single, "loss_image_to_image")
+    assert len(logged(single, "validation_loss_image_to_image")) == 1
+    assert (single / "validation-2-image-to-image.png").is_file()
+    assert "the flows image-to-image" in (single / "README.md").read_text()
+
+
+def test_the_stages_go_on_from_each_other(single, tmp_path):
+    """Single, dual, four flows; a rate of 0 keeps what came before, so that it can be recognised."""
+    kept = ["--lr_scales", "global=0", "data.image=0", "context.image=0"]
+    dual = next_stage(
+        single, tmp_path / "dual", "--flows", "image-to-image", "text-to-image", *kept, "--contexts_like", "image"
+    )
+    before, after = load_file(single / WEIGHTS), load_file(dual / WEIGHTS)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    unet = VersatileUNet.from_pretrained(dual, subfolder="unet")
+    assert unet.flows == ["image-to-image", "text-to-image"]
+    moved = [
+        not torch.equal(own, other)
+        for own, other in zip(
+            unet.context_layers["text"].parameters(), unet.context_layers["image"].parameters(), strict=True
+        )
+    ]
+    assert any(moved)  # it began as a copy, and was trained
+    four = next_stage(dual, tmp_path / "four", "--lr_scales", "data.text=2.0", "--use_ema")
+    assert set(VersatileUNet.from_pretrained(four, subfolder="unet").flows) == set(train_versatile.FLOWS)
+    losses = [logged(four, f"loss_{flow.replace('-', '_')}") for flow in train_versatile.FLOWS]
+    torch.testing.assert_close(torch.tensor(losses).sum(0), torch.tensor(logged(four, "loss")), rtol=1e-4, atol=1e-4)
+    sentences = (four / "validation-2-image-to-text.jsonl").read_text().splitlines()
+    assert len(sentences) == 4 and json.loads(sentences[0]).keys() == {"caption", "generated"}
+
+
+def test_flows_that_are_not_trained_keep_their_layers(single, tmp_path):
+    both = next_stage(single, tmp_path / "both", "--flows", "image-to-image", "text-to-image")
+    only = next_stage(both, tmp_path / "only", "--flows", "text-to-image", "--learning_rate", "1e-2")
+    before, after = load_file(both / WEIGHTS), load_file(only / WEIGHTS)
+    changed = {".".join(key.split(".")[:2]) for key in before if not torch.equal(before[key], after[key])}
+    assert "context_layers.text" in changed and "context_layers.image" not in changed
+
+
+def test_resuming_is_exact(stages, tmp_path):
+    more = ("--checkpointing_steps", "1", "--flows", "text-to-text", "text-to-image")
+    straight = run(stages, tmp_path / "straight", *more)
+    run(stages, tmp_path / "resumed", *more)
+    (tmp_path / "resumed" / "checkpoint-2" / "manifest.json").unlink()  # as if the run had been killed after step 1
+    run(stages, tmp_path / "resumed", *more, "--resume_from_checkpoint", "latest")
+    one, other = load_file(straight / WEIGHTS), load_file(tmp_path / "resumed" / WEIGHTS)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_it_starts_from_a_network_of_its_own_folder(stages, tmp_path):
+    unet = tiny_unet(flows=["image-to-image"])
+    unet.save_pretrained(tmp_path / "unet")
+    start = ["--pretrained_unet_name_or_path", str(tmp_path / "unet"), "--learning_rate", "0"]
+    trained = run(stages, tmp_path / "run", *start, "--flows", "image-to-image", "--lr_scales", "global=1")
+    after = load_file(trained / WEIGHTS)
+    assert all(torch.equal(value, after[key]) for key, value in unet.state_dict().items())
+    args, _, _ = train_versatile.parse_args(words(stages, tmp_path, *start))
+    parts = train_versatile.load_parts(args)
+    parts["optimus"].register_to_config(latent_dim=5)
+    with pytest.raises(ValueError, match="The network was made for .*'text_channels': 6.* but .*'text_channels': 5"):
+        train_versatile.load_unet(args, parts)
+
+
+def test_samples_carry_what_each_flow_reads(stages, tmp_path):
+    args, data, _ = train_versatile.parse_args(words(stages, tmp_path))
+    row = {"image": train_versatile.load_pictures(data)[0][0]["image"], "text": "a [big] cat", "full_text": "a-cat"}
+    work = pickle.loads(pickle.dumps(partial(train_versatile.read_sample, args=args, data=data)))
+    sample = work(row, torch.Generator())
+    assert sample.pop("image").shape == (3, 16, 16)
+    assert sample == {"prompt": "a [big] cat", "sentence": "a cat", "source": "a cat"}
+    args.clean_captions, args.paraphrase_column = False, None
+    assert train_versatile.read_sample(row, torch.Generator(), args, data)["source"] == "a [big] cat"
+    args.clean_captions = True
+    row["text"] = "[nothing]"
+    assert train_versatile.read_sample(row, torch.Generator(), args, data)["sentence"] == "[nothing]"
+
+
+def test_missing_parts_are_named(stages, tmp_path):
+    for option, way_out in (("vae", "train_autoencoder.py --model kl"), ("optimus", "train_optimus.py")):
+        args, _, _ = train_versatile.parse_args(words(stages, tmp_path))
+        setattr(args, f"pretrained_{option}_name_or_path", None)
+        with pytest.raises(ValueError, match=f"--pretrained_{option}_name_or_path is needed: .*{way_out}, or go on"):
+            train_versatile.load_parts(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--flows", "text-to-sound"], "--flows is .'text-to-sound'.: name some of image-to-image"),
+        (["--flows", "text-to-text", "text-to-text"], "each once"),
+        (["--cond_dropout_prob", "2"], r"--cond_dropout_prob must lie in \[0, 1\], got 2"),
+        (["--flow_weights", "text-to-text"], "--flow_weights got 'text-to-text': write name=factor"),
+        (["--flow_weights", "text-to-text=-1"], "a factor >= 0"),
+        (["--lr_scales", "global=1", "global=2"], "--lr_scales got 'global=2': .*each name once"),
+        (
+            ["--flows", "text-to-text", "--flow_weights", "text-to-image=2"],
+            "--flow_weights names text-to-image, but --flows is text-to-text",
+        ),
+        (["--num_inference_steps", "0"], "--num_inference_steps must be > 0, got 0"),
+        (["--validation_samples", "0"], "--validation_samples must be > 0, got 0"),
+        (["--text_positions", "0"], "--text_positions must be > 0, got 0"),
+        (
+            ["--pretrained_model_name_or_path", "a", "--pretrained_unet_name_or_path", "b"],
+            "already holds the network to go on with",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options, message):
+    with pytest.raises(ValueError, match=message):
+        train_versatile.parse_args(["--dataset_name", "scenes", *options])

@@ -1,0 +1,350 @@
+"""Trains Versatile Diffusion: one network for several flows, each from a type of context to a type of data.
+
+    accelerate launch training/train_versatile.py training/presets/versatile-scenes-single.yaml
+
+Paper: arXiv 2211.08332, section 4 and Algorithm 1; the authors released no training code (the layer groups and their
+learning rates are those of SHI-Labs/Versatile-Diffusion@cf0f4a2). Three stages, each going on from the last: image
+variation alone, then text-to-image beside it, then all four flows. Every step takes all flows on the same samples and
+adds their losses; the image autoencoder, Optimus and CLIP stay frozen.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups, parts_of, sample_flow
+
+from diffusers_ext.data.captions import clean_caption
+from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.data.preprocessing import choose_text, prepare_image
+from diffusers_ext.evaluation.image_quality import picture_grid
+from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
+from diffusers_ext.models.unet_versatile import VersatileUNet
+from diffusers_ext.pipelines.optimus_text import MAX_SENTENCE_LENGTH, read_sentences
+from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
+from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.results import publish_result
+
+logger = logging.getLogger(__name__)
+
+FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
+
+USAGE = """import diffusers_ext
+
+pipe = diffusers_ext.VersatilePipeline.from_pretrained("{folder}")
+"""
+
+# The frozen components of the pipeline.
+PARTS = {
+    "vae": AutoencoderKL,
+    "optimus": AutoencoderOptimus,
+    "encoder_tokenizer": AutoTokenizer,
+    "decoder_tokenizer": AutoTokenizer,
+    "text_encoder": CLIPTextModelWithProjection,
+    "tokenizer": AutoTokenizer,
+    "image_encoder": CLIPVisionModelWithProjection,
+    "feature_extractor": CLIPImageProcessor,
+}
+
+
+@dataclass
+class VersatileArgs:
+    """The network, its flows, and the frozen networks around it."""
+
+    flows: list[str] = field(
+        default_factory=lambda: list(FLOWS), metadata={"help": f"What is trained: some of {', '.join(FLOWS)}."}
+    )
+    flow_weights: list[str] = field(
+        default_factory=list, metadata={"help": "Weights of flows in the loss: image-to-text=0.5 ...; 1 by default."}
+    )
+    lr_scales: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Multiples of the learning rate: global=0.1 data.image=0.2 ...; 1 by default."},
+    )
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Result of an earlier stage: the network to go on with, and all parts."}
+    )
+    pretrained_unet_name_or_path: str | None = field(
+        default=None, metadata={"help": "VersatileUNet to start from, such as a converted Stable Diffusion."}
+    )
+    pretrained_vae_name_or_path: str | None = field(default=None, metadata={"help": "AutoencoderKL of the images."})
+    pretrained_optimus_name_or_path: str | None = field(
+        default=None, metadata={"help": "Text autoencoder with its tokenizers, a result of train_optimus.py."}
+    )
+    pretrained_clip_name_or_path: str | None = field(default=None, metadata={"help": "CLIP of both contexts."})
+    contexts_like: str | None = field(
+        default=None, metadata={"help": "New context layers start as a copy of those of this type: image or text."}
+    )
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [320, 640, 1280, 1280], metadata={"help": "Width of each level, finest first."}
+    )
+    layers_per_block: int = field(default=2, metadata={"help": "Residual blocks of each level on the way down."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Heads of every attention."})
+    norm_num_groups: int = field(default=32, metadata={"help": "Groups of every normalisation."})
+    text_positions: int = field(default=4, metadata={"help": "Tokens that a text latent is treated as."})
+    dropout: float = field(default=0.0, metadata={"help": "In residual blocks and transformers."})
+    cond_dropout_prob: float = field(default=0.1, metadata={"help": "Samples of a flow trained without context."})
+    clean_captions: bool = field(
+        default=True, metadata={"help": "Remove addresses, HTML, brackets and symbols from what the text flows see."}
+    )
+    paraphrase_column: str | None = field(
+        default=None, metadata={"help": "Column with another caption: the context of text-to-text; else the same one."}
+    )
+    guidance_scale: float = field(default=7.5, metadata={"help": "For the validation samples."})
+    num_inference_steps: int = field(default=25, metadata={"help": "For the validation samples."})
+    validation_samples: int = field(default=64, metadata={"help": "Held-out samples whose loss is reported."})
+
+    def __post_init__(self):
+        unknown = [flow for flow in self.flows if flow not in FLOWS]
+        if unknown or not self.flows or len(set(self.flows)) != len(self.flows):
+            raise ValueError(f"--flows is {self.flows}: name some of {', '.join(FLOWS)}, each once.")
+        if not 0 <= self.cond_dropout_prob <= 1:
+            raise ValueError(f"--cond_dropout_prob must lie in [0, 1], got {self.cond_dropout_prob}.")
+        weights = read_factors("flow_weights", self.flow_weights)
+        if strangers := [flow for flow in weights if flow not in self.flows]:
+            raise ValueError(f"--flow_weights names {', '.join(strangers)}, but --flows is {' '.join(self.flows)}.")
+        read_factors("lr_scales", self.lr_scales)
+        for name in ("num_inference_steps", "validation_samples", "text_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
+        if self.pretrained_model_name_or_path and self.pretrained_unet_name_or_path:
+            raise ValueError(
+                "--pretrained_model_name_or_path already holds the network to go on with: leave out "
+                "--pretrained_unet_name_or_path."
+            )
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[VersatileArgs, DataArgs, TrainArgs]:
+    return parse((VersatileArgs, DataArgs, TrainArgs), argv)
+
+
+def read_factors(name: str, words: Sequence[str]) -> dict[str, float]:
+    """`["a=0.5", "b=2"]` as a mapping.
+
+    Raises:
+        ValueError: a word has another form, a factor is negative, or a name occurs twice.
+    """
+    factors: dict[str, float] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = -1.0
+        if not key or factor < 0 or key in factors:
+            raise ValueError(f"--{name} got {word!r}: write name=factor with a factor >= 0, each name once.")
+        factors[key] = factor
+    return factors
+
+
+def build_unet(
+    args: VersatileArgs, *, image_channels: int = 4, text_channels: int = 768, context_dim: int = 768
+) -> VersatileUNet:
+    """A new network of the flows that are trained; the defaults are the paper's autoencoders and CLIP."""
+    return VersatileUNet(
+        data_types={
+            "image": {"kind": "map", "channels": image_channels},
+            "text": {"kind": "vector", "channels": text_channels, "positions": args.text_positions},
+        },
+        context_types={"image": context_dim, "text": context_dim},
+        block_out_channels=tuple(args.block_out_channels),
+        layers_per_block=args.layers_per_block,
+        num_attention_heads=args.num_attention_heads,
+        norm_num_groups=args.norm_num_groups,
+        dropout=args.dropout,
+        flows=args.flows,
+    )
+
+
+def load_parts(args: VersatileArgs) -> dict[str, Any]:
+    """The frozen networks, tokenizers and the picture preparation, by the names of `PARTS`.
+
+    Raises:
+        ValueError: an option that names one is missing.
+    """
+    stage = args.pretrained_model_name_or_path
+    places = {name: (stage, name) for name in PARTS}
+    for option, names in (
+        ("vae", {"vae": None}),
+        ("optimus", {"optimus": None} | {name: name for name in ("encoder_tokenizer", "decoder_tokenizer")}),
+        ("clip", dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "feature_extractor"))),
+    ):  # fmt: skip
+        source = getattr(args, f"pretrained_{option}_name_or_path")
+        if source is None and stage is None:
+            recipe = {"vae": "train_autoencoder.py --model kl"}.get(option, f"train_{option}.py")
+            raise ValueError(
+                f"--pretrained_{option}_name_or_path is needed: train one with training/{recipe}, or go on from an "
+                "earlier stage with --pretrained_model_name_or_path."
+            )
+        if source is not None:
+            is_pipeline = option == "clip" and (Path(source) / "model_index.json").is_file()
+            places |= {name: (source, name if is_pipeline else folder) for name, folder in names.items()}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # each tower ignores the other one's weights, and says so at length
+    try:
+        return {
+            name: PARTS[name].from_pretrained(source, **({} if folder is None else {"subfolder": folder}))
+            for name, (source, folder) in places.items()
+        }
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def load_unet(args: VersatileArgs, parts: Mapping[str, Any]) -> VersatileUNet:
+    """The network with the layers of all flows that are trained; what it has already goes on from where it was.
+
+    Raises:
+        ValueError: its latents or contexts are not those of the frozen networks.
+    """
+    sizes = {
+        "image_channels": parts["vae"].config.latent_channels,
+        "text_channels": parts["optimus"].config.latent_dim,
+        "context_dim": parts["text_encoder"].config.projection_dim,
+    }
+    if args.pretrained_model_name_or_path:
+        unet = VersatileUNet.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet")
+    elif args.pretrained_unet_name_or_path:
+        unet = VersatileUNet.from_pretrained(args.pretrained_unet_name_or_path)
+    else:
+        return build_unet(args, **sizes)
+    config = unet.config
+    found = {
+        "image_channels": config["data_types"]["image"]["channels"],
+        "text_channels": config["data_types"]["text"]["channels"],
+        "context_dim": config["context_types"]["text"],
+    }
+    if found != sizes:
+        raise ValueError(f"The network was made for {found}, but the autoencoders and CLIP give {sizes}.")
+    missing = [flow for flow in args.flows if flow not in unet.flows]
+    if missing:
+        unet.add_flows(missing, contexts_like=args.contexts_like)
+    return unet
+
+
+def freeze_unused(unet: VersatileUNet, flows: Sequence[str]) -> None:
+    """Layer groups that no trained flow uses keep their weights."""
+    used = {"global"}
+    for flow in flows:
+        context_type, data_type = parts_of(flow)
+        used |= {f"data.{data_type}", f"context.{context_type}"}
+    for name, layers in unet.layer_groups().items():
+        layers.requires_grad_(name in used)
+
+
+def read_sample(example: dict, generator: torch.Generator, args: VersatileArgs, data: DataArgs) -> dict[str, Any]:
+    """A picture and its captions; at module level, so that loader processes can be started with it on any platform."""
+    image = prepare_image(
+        example[data.image_column], data.resolution, generator=generator,
+        center_crop=data.center_crop, random_flip=data.random_flip,
+    )  # fmt: skip
+    prompt = choose_text(example[data.caption_column], generator)
+    source = choose_text(example[args.paraphrase_column], generator) if args.paraphrase_column else prompt
+    return {"image": image, "prompt": prompt, "sentence": cleaned(prompt, args), "source": cleaned(source, args)}
+
+
+def cleaned(caption: str, args: VersatileArgs) -> str:
+    """The caption, or what is left of it after cleaning; where nothing is left, the caption."""
+    return clean_caption(caption) or caption if args.clean_captions else caption
+
+
+def draw_validation(
+    unet: VersatileUNet,
+    encoders: FlowEncoders,
+    decoder: Any,
+    batch: Mapping[str, Any],
+    args: VersatileArgs,
+    path: Path,
+) -> None:
+    """Samples of every trained flow for the samples of a batch: a picture grid, and sentences, a file each."""
+    for flow in args.flows:
+        context, nothing = encoders.context(flow, batch), encoders.nothing(flow)
+        latents = sample_flow(
+            unet, versatile_scheduler(), flow, context, nothing.expand_as(context),
+            shape=encoders.latents(parts_of(flow)[1], batch, [torch.Generator() for _ in context]).shape[1:],
+            num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+            generators=[torch.Generator().manual_seed(i) for i in range(len(context))],
+        )  # fmt: skip
+        if parts_of(flow)[1] == "image":
+            images = encoders.vae.decode(latents / encoders.vae.config.scaling_factor).sample
+            picture_grid(images.clamp(-1, 1), columns=8).save(f"{path}-{flow}.png")
+            continue
+        longest = min(MAX_SENTENCE_LENGTH, encoders.optimus.longest_sentence)
+        found = read_sentences(decoder, encoders.optimus.decode(latents, do_sample=False, max_length=longest))
+        pairs = zip(batch["prompt"], found, strict=True)
+        lines = [json.dumps({"caption": caption, "generated": sentence}) + "\n" for caption, sentence in pairs]
+        Path(f"{path}-{flow}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, data, train = parse_args(argv)
+    accelerator = loop.start(train)
+    parts = load_parts(args)
+    unet = load_unet(args, parts).float()  # weights to train, whatever the files hold
+    groups = learning_rate_groups(unet, train.learning_rate, read_factors("lr_scales", args.lr_scales))
+    freeze_unused(unet, args.flows)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.float().requires_grad_(False).eval().to(accelerator.device)
+    if train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    scheduler, decoder = versatile_scheduler(), parts["decoder_tokenizer"]
+    encoders = FlowEncoders(**{name: part for name, part in parts.items() if part is not decoder})
+    columns = (data.caption_column, *([args.paraphrase_column] if args.paraphrase_column else []))
+    train_set, validation_set = load_pictures(data, columns=columns)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    logger.info("%d pictures, %d parameters of %s", len(train_set), trained, ", ".join(args.flows))
+    transform = partial(read_sample, args=args, data=data)
+    weights = {flow: 1.0 for flow in args.flows} | read_factors("flow_weights", args.flow_weights)
+    options = {"flow_weights": weights, "cond_dropout_prob": args.cond_dropout_prob}
+
+    def compute_loss(model, batch, generators):
+        return flow_losses(model, batch, generators, encoders, scheduler, **options)
+
+    def validate(step: int) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        count = min(args.validation_samples, len(validation_set))
+        for start in range(0, count, 16):
+            rows = range(start, min(start + 16, count))
+            samples = [transform(validation_set[i], loop.keyed_generator(train.seed, i)) for i in rows]
+            batch = loop.send_to_device(torch.utils.data.default_collate(samples), accelerator.device)
+            draws = [loop.keyed_generator(train.seed, i, loop.LOSS_STREAM) for i in rows]
+            for name, value in compute_loss(flows, batch, draws).items():
+                sums[name] = sums.get(name, 0) + value * len(rows) / count
+            if start == 0:
+                path = Path(train.output_dir) / f"validation-{step}"
+                draw_validation(unet, encoders, decoder, batch, args, path)
+        return {f"validation_{name}": float(value) for name, value in sums.items()}
+
+    flows = Flows(unet)
+    finished = loop.fit(
+        accelerator, flows, compute_loss, train_set, train, transform=transform,
+        num_workers=data.dataloader_num_workers, on_validate=validate,
+        parameter_groups=[g for g in groups if all(p.requires_grad for p in g["params"])],
+    )  # fmt: skip
+    if finished and accelerator.is_main_process:
+        pipe = VersatilePipeline(
+            unet=unet, scheduler=scheduler, **parts, default_guidance_scale=args.guidance_scale,
+            default_sample_size=data.resolution // 2 ** (len(parts["vae"].config.block_out_channels) - 1),
+        )  # fmt: skip
+        pipe.save_pretrained(train.output_dir)
+        summary = f"A VersatilePipeline with the flows {', '.join(unet.flows)}."
+        publish_result(
+            train, recipe="versatile", argv=argv, summary=summary, usage=USAGE.format(folder=train.output_dir)
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
