@@ -243,6 +243,10 @@ def test_each_generator_makes_its_own_result(pipe, data_type):
 
 
 @torch.no_grad()
+def test_editing_cuts_long_texts_to_what_the_text_autoencoder_reads(pipe):
+    assert len(pipe.edit_image(tiny_picture(1), "a blue star " * 40, "a red circle", **STEPS).images) == 1
+
+
 def test_editing_by_way_of_the_caption(pipe):
     result = pipe.edit_image(
         tiny_picture(1),

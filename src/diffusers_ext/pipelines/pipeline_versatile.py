@@ -42,7 +42,7 @@ from .checks_versatile import (
     check_temperature,
 )
 from .color_matching import adjust_colors
-from .optimus_text import MAX_SENTENCE_LENGTH, sentence_ids
+from .optimus_text import MAX_SENTENCE_LENGTH, sentence_ids, word_piece_window
 from .pipeline_versatile_base import Generators, VersatileBasePipeline
 from .versatile_conditions import Conditions, read_conditions
 from .versatile_contexts import stretch_picture
@@ -303,7 +303,8 @@ class VersatilePipeline(VersatileBasePipeline):
             image=image, data_type="text", output_type="latent", null_image=null_image, return_dict=False,
             num_images_per_prompt=num_images_per_prompt, **shared,
         )[0]  # fmt: skip
-        ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt]).to(found.device)
+        window = word_piece_window(self.encoder_tokenizer, self.optimus)
+        ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt], max_word_pieces=window).to(found.device)
         away, towards = self.optimus.encode(ids).mean.to(found)  # type: ignore[union-attr] # (d,) each
         away = away / away.norm()
         edited = found - (found @ away)[:, None] * away + towards
