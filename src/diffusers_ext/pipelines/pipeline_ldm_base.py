@@ -172,7 +172,8 @@ class LDMBasePipeline(SharingPipeline):
         check_output_type(output_type)
         check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         grid = check_size(self, height, width, size_names)
-        check_generator(generator, batch_size, self._execution_device)
+        if generator is not None:
+            check_generator(generator, batch_size, self._execution_device)
         if latents is not None:
             check_latents(latents, (batch_size, first_stage_channels(self.vqvae), *grid))
         tiles = check_tiles(self, (height, width), tile_size, tile_stride)
@@ -196,12 +197,12 @@ class LDMBasePipeline(SharingPipeline):
             generator: One for the whole batch or a list with one a sample.
             latents: Standard normal noise in place of a draw.
         """
-        device = torch.device(device if device is not None else self._execution_device)
+        device, dtype = torch.device(device if device is not None else self._execution_device), self.unet.dtype
         if latents is None:
             factor = self.vae_scale_factor
             shape = (batch_size, first_stage_channels(self.vqvae), height // factor, width // factor)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def decode_latents(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Scaled latents (b, c, h, w) to pictures (b, 3, H, W), nominally in [-1, 1]."""
@@ -247,7 +248,10 @@ class LDMBasePipeline(SharingPipeline):
         )
 
     def _begin_run(self, num_inference_steps: int, guidance_scale: float) -> Tensor:
-        """Lays out the steps and returns the timestep of each."""
+        """Lays out the steps and returns the timestep of each, on the device of the run.
+
+        Asking a pipeline for its device takes milliseconds, so the run takes it from them.
+        """
         self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
         self._guidance_scale = float(guidance_scale)

@@ -147,8 +147,8 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = self.encode_labels(labels, num_images_per_prompt)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        condition = self.encode_labels(labels, num_images_per_prompt, device=timesteps.device)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
@@ -178,9 +178,11 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         num_classes, names = self.class_embedder.config["num_class_embeds"], self.config["class_names"]
         return [find_class(label, num_classes, names, "class_labels") for label in labels]
 
-    def encode_labels(self, labels: list[int], num_images_per_prompt: int = 1) -> LDMCondition:
+    def encode_labels(
+        self, labels: list[int], num_images_per_prompt: int = 1, *, device: torch.device | str | None = None
+    ) -> LDMCondition:
         """One token a picture, and the null class's if the run is guided."""
-        device = self._execution_device
+        device = device if device is not None else self._execution_device
         tokens = self.class_embedder(torch.tensor(labels, device=device))  # (n, 1, d)
         null = None
         if self.do_classifier_free_guidance:

@@ -114,11 +114,11 @@ class LDMInpaintPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        device = self._execution_device
+        device = timesteps.device
         pictures = 2 * pictures.to(device) - 1
         mask = mask.to(device)[:, None].expand(len(pictures), -1, -1, -1)  # (n, 1, H, W)
         condition = self.encode_masked(pictures, mask, num_images_per_prompt, tiles=tiles)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(

@@ -163,8 +163,8 @@ class LDMLayoutPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        condition = self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles, device=timesteps.device)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
@@ -193,22 +193,27 @@ class LDMLayoutPipeline(LDMBasePipeline):
         )
 
     def encode_layouts(
-        self, layouts: list[list[LayoutObject]], num_images_per_prompt: int = 1, *, tiles: Tiles | None = None
+        self,
+        layouts: list[list[LayoutObject]],
+        num_images_per_prompt: int = 1,
+        *,
+        tiles: Tiles | None = None,
+        device: torch.device | str | None = None,
     ) -> LDMCondition:
         """Context vectors of layouts, of each tile if there are any, and of "no layout" if the run is guided.
 
         A tile is to a layout what a crop was in the training: objects outside are left out, and its place is told.
         """
-        tokenizer = self.layout_tokenizer
+        tokenizer, device = self.layout_tokenizer, device if device is not None else self._execution_device
 
         def encode(crop: tuple[float, float, float, float] | None = None) -> Tensor:
             tokens = torch.stack([tokenizer.encode(layout, crop=crop) for layout in layouts])
-            context = self.layout_encoder(tokens.to(self._execution_device))  # (n, l, d)
+            context = self.layout_encoder(tokens.to(device))  # (n, l, d)
             return context.repeat_interleave(num_images_per_prompt, dim=0)
 
         null = None
         if self.do_classifier_free_guidance:
-            nothing = torch.full((1, tokenizer.length), tokenizer.none_token, device=self._execution_device)
+            nothing = torch.full((1, tokenizer.length), tokenizer.none_token, device=device)
             null = self.layout_encoder(nothing)
         if tiles is None:
             return LDMCondition(encode(), null)

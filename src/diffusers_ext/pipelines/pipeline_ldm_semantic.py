@@ -123,8 +123,9 @@ class LDMSemanticPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = self.encode_labels(resize_labels(labels, *size), num_images_per_prompt, tiles=tiles)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        labels = resize_labels(labels.to(timesteps.device), *size)
+        condition = self.encode_labels(labels, num_images_per_prompt, tiles=tiles)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
@@ -148,11 +149,12 @@ class LDMSemanticPipeline(LDMBasePipeline):
     def encode_labels(
         self, labels: Tensor, num_images_per_prompt: int = 1, *, tiles: Tiles | None = None
     ) -> LDMCondition:
-        """Label maps (n, H, W) to channels beside the latents, (n * num_images_per_prompt, c', h, w).
+        """Label maps to channels beside the latents, (n * num_images_per_prompt, c', h, w).
 
-        With tiles it is done piece by piece, since the one-hot map is the largest thing there is.
+        Args:
+            labels: integers (n, H, W), on the rescaler's device.
+            tiles: rescale piece by piece, since the one-hot map is the largest thing there is.
         """
-        labels = labels.to(self._execution_device)
         if tiles is None:
             maps = self.spatial_rescaler(labels)
         else:

@@ -140,9 +140,10 @@ class LDMTextPipeline(LDMBasePipeline):
                 negative_prompt=negative_prompt,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
+                device=timesteps.device,
             )
         )
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(

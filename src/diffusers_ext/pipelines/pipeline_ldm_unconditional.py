@@ -130,8 +130,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, guidance_scale)
 
         # 2. What is known, and the initial noise
-        known = None if source is None else self._known_region(*source, tiles)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        known = None if source is None else self._known_region(*source, tiles, timesteps.device)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
@@ -185,8 +185,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
                 raise ValueError(f"`{name}` is {side}, but that of `image` is {own}: leave `{name}` out, or resize.")
         return picture, mask
 
-    def _known_region(self, picture: Tensor, mask: Tensor, tiles: Tiles | None) -> KnownRegion:
-        device, dtype = self._execution_device, self.unet.dtype
+    def _known_region(self, picture: Tensor, mask: Tensor, tiles: Tiles | None, device: torch.device) -> KnownRegion:
+        dtype = self.unet.dtype
         encoded = encode_first_stage(
             self.vqvae, 2 * picture.to(device) - 1, grid=None if tiles is None else tiles.encode
         )

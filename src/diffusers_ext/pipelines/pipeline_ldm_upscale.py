@@ -109,9 +109,9 @@ class LDMUpscalePipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        maps = (2 * pictures - 1).to(self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
+        maps = (2 * pictures - 1).to(timesteps.device).repeat_interleave(num_images_per_prompt, dim=0)
         condition = LDMCondition(concat=maps, null_concat=self._null_maps(maps))
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents)
+        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
