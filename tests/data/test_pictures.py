@@ -34,6 +34,18 @@ def test_scenes_with_a_validation_split_and_chosen_grounds():
     assert all((corner == corner[0]).all() for corner in corners)  # one colour, no gradient
 
 
+def test_scenes_with_a_chosen_number_of_objects():
+    for word, number in (("one", 1), ("two", 2)):
+        configured = source(dataset_name="scenes", dataset_config_name=f"plain+{word}", max_train_samples=8)
+        train, validation = load_pictures(configured, columns=("boxes",))
+        assert all(len(row["boxes"]) == number for part in (train, validation) for row in part)
+    grounds, _ = load_pictures(source(dataset_name="scenes", dataset_config_name="two", max_train_samples=8))
+    corners = [np.asarray(row["image"])[:2, :2].reshape(-1, 3) for row in grounds]
+    assert not all((corner == corner[0]).all() for corner in corners)  # all grounds: some are no plain colour
+    with pytest.raises(ValueError, match="'one\\+two': it names one of one, two, or none"):
+        load_pictures(source(dataset_name="scenes", dataset_config_name="one+two", max_train_samples=8))
+
+
 @pytest.mark.parametrize("options", [{"image_column": "photo"}, {"dataset_config_name": "plain+no_such_ground"}])
 def test_what_scenes_does_not_have_is_refused(options):
     with pytest.raises(ValueError, match="photo|no_such_ground"):

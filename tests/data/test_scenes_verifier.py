@@ -23,8 +23,10 @@ from diffusers_ext.data.scenes import (
     parse_caption,
     render,
     sample_scene,
+    semantic_map,
 )
 from diffusers_ext.data.scenes_verifier import (
+    UNNAMED,
     FoundObject,
     chance_level,
     check,
@@ -33,6 +35,7 @@ from diffusers_ext.data.scenes_verifier import (
     main,
     measure,
     read_picture,
+    read_semantic_map,
 )
 
 GREY = Ground("plain", (128, 128, 128), (128, 128, 128), 0.5, 0.0)
@@ -342,3 +345,20 @@ def test_command_prints_the_accuracy(capsys):
     assert lines[0].split()[:5] == ["objects", "count", "shape", "color", "shape_and_color"]
     assert lines[1].split()[:5] == ["1", "20", "1.0000", "1.0000", "1.0000"]
     assert "ms a picture" in lines[2] and lines[3].split()[0] == "2"
+
+
+def test_semantic_maps_are_read_back():
+    shared, total = 0, 0
+    for i in range(60):
+        scene = sample_scene(0, i, split="test")
+        wanted, found = semantic_map(scene), read_semantic_map(render(scene))
+        shared += np.count_nonzero((wanted == found) & (wanted > 0))
+        total += np.count_nonzero((wanted > 0) | (found > 0))
+    assert shared / total > 0.97
+
+
+def test_a_region_of_no_named_shape_is_unnamed_in_the_semantic_map():
+    picture = Image.new("RGB", (64, 64), (128, 128, 128))
+    ImageDraw.Draw(picture).rectangle((4, 30, 60, 33), fill=(230, 30, 30))
+    found = read_semantic_map(picture)
+    assert set(np.unique(found)) == {0, UNNAMED} and np.count_nonzero(found) == pytest.approx(57 * 4, rel=0.05)

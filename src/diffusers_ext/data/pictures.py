@@ -1,6 +1,6 @@
 """The training and validation pictures that a recipe's data options name."""
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SCENES_SAMPLES = 100_000
 VALIDATION_SAMPLES = 256
+NUMBERS = {"one": 1, "two": 2}  # of objects, in the names of the configurations of `scenes`
 
 
 class PictureSource(Protocol):
@@ -30,8 +31,9 @@ class PictureSource(Protocol):
 def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tuple["Dataset", "Dataset"]:
     """Training and validation set, map-style: rows are dictionaries with a PIL picture and what goes with it.
 
-    `scenes` has a validation split of its own, and its configurations are grounds (`plain`, `plain+gradient` ...; all
-    four by default). From any other source a tenth, at most 256 pictures, is held out by a fixed permutation.
+    `scenes` has a validation split of its own. Its configurations are words joined by +: grounds (`plain`,
+    `plain+gradient` ...; all four by default), and `one` or `two` for pictures of as many objects (`plain+one`).
+    From any other source a tenth, at most 256 pictures, is held out by a fixed permutation.
 
     Args:
         source: Which data set; see `PictureSource`.
@@ -43,9 +45,9 @@ def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tu
         if unknown:
             raise ValueError(f"`scenes` has no column {unknown}; it has {', '.join(COLUMNS)}.")
         size = source.max_train_samples or SCENES_SAMPLES
-        options = {"resolution": source.resolution, "columns": wanted}
+        options: dict[str, Any] = {"resolution": source.resolution, "columns": wanted}
         if source.dataset_config_name:
-            options["grounds"] = tuple(source.dataset_config_name.split("+"))
+            options |= _scenes_options(source.dataset_config_name)
         return load_scenes(size, **options), load_scenes(VALIDATION_SAMPLES, split="validation", **options)
     dataset = load_image_dataset(
         source.train_data_dir,
@@ -62,3 +64,13 @@ def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tu
     if held_out == 0:  # too few pictures to hold any out: validation shows training pictures
         return dataset, dataset
     return dataset.select(sorted(order[held_out:])), dataset.select(sorted(order[:held_out]))
+
+
+def _scenes_options(configuration: str) -> dict[str, Any]:
+    """The arguments of `load_scenes` that the words of a configuration stand for; a wrong ground is refused there."""
+    words = configuration.split("+")
+    counts = [NUMBERS[word] for word in words if word in NUMBERS]
+    if len(counts) > 1:
+        raise ValueError(f"`dataset_config_name` is {configuration!r}: it names one of {', '.join(NUMBERS)}, or none.")
+    grounds = tuple(word for word in words if word not in NUMBERS)
+    return {"num_objects": counts[0] if counts else None} | ({"grounds": grounds} if grounds else {})

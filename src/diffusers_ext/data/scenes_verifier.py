@@ -30,6 +30,7 @@ MIN_AREA = 0.006  # smaller regions are speckle; the smallest true object covers
 MIN_OVERLAP = 0.7  # below this intersection over union a region has no named shape (true pictures: above 0.93)
 CENTER_ZONE = 0.105  # a lone object within this distance of the middle, along x and y, is "in the center"
 STEEPNESS = 1.5  # of the edges' ramp
+UNNAMED = 255  # in a semantic map: a region like none of the shapes
 MIN_OFFSET = 0.1  # two objects are left and right (above and below) of each other from this distance on
 
 _COLOR_NAMES = tuple(COLORS)
@@ -130,40 +131,80 @@ def _prepare(picture: np.ndarray | Image.Image) -> np.ndarray:
     return picture.astype(np.float32)
 
 
+class _Region(NamedTuple):
+    """A coloured region: where its patch lies, how far it covers each pixel there, and the ideal shape closest to it.
+
+    Centre and diameter are fractions of the picture's sides, as in `FoundObject`.
+    """
+
+    area: float
+    rows: slice
+    columns: slice
+    coverage: np.ndarray
+    shape: str
+    overlap: float
+    color: str
+    center: tuple[float, float]
+    diameter: float
+
+    @property
+    def named_shape(self) -> str | None:
+        return self.shape if self.overlap >= MIN_OVERLAP else None
+
+
+def _read_regions(pixels: np.ndarray) -> list[_Region]:
+    """The regions of prepared pixels (h, w, 3), the largest first."""
+    height, width = pixels.shape[:2]
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]  # three steps are faster than one reduction
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    min_pixels = MIN_AREA * height * width
+    labels, _ = _label(chroma > MIN_CHROMA)
+    found = []
+    for number, where in enumerate(ndimage.find_objects(labels), start=1):
+        # one pixel of rim: half covered pixels there may lie below the threshold
+        rows, columns = (slice(max(0, part.start - 1), part.stop + 1) for part in where)
+        member = labels[rows, columns] == number
+        if np.count_nonzero(member) < min_pixels:
+            continue
+        for mask, color in _split_by_color(pixels[rows, columns], chroma[rows, columns], member, min_pixels):
+            found.append(_describe(pixels, chroma, rows, columns, mask, color))
+    return sorted(found, key=lambda region: -region.area)
+
+
 def read_picture(picture: np.ndarray | Image.Image) -> list[FoundObject]:
     """The objects of a picture, the one with the largest area first.
 
     Args:
         picture: uint8 array (h, w, 3) or PIL picture, sides of at least 16 pixels.
     """
-    pixels = _prepare(picture)
-    height, width = pixels.shape[:2]
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]  # three steps are faster than one reduction
-    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    min_pixels = MIN_AREA * height * width
-    regions, _ = _label(chroma > MIN_CHROMA)
-    found = []
-    for number, where in enumerate(ndimage.find_objects(regions), start=1):
-        # one pixel of rim: half covered pixels there may lie below the threshold
-        rows, columns = (slice(max(0, part.start - 1), part.stop + 1) for part in where)
-        member = regions[rows, columns] == number
-        if np.count_nonzero(member) < min_pixels:
-            continue
-        for mask, color in _split_by_color(pixels[rows, columns], chroma[rows, columns], member, min_pixels):
-            found.append(_describe(pixels, chroma, rows, columns, mask, color))
-    found.sort(key=lambda item: -item[0])
+    regions = _read_regions(_prepare(picture))
     return [
         FoundObject(
-            shape if overlap >= MIN_OVERLAP else None,
-            color,
-            _size_word(diameter, len(found)),
-            center,
-            diameter,
-            area,
-            overlap,
+            region.named_shape,
+            region.color,
+            _size_word(region.diameter, len(regions)),
+            region.center,
+            region.diameter,
+            region.area,
+            region.overlap,
         )
-        for area, shape, overlap, color, center, diameter in found
+        for region in regions
     ]
+
+
+def read_semantic_map(picture: np.ndarray | Image.Image) -> np.ndarray:
+    """The counterpart of `scenes.semantic_map`, read from a picture.
+
+    Returns:
+        uint8 (h, w): 0 for the ground, 1 + the index into `SHAPES` for objects, `UNNAMED` for regions of no named
+        shape. Pictures with sides of 128 pixels and more are reduced, as for `read_picture`.
+    """
+    pixels = _prepare(picture)
+    classes = np.zeros(pixels.shape[:2], dtype=np.uint8)
+    for region in _read_regions(pixels):
+        value = UNNAMED if region.named_shape is None else 1 + SHAPES.index(region.named_shape)
+        classes[region.rows, region.columns][region.coverage >= 0.5] = value
+    return classes
 
 
 def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -212,8 +253,7 @@ def _split_by_color(
 
 def _describe(
     pixels: np.ndarray, chroma: np.ndarray, rows: slice, columns: slice, member: np.ndarray, color: int
-) -> tuple[float, str, float, str, tuple[float, float], float]:
-    """Area, shape, overlap, colour, centre and diameter of one region."""
+) -> _Region:
     height, width = chroma.shape
     part = chroma[rows, columns]
     inner = part[member]
@@ -231,9 +271,17 @@ def _describe(
     x = np.arange(columns.start, columns.start + part.shape[1], dtype=np.float32)[None] + 0.5
     y = np.arange(rows.start, rows.start + part.shape[0], dtype=np.float32)[:, None] + 0.5
     shape, overlap, radius, (center_x, center_y) = _fit_shape(coverage, x, y)
-    diameter = 2 * radius / math.sqrt(height * width)
-    area = float(coverage.sum()) / (height * width)
-    return area, shape, overlap, _COLOR_NAMES[color], (center_x / width, center_y / height), diameter
+    return _Region(
+        float(coverage.sum()) / (height * width),
+        rows,
+        columns,
+        coverage,
+        shape,
+        overlap,
+        _COLOR_NAMES[color],
+        (center_x / width, center_y / height),
+        2 * radius / math.sqrt(height * width),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
