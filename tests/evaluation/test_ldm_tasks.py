@@ -88,31 +88,36 @@ def test_the_regression_trains_and_takes_its_part_in_the_table(script, folders, 
     assert capsys.readouterr().out.count("without: image regression") == 3
 
 
-def test_true_pictures_hold_their_boxes_and_no_others(script):
+@pytest.fixture(scope="module")
+def checks(script) -> SimpleNamespace:
+    return SimpleNamespace(**vars(sys.modules["ldm_task_checks"]))
+
+
+def test_true_pictures_hold_their_boxes_and_no_others(checks):
     scenes = [sample_scene(0, i, split="test") for i in range(40)]
     found = [read_picture(render(scene)) for scene in scenes]
     layouts = [boxes(scene) for scene in scenes]
-    assert sum(script.boxes_held(found, layouts)) >= 0.98 * sum(map(len, layouts))
-    assert sum(script.boxes_held(found, script.next_case(layouts))) <= 0.1 * sum(map(len, layouts))
+    assert sum(checks.boxes_held(found, layouts)) >= 0.98 * sum(map(len, layouts))
+    assert sum(checks.boxes_held(found, checks.next_case(layouts))) <= 0.1 * sum(map(len, layouts))
     mirrored = [[replace(item, center=(1 - item.center[0], item.center[1])) for item in objects] for objects in found]
-    assert sum(script.boxes_held(mirrored, layouts)) < sum(script.boxes_held(found, layouts))
+    assert sum(checks.boxes_held(mirrored, layouts)) < sum(checks.boxes_held(found, layouts))
 
 
-def test_box_overlap(script):
-    assert script.box_overlap((0, 0, 1, 1), (0, 0, 1, 1)) == 1
-    assert script.box_overlap((0, 0, 1, 1), (0.5, 0, 1.5, 1)) == pytest.approx(1 / 3)
-    assert script.box_overlap((0, 0, 0.4, 0.4), (0.5, 0.5, 1, 1)) == 0
+def test_box_overlap(checks):
+    assert checks.box_overlap((0, 0, 1, 1), (0, 0, 1, 1)) == 1
+    assert checks.box_overlap((0, 0, 1, 1), (0.5, 0, 1.5, 1)) == pytest.approx(1 / 3)
+    assert checks.box_overlap((0, 0, 0.4, 0.4), (0.5, 0.5, 1, 1)) == 0
 
 
-def test_picture_figures(script):
+def test_picture_figures(checks):
     flat, step = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
     step[..., 8:] = 1
-    assert script.sharpness(flat) == 0 and script.sharpness(step) == pytest.approx(1 / 15)
-    assert script.ssim(step, step) == 1 and script.ssim(flat, step) < 1
+    assert checks.sharpness(flat) == 0 and checks.sharpness(step) == pytest.approx(1 / 15)
+    assert checks.ssim(step, step) == 1 and checks.ssim(flat, step) < 1
     hole = torch.zeros(1, 1, 16, 16)
     hole[..., 8:12] = 1
-    assert script.psnr_inside(flat, step, hole) == pytest.approx(10 * math.log10(4))  # an error of 1, range 2
-    assert script.psnr_inside(step, step, hole) == pytest.approx(126, abs=10)
+    assert checks.psnr_inside(flat, step, hole) == pytest.approx(10 * math.log10(4))  # an error of 1, range 2
+    assert checks.psnr_inside(step, step, hole) == pytest.approx(126, abs=10)
 
 
 @pytest.mark.parametrize(
