@@ -17,8 +17,6 @@ from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    import runpy
-
     return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "ldm_tiles.py")))
 
 

@@ -19,7 +19,11 @@ from .ldm_tiling import TileGrid
 
 
 def ldm_scheduler(
-    beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
+    beta_start: float = 0.0015,
+    beta_end: float = 0.0195,
+    *,
+    num_train_timesteps: int = 1000,
+    prediction_type: str = "epsilon",
 ) -> DDIMScheduler:
     """A scheduler with the original's numbers: betas are squares of evenly spaced numbers, nothing is clipped.
 
@@ -34,7 +38,7 @@ def ldm_scheduler(
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="leading",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
     )
 
 
