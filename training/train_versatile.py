@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups, parts_of, sample_flow
+from versatile_parts import load_parts, untrained_parts
 
 from diffusers_ext.data.captions import clean_caption
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text, prepare_image
 from diffusers_ext.evaluation.image_quality import picture_grid
-from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
@@ -45,18 +42,6 @@ USAGE = """import diffusers_ext
 
 pipe = diffusers_ext.VersatilePipeline.from_pretrained("{folder}")
 """
-
-# The frozen components of the pipeline.
-PARTS = {
-    "vae": AutoencoderKL,
-    "optimus": AutoencoderOptimus,
-    "encoder_tokenizer": AutoTokenizer,
-    "decoder_tokenizer": AutoTokenizer,
-    "text_encoder": CLIPTextModelWithProjection,
-    "tokenizer": AutoTokenizer,
-    "image_encoder": CLIPVisionModelWithProjection,
-    "feature_extractor": CLIPImageProcessor,
-}
 
 
 @dataclass
@@ -84,6 +69,12 @@ class VersatileArgs:
         default=None, metadata={"help": "Text autoencoder with its tokenizers, a result of train_optimus.py."}
     )
     pretrained_clip_name_or_path: str | None = field(default=None, metadata={"help": "CLIP of both contexts."})
+    untrained_parts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "To try the recipe out: vae, optimus or both, tiny and untrained where no option names one."
+        },
+    )
     contexts_like: str | None = field(
         default=None, metadata={"help": "New context layers start as a copy of those of this type: image or text."}
     )
@@ -110,6 +101,8 @@ class VersatileArgs:
         unknown = [flow for flow in self.flows if flow not in FLOWS]
         if unknown or not self.flows or len(set(self.flows)) != len(self.flows):
             raise ValueError(f"--flows is {self.flows}: name some of {', '.join(FLOWS)}, each once.")
+        if strangers := [name for name in self.untrained_parts if name not in ("vae", "optimus")]:
+            raise ValueError(f"--untrained_parts names {', '.join(strangers)}; it can be vae, optimus or both.")
         if not 0 <= self.cond_dropout_prob <= 1:
             raise ValueError(f"--cond_dropout_prob must lie in [0, 1], got {self.cond_dropout_prob}.")
         weights = read_factors("flow_weights", self.flow_weights)
@@ -166,40 +159,6 @@ def build_unet(
         dropout=args.dropout,
         flows=args.flows,
     )
-
-
-def load_parts(args: VersatileArgs) -> dict[str, Any]:
-    """The frozen networks, tokenizers and the picture preparation, by the names of `PARTS`.
-
-    Raises:
-        ValueError: an option that names one is missing.
-    """
-    stage = args.pretrained_model_name_or_path
-    places = {name: (stage, name) for name in PARTS}
-    for option, names in (
-        ("vae", {"vae": None}),
-        ("optimus", {"optimus": None} | {name: name for name in ("encoder_tokenizer", "decoder_tokenizer")}),
-        ("clip", dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "feature_extractor"))),
-    ):  # fmt: skip
-        source = getattr(args, f"pretrained_{option}_name_or_path")
-        if source is None and stage is None:
-            recipe = {"vae": "train_autoencoder.py --model kl"}.get(option, f"train_{option}.py")
-            raise ValueError(
-                f"--pretrained_{option}_name_or_path is needed: train one with training/{recipe}, or go on from an "
-                "earlier stage with --pretrained_model_name_or_path."
-            )
-        if source is not None:
-            is_pipeline = option == "clip" and (Path(source) / "model_index.json").is_file()
-            places |= {name: (source, name if is_pipeline else folder) for name, folder in names.items()}
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # each tower ignores the other one's weights, and says so at length
-    try:
-        return {
-            name: PARTS[name].from_pretrained(source, **({} if folder is None else {"subfolder": folder}))
-            for name, (source, folder) in places.items()
-        }
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def load_unet(args: VersatileArgs, parts: Mapping[str, Any]) -> VersatileUNet:
@@ -340,6 +299,9 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         pipe.save_pretrained(train.output_dir)
         summary = f"A VersatilePipeline with the flows {', '.join(unet.flows)}."
+        if new := untrained_parts(args):
+            verb = "was" if len(new) == 1 else "were"
+            summary += f" Its {' and '.join(new)} {verb} never trained: it shows that the recipe runs, nothing else."
         publish_result(
             train, recipe="versatile", argv=argv, summary=summary, usage=USAGE.format(folder=train.output_dir)
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_versatile
+import versatile_parts
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training.tiny_versatile import sentence_tokenizers, tiny_encoders, tiny_unet
@@ -164,10 +165,42 @@ def test_samples_carry_what_each_flow_reads(stages, tmp_path):
     assert train_versatile.read_sample(row, torch.Generator(), args, data)["sentence"] == "[nothing]"
 
 
+def test_the_smoke_preset_needs_nothing_trained_before(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(PRESETS.parents[1])  # it names the bundled checkpoints from here
+    train_versatile.main([SMOKE, "--output_dir", str(tmp_path)])
+    assert "optimus: built anew and never trained" in caplog.text
+    assert "Its optimus was never trained" in (tmp_path / "README.md").read_text()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pipe = VersatilePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert set(pipe.unet.flows) == set(train_versatile.FLOWS)
+    assert pipe("a red circle", num_inference_steps=1).images[0].size == (32, 32)
+    assert isinstance(pipe("a red circle", data_type="text", num_inference_steps=1).texts[0], str)
+    # resumed after step 3, the untrained network is the same one again, or the last steps would come out otherwise
+    names = (WEIGHTS, "optimus/diffusion_pytorch_model.safetensors")
+    straight = [load_file(tmp_path / name) for name in names]
+    (tmp_path / "checkpoint-6" / "manifest.json").unlink()
+    train_versatile.main([SMOKE, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    for name, one in zip(names, straight, strict=True):
+        other = load_file(tmp_path / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_trained_parts_take_the_place_of_untrained_ones(stages, tmp_path):
+    args, _, _ = train_versatile.parse_args(words(stages, tmp_path))
+    args.untrained_parts = ["vae", "optimus"]
+    assert versatile_parts.untrained_parts(args) == []
+    assert train_versatile.load_parts(args)["vae"].config.latent_channels == 2  # those of the stage, not the new one
+    args.pretrained_vae_name_or_path = None
+    parts = train_versatile.load_parts(args)
+    assert parts["vae"].config.latent_channels == 4 and parts["optimus"].config.latent_dim == 6
+
+
 def test_missing_parts_are_named(stages, tmp_path):
     for option, way_out in (("vae", "train_autoencoder.py --model kl"), ("optimus", "train_optimus.py")):
         args, _, _ = train_versatile.parse_args(words(stages, tmp_path))
         setattr(args, f"pretrained_{option}_name_or_path", None)
+        args.untrained_parts = []
         with pytest.raises(ValueError, match=f"--pretrained_{option}_name_or_path is needed: .*{way_out}, or go on"):
             train_versatile.load_parts(args)
 
@@ -177,6 +210,7 @@ def test_missing_parts_are_named(stages, tmp_path):
     [
         (["--flows", "text-to-sound"], "--flows is .'text-to-sound'.: name some of image-to-image"),
         (["--flows", "text-to-text", "text-to-text"], "each once"),
+        (["--untrained_parts", "clip", "vae"], "--untrained_parts names clip; it can be vae, optimus or both"),
         (["--cond_dropout_prob", "2"], r"--cond_dropout_prob must lie in \[0, 1\], got 2"),
         (["--flow_weights", "text-to-text"], "--flow_weights got 'text-to-text': write name=factor"),
         (["--flow_weights", "text-to-text=-1"], "a factor >= 0"),
