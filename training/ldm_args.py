@@ -37,11 +37,7 @@ class LDMArgs:
     beta_start: float = option(0.0015, "First noise variance; between are squares of evenly spaced numbers.")
     beta_end: float = option(0.0195, "Last noise variance.")
     num_train_timesteps: int = option(1000, "Noise levels.")
-    prediction_type: Literal["epsilon", "v_prediction"] = option(
-        "epsilon", "What a new network predicts: the noise (the paper), or the velocity, which small networks and "
-        "short trainings do better with: the noise says little about the picture where nearly all is noise."
-    )  # fmt: skip
-    loss_type: Literal["l1", "l2"] = option("l2", "Error of the prediction.")
+    loss_type: Literal["l1", "l2"] = option("l2", "Error of the predicted noise.")
     vlb_weight: float = option(0.0, "Weight of the variational bound in the loss; 0 in the paper.")
     cond_dropout_prob: float | None = option(
         None,

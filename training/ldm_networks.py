@@ -195,12 +195,7 @@ def new_pipeline(args: LDMArgs, resolution: int, names: Names | None, captions: 
     parts: dict[str, Any] = {
         "vqvae": vqvae,
         "unet": build_unet(args, latent_channels=first_stage_channels(vqvae), sample_size=side),
-        "scheduler": ldm_scheduler(
-            args.beta_start,
-            args.beta_end,
-            num_train_timesteps=args.num_train_timesteps,
-            prediction_type=args.prediction_type,
-        ),
+        "scheduler": ldm_scheduler(args.beta_start, args.beta_end, num_train_timesteps=args.num_train_timesteps),
         "latent_scale": 1.0 if args.scale_by_std else args.latent_scale,  # 1 until it is measured
     }
     vocabulary = {}

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,8 +24,6 @@ from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder
 from diffusers_ext.pipelines.ldm_denoising import predict_noise
 from diffusers_ext.pipelines.ldm_first_stage import FirstStage, encode_masked_image
 from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class Denoiser(nn.Module):
@@ -64,7 +61,7 @@ class Denoiser(nn.Module):
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, condition: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """What the network predicts (b, c, h, w): the noise, or the velocity.
+        """The noise (b, c, h, w) that the network finds.
 
         Args:
             latents: clean, not scaled, (b, c, h, w).
@@ -86,16 +83,6 @@ class Denoiser(nn.Module):
         if keep is not None:
             encoded = encoded * keep.view(-1, 1, 1, 1).to(encoded)
         return predict_noise(self.unet, noisy, timesteps, concat=[encoded])
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: str) -> Tensor:
-        """What the prediction should be: the noise, or the velocity sqrt(abar) noise - sqrt(1 - abar) z.
-
-        Source of the velocity: Salimans and Ho, arXiv 2202.00512, appendix D.
-        """
-        if prediction_type == "epsilon":
-            return noise
-        signal = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return signal.sqrt() * noise - (1 - signal).sqrt() * self.latent_scale * latents
 
 
 def text_ids(pipe: LDMBasePipeline, texts: Sequence[str]) -> Tensor:
@@ -155,16 +142,13 @@ class LDMLoss:
     """
 
     def __init__(self, pipe: LDMBasePipeline, args: LDMArgs):
-        self.prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
-        if self.prediction_type not in PREDICTION_TYPES:
+        if pipe.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(
-                f"The pipeline's network predicts {self.prediction_type!r}; this recipe trains networks that predict "
-                f"one of {', '.join(PREDICTION_TYPES)}."
+                f"The pipeline's network predicts {pipe.scheduler.config['prediction_type']!r}; this recipe trains "
+                "networks that predict the noise ('epsilon')."
             )
         self.pipe, self.args = pipe, args
         self.weights = vlb_weights(pipe.scheduler.betas)
-        if self.prediction_type == "v_prediction":  # whose error is that of the noise / sqrt(abar)
-            self.weights = self.weights * pipe.scheduler.alphas_cumprod
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], generators: list[Generator]) -> dict[str, Tensor]:
         moments = batch["moments"] if "moments" in batch else encode_moments(self.pipe.vqvae, batch["image"])
@@ -177,8 +161,7 @@ class LDMLoss:
         timesteps = torch.stack(steps).to(device)
         condition = raw_condition(self.pipe, self.args.task, batch)
         prediction = model(latents, noise, timesteps, condition, keep)
-        target = extract_model_from_parallel(model).target(latents, noise, timesteps, self.prediction_type)
         losses = latent_diffusion_loss(
-            prediction, target, timesteps, self.weights, loss_type=self.args.loss_type, vlb_weight=self.args.vlb_weight
+            prediction, noise, timesteps, self.weights, loss_type=self.args.loss_type, vlb_weight=self.args.vlb_weight
         )
         return {name: losses[name] for name in ("loss", "loss_vlb")}

@@ -1,4 +1,4 @@
-"""Losses of Gaussian diffusion models that predict the noise, or a mixture of noise and picture.
+"""Noise prediction losses of Gaussian diffusion.
 
 Rombach et al., arXiv 2112.10752, eq. 1-3 (after DDPM, arXiv 2006.11239, eq. 12 and 14); original:
 CompVis/latent-diffusion@a506df5:ldm/models/diffusion/ddpm.py (MIT).
@@ -64,7 +64,7 @@ def latent_diffusion_loss(
     mean(L_t / exp(s_t) + s_t) + vlb_weight * mean(w_t L_t), with L_t the error of a sample.
 
     Args:
-        prediction, noise: (b, c, h, w); `noise` is the velocity where that is predicted.
+        prediction, noise: (b, c, h, w).
         timesteps: integers (b,).
         weights: of the bound, (T,), from `vlb_weights`.
         loss_type: `l1` or `l2`.

@@ -19,11 +19,7 @@ from .ldm_tiling import TileGrid
 
 
 def ldm_scheduler(
-    beta_start: float = 0.0015,
-    beta_end: float = 0.0195,
-    *,
-    num_train_timesteps: int = 1000,
-    prediction_type: str = "epsilon",
+    beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
 ) -> DDIMScheduler:
     """A scheduler with the original's numbers: betas are squares of evenly spaced numbers, nothing is clipped.
 
@@ -38,7 +34,7 @@ def ldm_scheduler(
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="leading",
-        prediction_type=prediction_type,
+        prediction_type="epsilon",
     )
 
 
