@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "paella-scenes-64"
+SIZES = ("block_out_channels", "down_layers_per_block", "up_layers_per_block", "time_embed_dim", "layer_scale_init")
 CONDITIONS = {
     "text": ("--condition", "text"),
     "text, tower trained": ("--condition", "text", "--train_text_encoder"),
@@ -53,14 +54,18 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     return args, more
 
 
+def as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def train_words(args: argparse.Namespace, condition: str, more: list[str]) -> list[str]:
     """The training's command line without its folders."""
+    unet = json.loads((CHECKPOINT / "unet" / "config.json").read_text(encoding="utf-8"))
     words = [
         "--resolution", "64", "--center_crop", "--max_train_samples", str(args.num_samples),
         "--pretrained_vqvae_name_or_path", str(CHECKPOINT / "vqvae"),
         "--pretrained_clip_name_or_path", str(CHECKPOINT),
-        "--block_out_channels", "48", "112", "208", "--down_layers_per_block", "1", "2", "2",
-        "--up_layers_per_block", "2", "2", "1", "--time_embed_dim", "32", "--layer_scale_init", "0.1",
+        *(word for name in SIZES for word in (f"--{name}", *map(str, as_list(unet[name])))),
         "--train_batch_size", "64", "--max_train_steps", str(args.steps), "--logging_steps", str(args.window),
         "--num_inference_steps", "1", *CONDITIONS[condition], *more,
     ]  # fmt: skip
