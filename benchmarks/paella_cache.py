@@ -45,6 +45,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of a training")
     parser.add_argument("--window", type=int, default=4, help="steps between two readings of the clock")
     parser.add_argument("--num_samples", type=int, default=512, help="pictures")
+    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "fp16", "bf16"), help="of both trainings")
     parser.add_argument("--json", help="file for the figures")
     args, more = parser.parse_known_args(arguments)
     if args.rounds < 1 or args.window < 1 or args.steps < 2 * args.window:
@@ -67,7 +68,7 @@ def train_words(args: argparse.Namespace, condition: str, more: list[str]) -> li
         "--pretrained_clip_name_or_path", str(CHECKPOINT),
         *(word for name in SIZES for word in (f"--{name}", *map(str, as_list(unet[name])))),
         "--train_batch_size", "64", "--max_train_steps", str(args.steps), "--logging_steps", str(args.window),
-        "--num_inference_steps", "1", *CONDITIONS[condition], *more,
+        "--num_inference_steps", "1", "--mixed_precision", args.mixed_precision, *CONDITIONS[condition], *more,
     ]  # fmt: skip
     own_data = {"--dataset_name", "--train_data_dir"} & {word.split("=")[0] for word in more}
     return words if own_data else ["--dataset_name", "scenes", *words]
