@@ -21,7 +21,7 @@ from diffusers_ext.data.scenes import EXTENTS, Scene, balanced_prompts, render, 
 from diffusers_ext.data.scenes_verifier import FoundObject, check, read_picture, read_semantic_map
 from diffusers_ext.degradations.bsr import degrade_bicubic
 from diffusers_ext.evaluation.image_quality import psnr
-from diffusers_ext.evaluation.prompt_following import Share, judge, judge_by_chance, share
+from diffusers_ext.evaluation.prompt_following import Share, case_generators, judge, judge_by_chance, share
 from diffusers_ext.evaluation.segmentation import mean_iou
 
 BOX_OVERLAP = 0.5  # intersection over union from which a box holds an object
@@ -65,9 +65,7 @@ class Bench:
         drawn = []
         for start in range(0, self.args.num_cases, self.args.batch_size):
             stop = min(start + self.args.batch_size, self.args.num_cases)
-            # uniform in law and apart for every (seed, number): SeedSequence hashes the pair
-            numbers = [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(start, stop)]
-            generators = [torch.Generator(self.args.device).manual_seed(number) for number in numbers]
+            generators = case_generators(seed, range(start, stop), self.args.device)
             batch = {name: stack(values[start:stop]) for name, values in conditions.items()}
             batch = batch or {"batch_size": stop - start}
             drawn.append(

@@ -29,6 +29,7 @@ from diffusers_ext.data.scenes import balanced_prompts, full_caption, parse_capt
 from diffusers_ext.data.scenes_verifier import check, read_picture
 from diffusers_ext.evaluation.prompt_following import (
     Check,
+    case_generators,
     judge,
     judge_by_chance,
     markdown_table,
@@ -87,9 +88,7 @@ def sample_pictures(
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        # uniform in law and apart for every (seed, number): SeedSequence hashes the pair
-        seeds = [int(np.random.SeedSequence((seed, start + i)).generate_state(1)[0]) for i in range(len(batch))]
-        generators = [torch.Generator(device).manual_seed(one) for one in seeds]
+        generators = case_generators(seed, range(start, start + len(batch)), device)
         images = pipe(batch, generator=generators, output_type="np", **options).images
         pictures += list((images * 255).round().astype(np.uint8))
         print(f"\r  {len(pictures)}/{len(prompts)} pictures", end="", file=sys.stderr, flush=True)

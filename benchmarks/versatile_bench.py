@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 
 from diffusers_ext.data.scenes import COLORS, GROUNDS, SHAPES, Scene, WantedObject, full_caption, render, sample_scene
+from diffusers_ext.evaluation.prompt_following import case_generators
 from diffusers_ext.pipelines.optimus_text import MAX_SENTENCE_LENGTH
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
 
@@ -76,11 +77,6 @@ class Bench:
         """Tokens of a text that the text autoencoder can write."""
         return min(MAX_SENTENCE_LENGTH, self.pipe.optimus.longest_sentence)
 
-    def generators(self, seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
-        # uniform in law and apart for every (seed, number): SeedSequence hashes the pair
-        seeds = [int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) for number in numbers]
-        return [torch.Generator(self.args.device).manual_seed(one) for one in seeds]
-
     def sample(self, seed: int, data_type: str = "image", **options: Any) -> list[Any]:
         """uint8 pictures `(H, W, 3)` or texts, one a case.
 
@@ -100,7 +96,7 @@ class Bench:
                 **options,
                 data_type=data_type,
                 guidance_scale=self.args.guidance_scale,
-                generator=self.generators(seed, range(start, stop)),
+                generator=case_generators(seed, range(start, stop), self.args.device),
                 output_type="np",
             )
             drawn += out.texts if data_type == "text" else list((out.images * 255).round().astype(np.uint8))

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from versatile_bench import Bench, add_options, check_options, dual_cases
 
 from diffusers_ext.data.scenes import COLORS, SHAPES, Scene, balanced_prompts, full_caption
+from diffusers_ext.evaluation.prompt_following import case_generators
 
 Cell = Image.Image | np.ndarray | str  # a picture, or a text in its place
 Columns = Sequence[Sequence[Cell]]
@@ -149,8 +150,9 @@ def edit(bench: Bench) -> Figure:
                          for words, own in ((SHAPES, item.shape), (tuple(COLORS), item.color)))  # fmt: skip
         new = dataclasses.replace(item, shape=shapes[i % len(shapes)], color=names[i % len(names)])
         away, towards = full_caption(scene), full_caption(dataclasses.replace(scene, objects=(new,)))
+        generator = case_generators(args.seed, [i], args.device)
         out = bench.pipe.edit_image(
-            picture, towards, away, generator=bench.generators(args.seed, [i]), temperature=args.temperature,
+            picture, towards, away, generator=generator, temperature=args.temperature,
             num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
         )  # fmt: skip
         for column, cell in zip(columns, (f"- {away}", f"+ {towards}", out.texts[0], out.images[0]), strict=True):

@@ -5,8 +5,8 @@ Keys and sizes are facts of CompVis/latent-diffusion@a506df5 and CompVis/taming-
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from noise_levels import scaled_linear_betas
 
-from diffusers_ext.losses.diffusion import scaled_linear_betas
 from diffusers_ext.models.unet_ldm import LDMUNet
 
 Shapes = dict[str, tuple[int, ...]]

@@ -13,6 +13,7 @@ from conversion.ldm_originals import (
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from noise_levels import scaled_linear_betas
 
 from diffusers_ext.conversion.keys import load_original
 from diffusers_ext.conversion.ldm import convert_ldm_schedule, split_ldm_checkpoint
@@ -23,7 +24,6 @@ from diffusers_ext.conversion.ldm_encoders import (
     convert_ldm_spatial_rescaler,
 )
 from diffusers_ext.conversion.ldm_unet import convert_ldm_unet
-from diffusers_ext.losses.diffusion import scaled_linear_betas
 from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder, LDMSpatialRescaler
 from diffusers_ext.models.unet_ldm import LDMUNet
 

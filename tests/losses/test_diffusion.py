@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from noise_levels import scaled_linear_betas
 
 from diffusers_ext.losses.diffusion import (
     latent_diffusion_loss,
     noise_error,
     posterior_variance,
-    scaled_linear_betas,
     vlb_weights,
 )
 

@@ -1,6 +1,7 @@
 """Recorded losses, schedules, sampling runs and tiled passes of latent diffusion."""
 
 import torch
+from noise_levels import scaled_linear_betas
 from parity.case import Case
 from parity.ldm_kinds import heads_of
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from diffusers_ext.losses.adversarial import (
 from diffusers_ext.losses.diffusion import (
     latent_diffusion_loss,
     posterior_variance,
-    scaled_linear_betas,
     vlb_weights,
 )
 from diffusers_ext.losses.kl import kl_divergence, reconstruction_nll

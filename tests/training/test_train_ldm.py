@@ -19,6 +19,7 @@ from ldm_args import LDMArgs
 from ldm_data import load_rows, read_picture, read_sample
 from ldm_networks import KINDS, build_pipeline, sample_format
 from ldm_tasks import Denoiser, LDMLoss, keep_condition, null_condition, raw_condition
+from noise_levels import scaled_linear_betas
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,7 +27,6 @@ from diffusers_ext.conditions.layout import LayoutObject
 from diffusers_ext.data.annotations import ROW
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.degradations.bsr import degrade_bicubic, degrade_bsr
-from diffusers_ext.losses.diffusion import scaled_linear_betas
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.lora import LORA_FILE
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class Following:
     chance: Share | None
     chance_everything: Share | None
     across_seeds: float
+
+
+def case_generators(seed: int, numbers: Iterable[int], device: str = "cpu") -> list[torch.Generator]:
+    """A generator for each case, so that the batch size changes nothing.
+
+    Seeds are uniform in law and apart for every (seed, number): `SeedSequence` hashes the pair.
+    """
+    seeds = [int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) for number in numbers]
+    return [torch.Generator(device).manual_seed(one) for one in seeds]
 
 
 def share(successes: Iterable[bool]) -> Share:

@@ -10,11 +10,6 @@ from torch import Tensor
 LOSS_TYPES = ("l1", "l2")
 
 
-def scaled_linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int = 1000) -> Tensor:
-    """Squares of evenly spaced numbers, float64 (T,): diffusers' `scaled_linear`, the original's "linear"."""
-    return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64).square()
-
-
 def posterior_variance(betas: Tensor) -> Tensor:
     """beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t), float64 (T,): the variance of q(x_{t-1} | x_t, x_0)."""
     alphas_cumprod = (1 - betas.double()).cumprod(0)
