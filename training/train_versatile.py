@@ -82,6 +82,10 @@ class VersatileArgs:
         default_factory=lambda: [320, 640, 1280, 1280], metadata={"help": "Width of each level, finest first."}
     )
     layers_per_block: int = field(default=2, metadata={"help": "Residual blocks of each level on the way down."})
+    attention_levels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Levels (0: finest) with contexts besides the middle; all but the last if unset."},
+    )
     num_attention_heads: int = field(default=8, metadata={"help": "Heads of every attention."})
     norm_num_groups: int = field(default=32, metadata={"help": "Groups of every normalisation."})
     text_positions: int = field(default=4, metadata={"help": "Tokens that a text latent is treated as."})
@@ -109,6 +113,11 @@ class VersatileArgs:
         if strangers := [flow for flow in weights if flow not in self.flows]:
             raise ValueError(f"--flow_weights names {', '.join(strangers)}, but --flows is {' '.join(self.flows)}.")
         read_factors("lr_scales", self.lr_scales)
+        levels = range(len(self.block_out_channels))
+        if not set(self.attention_levels) <= set(levels):
+            raise ValueError(
+                f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {levels[-1]}."
+            )
         for name in ("num_inference_steps", "validation_samples", "text_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
@@ -146,6 +155,7 @@ def build_unet(
     args: VersatileArgs, *, image_channels: int = 4, text_channels: int = 768, context_dim: int = 768
 ) -> VersatileUNet:
     """A new network of the flows that are trained; the defaults are the paper's autoencoders and CLIP."""
+    attends = [level in args.attention_levels for level in range(len(args.block_out_channels))]
     return VersatileUNet(
         data_types={
             "image": {"kind": "map", "channels": image_channels},
@@ -154,6 +164,7 @@ def build_unet(
         context_types={"image": context_dim, "text": context_dim},
         block_out_channels=tuple(args.block_out_channels),
         layers_per_block=args.layers_per_block,
+        attention_levels=tuple(attends) if args.attention_levels else None,
         num_attention_heads=args.num_attention_heads,
         norm_num_groups=args.norm_num_groups,
         dropout=args.dropout,

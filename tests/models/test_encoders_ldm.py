@@ -63,6 +63,15 @@ def test_layout_encoder_is_a_pre_norm_transformer_without_a_mask():
     assert encoder.null_token == 49
 
 
+def test_an_untrained_layout_encoder_tells_tokens_apart():
+    torch.manual_seed(0)
+    encoder = LDMLayoutEncoder(**LAYOUT | {"hidden_size": 64}).eval()
+    one, other = torch.full((1, 12), 49), torch.full((1, 12), 49)
+    one[0, 0], other[0, 0] = 3, 7
+    vectors = encoder(one)
+    assert (vectors - encoder(other))[0, 0].std() > 0.5 * vectors.std()  # 0.13 from rows of std 0.02
+
+
 def test_layout_encoder_is_trainable_with_gradient_checkpointing():
     encoder, tokens = LDMLayoutEncoder(**LAYOUT).train(), torch.randint(0, 50, (2, 12))
     gradients = []

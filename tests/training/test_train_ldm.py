@@ -394,6 +394,12 @@ def test_reading_needs_no_networks_and_can_be_pickled():
         assert torch.equal(cut["image"], one["image"])  # what is cached is what is trained on
 
 
+def test_a_new_text_encoder_starts_with_rows_that_tell():
+    bert = parts("text")[3].bert.model
+    assert bert.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert bert.embed_positions.weight.std().item() == pytest.approx(0.5, rel=0.1)
+
+
 def test_the_papers_learning_rates(tmp_path):
     more = ("--lr_multipliers", "0.001", "0.1", "0.0001", "--lr_warmup_steps", "2", "--lr_decay_steps", "4")
     folder = train("unconditional", tmp_path, *more, "--max_train_steps", "3", "--learning_rate", "1")

@@ -85,6 +85,7 @@ class LDMLayoutEncoder(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
+        # both start with a variance of 1, not the original's 0.02^2: small rows drown in the first attention's output
         self.token_embedding = nn.Embedding(vocab_size, hidden_size)
         self.position_embedding = nn.Embedding(max_length, hidden_size)
         self.blocks = nn.ModuleList(
@@ -98,8 +99,6 @@ class LDMLayoutEncoder(ModelMixin, ConfigMixin):
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(hidden_size)
-        for table in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(table.weight, std=0.02)
         self.gradient_checkpointing = False
 
     @property
