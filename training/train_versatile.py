@@ -113,10 +113,10 @@ class VersatileArgs:
         if strangers := [flow for flow in weights if flow not in self.flows]:
             raise ValueError(f"--flow_weights names {', '.join(strangers)}, but --flows is {' '.join(self.flows)}.")
         read_factors("lr_scales", self.lr_scales)
-        levels = range(len(self.block_out_channels))
-        if not set(self.attention_levels) <= set(levels):
+        last = len(self.block_out_channels) - 1
+        if not set(self.attention_levels) <= set(range(last + 1)):
             raise ValueError(
-                f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {levels[-1]}."
+                f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {last}."
             )
         for name in ("num_inference_steps", "validation_samples", "text_positions"):
             if getattr(self, name) < 1:

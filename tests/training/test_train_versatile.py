@@ -211,6 +211,10 @@ def test_missing_parts_are_named(stages, tmp_path):
         (["--flows", "text-to-sound"], "--flows is .'text-to-sound'.: name some of image-to-image"),
         (["--flows", "text-to-text", "text-to-text"], "each once"),
         (["--untrained_parts", "clip", "vae"], "--untrained_parts names clip; it can be vae, optimus or both"),
+        (
+            ["--block_out_channels", "8", "16", "--attention_levels", "1", "2"],
+            r"--attention_levels is \[1, 2\]: --block_out_channels gives the levels 0 to 1",
+        ),
         (["--cond_dropout_prob", "2"], r"--cond_dropout_prob must lie in \[0, 1\], got 2"),
         (["--flow_weights", "text-to-text"], "--flow_weights got 'text-to-text': write name=factor"),
         (["--flow_weights", "text-to-text=-1"], "a factor >= 0"),
