@@ -84,14 +84,16 @@ def original(repo_root):
 @pytest.mark.parametrize(
     ("kind", "case", "name", "options"),
     [
-        ("paella-unet", "v1_unet_forward", "PaellaUNet", ["--time_embed_dim", "16"]),
-        ("paella-vqgan", "v1_vqgan_gumbel_f8", "GumbelVQModel", []),
-        ("paella-vqgan-f4", "v3_vqgan_f4", "PaellaVQModel", []),
+        ("paella-unet", "paella/v1_unet_forward", "PaellaUNet", ["--time_embed_dim", "16"]),
+        ("paella-vqgan", "paella/v1_vqgan_gumbel_f8", "GumbelVQModel", []),
+        ("paella-vqgan-f4", "paella/v3_vqgan_f4", "PaellaVQModel", []),
+        ("versatile-unet", "vd/unet_flows_b", "VersatileUNet", ["--num_heads", "4"]),
+        ("optimus", "vd/optimus", "AutoencoderOptimus", ["--encoder_heads", "4", "--decoder_heads", "2"]),
     ],
 )
 def test_convert_writes_a_model_and_its_card(original, tmp_path, capsys, kind, case, name, options):
     out = tmp_path / "converted"
-    weights = str(original / case / "weights.safetensors")
+    weights = str(original.parent / case / "weights.safetensors")
     assert cli.main(["convert", kind, weights, str(out), "--license", "mit", *options]) == 0
     assert f"Wrote {out}: {name} with" in capsys.readouterr().out
     model = getattr(diffusers_ext, name).from_pretrained(out)

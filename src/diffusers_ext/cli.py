@@ -23,7 +23,9 @@ from .conversion.ldm_pipeline import (
 )
 from .conversion.ldm_unet import convert_ldm_unet
 from .conversion.open_clip import build_open_clip_processors, convert_open_clip
+from .conversion.optimus import convert_optimus
 from .conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
+from .conversion.versatile import convert_versatile_unet
 from .data import scenes
 from .training_utils import hub
 
@@ -104,6 +106,8 @@ CONVERTERS = {
     "open-clip": (convert_open_clip, ("vision_heads", "text_heads", "quick_gelu")),
     "ldm": (convert_ldm_pipeline, ("task", "release", "tokenizer", "use_ema", *LDM_OPTIONS)),
     "ldm-first-stage": (convert_first_stage, ("resolution", "scale_factor", "use_ema")),
+    "versatile-unet": (convert_versatile_unet, ("num_heads",)),
+    "optimus": (convert_optimus, ("encoder_heads", "decoder_heads")),
 }
 # kind -> what makes the tokenizer and the like that belong into the model's folder
 PROCESSORS = {"open-clip": build_open_clip_processors}
@@ -138,10 +142,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--release", choices=RELEASES, metavar="NAME", help=f"ldm: {', '.join(RELEASES)}")
     convert.add_argument("--task", choices=LDM_TASKS, help="ldm: of a model that is no released one")
-    convert.add_argument("--num_heads", type=int, help="ldm: of the U-Net's config; this ...")
+    convert.add_argument(
+        "--num_heads", type=int, help="ldm: of the U-Net's config; this ...; versatile-unet: if not 8"
+    )
     convert.add_argument("--num_head_channels", type=int, help="ldm: ... or this")
     convert.add_argument("--resolution", type=int, help="ldm, ldm-first-stage: side of the pictures, if not 256")
     convert.add_argument("--scale_factor", type=float, help="ldm, ldm-first-stage: of the latents, if not in the file")
+    convert.add_argument("--encoder_heads", type=int, help="optimus: of BERT, if not its width / 64")
+    convert.add_argument("--decoder_heads", type=int, help="optimus: of GPT-2, if not its width / 64")
     convert.add_argument("--null_class", type=int, help="ldm: the class that stands for none, if there is one")
     convert.add_argument("--num_classes", type=int, help="ldm: categories of a layout model")
     convert.add_argument("--tokenizer", help="ldm: folder or name of the text model's, if not bert-base-uncased")
