@@ -14,7 +14,8 @@ Each folder is a pipeline; its class says which task it is, and what is measured
 - unconditional: pictures that hold one or two objects, all of named shapes
 
 "Without" is what the condition is worth: the same pictures judged by another case's wish, or (super-resolution,
-inpainting) what the simple method reaches. Cases are held-out scenes. Every sample has a generator of its own.
+inpainting) what the simple method reaches. Cases are held-out scenes, on plain grounds for text, class, layout and
+inpainting as in their training. Every sample has a generator of its own.
 `--guidance_scales 1 2 3 4 5` adds a row a scale for the text and class tasks.
 """
 
@@ -45,7 +46,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_cases", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--num_inference_steps", type=int, default=25, help="of the checkpoint's scheduler")
-    parser.add_argument("--eta", type=float, default=0.0, help="of DDIM: 0 draws no noise, 1 as much as it took away")
+    parser.add_argument("--eta", type=float, default=1.0, help="of DDIM: 1 draws what noise it took away, 0 none")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[], help="for the text and class tasks")
     parser.add_argument("--regression", help="folder of benchmarks/ldm_regression.py")
     parser.add_argument("--batch_size", type=int, default=64)

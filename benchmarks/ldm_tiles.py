@@ -6,8 +6,9 @@ A semantic pipeline draws a mosaic of held-out label maps, each as large as a tr
 by half (arXiv 2112.10752, section 4.3.2), in tiles that only touch, and, if the memory allows (`--whole`), in one
 piece. Every way starts from the same noise. A seam shows as a larger step from one pixel to the next where a tile
 begins or ends than elsewhere: "at borders / elsewhere" is the ratio of the mean absolute steps across those lines and
-across all others, on the map's ground away from objects, so that no outline counts. Peak memory is that of a process
-of its own, above what it needed after loading.
+across all others between two latent pixels (every fourth line; the first stage draws larger steps there, with tiles or
+without), on the map's ground away from objects, so that no outline counts. Peak memory is that of a process of its
+own, above what it needed after loading.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=1024, help="side of the picture")
     parser.add_argument("--tile_size", type=int, default=128, help="side of a tile")
     parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--eta", type=float, default=1.0, help="of DDIM: 1 draws what noise it took away, 0 none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--whole", action="store_true", help="also without tiles")
     parser.add_argument("--output", help="PNG of the picture from overlapping tiles")
@@ -65,12 +67,13 @@ def mosaic(size: int, side: int) -> np.ndarray:
     return np.concatenate(rows)[:size, :size]
 
 
-def border_ratio(picture: np.ndarray, labels: np.ndarray, tile: int, stride: int) -> float:
-    """Mean absolute step across the lines where tiles begin or end, over that across all other lines.
+def border_ratio(picture: np.ndarray, labels: np.ndarray, tile: int, stride: int, factor: int = 1) -> float:
+    """Mean absolute step across the lines where tiles begin or end, over that across the other lines.
 
     Args:
         picture: uint8 (h, w, 3).
         labels: (h, w), 0 on the ground: only there, away from objects, steps count.
+        factor: pixels a latent pixel; only lines between two of those count.
     """
     values = picture.astype(np.float32)
     ground = ndimage.binary_erosion(labels == 0, iterations=CLEARANCE, border_value=1)
@@ -79,11 +82,12 @@ def border_ratio(picture: np.ndarray, labels: np.ndarray, tile: int, stride: int
         length = picture.shape[axis]
         grid = TileGrid((length, length), (tile, tile), (stride, stride))
         lines = {start for start in grid.starts[0]} | {start + grid.tile_size[0] for start in grid.starts[0]}
+        counted = np.arange(1, length) % factor == 0
         at_border = np.array([line in lines for line in range(1, length)])
         steps = np.abs(np.diff(values, axis=axis)).mean(axis=2)
         clear = ground.take(range(1, length), axis) & ground.take(range(length - 1), axis)
         for kind, chosen in enumerate((~at_border, at_border)):
-            where = np.flatnonzero(chosen)
+            where = np.flatnonzero(chosen & counted)
             inside = clear.take(where, axis)
             sums[kind] += steps.take(where, axis)[inside].sum()
             counts[kind] += inside.sum()
@@ -91,8 +95,8 @@ def border_ratio(picture: np.ndarray, labels: np.ndarray, tile: int, stride: int
     return float(borders / elsewhere)
 
 
-def draw(args: argparse.Namespace, options: dict[str, int]) -> tuple[np.ndarray, float, int, np.ndarray]:
-    """Samples in this process: picture, seconds, bytes above what was needed before, and the label map."""
+def draw(args: argparse.Namespace, options: dict[str, int]) -> tuple[np.ndarray, float, int, np.ndarray, int]:
+    """Samples in this process: picture, seconds, bytes above what was needed before, label map, pixels a latent."""
     pipe = LDMSemanticPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     side = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
@@ -100,11 +104,12 @@ def draw(args: argparse.Namespace, options: dict[str, int]) -> tuple[np.ndarray,
     labels = torch.from_numpy(mosaic(args.size, side)).long()
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     picture = pipe(
-        labels, num_inference_steps=args.num_inference_steps, generator=generator, output_type="np", **options
-    ).images[0]
+        labels, num_inference_steps=args.num_inference_steps, eta=args.eta, generator=generator, output_type="np",
+        **options,
+    ).images[0]  # fmt: skip
     seconds = time.perf_counter() - started
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return (picture * 255).round().astype(np.uint8), seconds, 1024 * kibibytes, labels.numpy()
+    return (picture * 255).round().astype(np.uint8), seconds, 1024 * kibibytes, labels.numpy(), pipe.vae_scale_factor
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
     print("| way | at borders / elsewhere | wanted | peak memory | seconds |\n|---|---|---|---|---|")
     for name, options in ways.items():
         with ProcessPoolExecutor(1, mp_context=context) as process:
-            picture, seconds, peak, labels = process.submit(draw, args, options).result()
+            picture, seconds, peak, labels, factor = process.submit(draw, args, options).result()
         stride = options.get("tile_stride", half["tile_stride"])
-        ratio = border_ratio(picture, labels, args.tile_size, stride)
+        ratio = border_ratio(picture, labels, args.tile_size, stride, factor)
         wanted = "<= 1.1" if options == half else "-"
         print(f"| {name} | {ratio:.2f} | {wanted} | {peak / MEBIBYTE:.0f} MiB | {seconds:.0f} |", flush=True)
         if args.output and options == half:

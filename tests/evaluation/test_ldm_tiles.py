@@ -26,6 +26,10 @@ def test_seams_are_told_from_texture(script):
     assert script.border_ratio(noise, nothing, 32, 16) == pytest.approx(1, abs=0.1)
     seams = noise + (np.arange(64) // 16 % 2 * 30).astype(np.uint8)[:, None, None]
     assert script.border_ratio(seams, nothing, 32, 16) > 1.5
+    grid = noise + (np.arange(64) // 4 % 2 * 30).astype(np.uint8)[:, None, None]  # of the first stage, no seams
+    assert script.border_ratio(grid, nothing, 32, 16) > 1.3
+    assert script.border_ratio(grid, nothing, 32, 16, 4) == pytest.approx(1, abs=0.1)
+    assert script.border_ratio(seams, nothing, 32, 16, 4) > 1.5
     objects = nothing.copy()
     objects[8:56] = 1  # seams among objects do not count, nor next to them
     assert script.border_ratio(seams, objects, 32, 16) == pytest.approx(1, abs=0.15)
