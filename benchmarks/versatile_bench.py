@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="pipeline folder")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of DDIM, from 0 to 1")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the words; 0: the most probable ones")
     parser.add_argument(
         "--grounds", nargs="+", choices=GROUNDS, default=["plain"], help="of the pictures that are read"
@@ -96,6 +97,7 @@ class Bench:
                 **options,
                 data_type=data_type,
                 guidance_scale=self.args.guidance_scale,
+                eta=self.args.eta,
                 generator=case_generators(seed, range(start, stop), self.args.device),
                 output_type="np",
             )

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+from versatile_cache import CACHED, cache_pictures
 from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups, parts_of, sample_flow
 from versatile_parts import load_parts, untrained_parts
 
@@ -32,6 +34,7 @@ from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,13 @@ class VersatileArgs:
     )
     guidance_scale: float = field(default=7.5, metadata={"help": "For the validation samples."})
     num_inference_steps: int = field(default=25, metadata={"help": "For the validation samples."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the pictures' latents and context tokens: computed once, then trained from. Excludes "
+            "augmentation."
+        },
+    )
     validation_samples: int = field(default=64, metadata={"help": "Held-out samples whose loss is reported."})
 
     def __post_init__(self):
@@ -113,6 +123,8 @@ class VersatileArgs:
         if strangers := [flow for flow in weights if flow not in self.flows]:
             raise ValueError(f"--flow_weights names {', '.join(strangers)}, but --flows is {' '.join(self.flows)}.")
         read_factors("lr_scales", self.lr_scales)
+        if self.cache_dir and self.flows == ["text-to-text"]:
+            raise ValueError("--cache_dir is for pictures, which text-to-text does not read: leave it out.")
         last = len(self.block_out_channels) - 1
         if not set(self.attention_levels) <= set(range(last + 1)):
             raise ValueError(
@@ -129,7 +141,13 @@ class VersatileArgs:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[VersatileArgs, DataArgs, TrainArgs]:
-    return parse((VersatileArgs, DataArgs, TrainArgs), argv)
+    args, data, train = parse((VersatileArgs, DataArgs, TrainArgs), argv)
+    if args.cache_dir and (data.random_flip or not data.center_crop):
+        raise ValueError(
+            "--cache_dir keeps one set of latents a picture, which excludes augmentation: pass --center_crop and "
+            "leave out --random_flip, or leave out --cache_dir."
+        )
+    return args, data, train
 
 
 def read_factors(name: str, words: Sequence[str]) -> dict[str, float]:
@@ -214,14 +232,19 @@ def freeze_unused(unet: VersatileUNet, flows: Sequence[str]) -> None:
 
 
 def read_sample(example: dict, generator: torch.Generator, args: VersatileArgs, data: DataArgs) -> dict[str, Any]:
-    """A picture and its captions; at module level, so that loader processes can be started with it on any platform."""
-    image = prepare_image(
-        example[data.image_column], data.resolution, generator=generator,
-        center_crop=data.center_crop, random_flip=data.random_flip,
-    )  # fmt: skip
+    """A picture, or what the cache holds of it, and its captions.
+
+    At module level, so that loader processes can be started with it on any platform.
+    """
+    picture = {name: example[name] for name in CACHED if name in example}
+    if not picture:
+        picture["image"] = prepare_image(
+            example[data.image_column], data.resolution, generator=generator,
+            center_crop=data.center_crop, random_flip=data.random_flip,
+        )  # fmt: skip
     prompt = choose_text(example[data.caption_column], generator)
     source = choose_text(example[args.paraphrase_column], generator) if args.paraphrase_column else prompt
-    return {"image": image, "prompt": prompt, "sentence": cleaned(prompt, args), "source": cleaned(source, args)}
+    return {**picture, "prompt": prompt, "sentence": cleaned(prompt, args), "source": cleaned(source, args)}
 
 
 def cleaned(caption: str, args: VersatileArgs) -> str:
@@ -269,13 +292,18 @@ def main(argv: list[str] | None = None) -> None:
             part.float().requires_grad_(False).eval().to(accelerator.device)
     if train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if accelerator.device.type == "cpu":
+        plain_attention(unet)
     scheduler, decoder = versatile_scheduler(), parts["decoder_tokenizer"]
     encoders = FlowEncoders(**{name: part for name, part in parts.items() if part is not decoder})
-    columns = (data.caption_column, *([args.paraphrase_column] if args.paraphrase_column else []))
-    train_set, validation_set = load_pictures(data, columns=columns)
+    captions = (data.caption_column, *([args.paraphrase_column] if args.paraphrase_column else []))
+    train_set, validation_set = load_pictures(data, columns=captions)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters of %s", len(train_set), trained, ", ".join(args.flows))
     transform = partial(read_sample, args=args, data=data)
+    samples: Dataset = train_set
+    if args.cache_dir:
+        samples = cache_pictures(args.cache_dir, encoders, train_set, captions, accelerator, args.flows, data, train)
     weights = {flow: 1.0 for flow in args.flows} | read_factors("flow_weights", args.flow_weights)
     options = {"flow_weights": weights, "cond_dropout_prob": args.cond_dropout_prob}
 
@@ -299,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
 
     flows = Flows(unet)
     finished = loop.fit(
-        accelerator, flows, compute_loss, train_set, train, transform=transform,
+        accelerator, flows, compute_loss, samples, train, transform=transform,
         num_workers=data.dataloader_num_workers, on_validate=validate,
         parameter_groups=[g for g in groups if all(p.requires_grad for p in g["params"])],
     )  # fmt: skip

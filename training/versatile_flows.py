@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -33,7 +34,8 @@ class FlowEncoders:
     """The frozen networks around the U-Net. They run in float32 whatever the training's precision.
 
     A batch holds `image` (b, 3, h, w) in [-1, 1], `prompt`, the captions for CLIP, and `sentence`, those that Optimus
-    gives back; for the flow from text to text `source` takes the place of `prompt`.
+    gives back; for the flow from text to text `source` takes the place of `prompt`. In place of `image` it may hold
+    what a cache keeps of it: `moments` (b, 2c, h, w) of the posterior and `image_tokens` (b, l, d), the context.
     """
 
     vae: Any
@@ -52,7 +54,8 @@ class FlowEncoders:
                 window = word_piece_window(self.encoder_tokenizer, self.optimus)
                 ids = sentence_ids(self.encoder_tokenizer, batch["sentence"], max_word_pieces=window)
                 return self.optimus.encode(ids.to(self.optimus.device), return_dict=False)[0]
-            posterior = self.vae.encode(batch["image"]).latent_dist
+            moments = batch["moments"] if "moments" in batch else self.moments(batch["image"])
+            posterior = DiagonalGaussianDistribution(moments)
             noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
             return self.vae.config.scaling_factor * (posterior.mean + posterior.std * noise.to(posterior.mean))
 
@@ -61,8 +64,16 @@ class FlowEncoders:
         context_type, data_type = parts_of(flow)
         with torch.no_grad(), torch.autocast(self.vae.device.type, enabled=False):
             if context_type == "image":
-                return self._image_context((batch["image"] + 1) / 2)
+                return batch["image_tokens"] if "image_tokens" in batch else self.image_tokens(batch["image"])
             return self._text_context(batch["source" if data_type == "text" else "prompt"])
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance (b, 2c, h, w) of the latents of pictures (b, 3, H, W) in [-1, 1]."""
+        return self.vae.encode(images).latent_dist.parameters
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Context tokens (b, l, d) of pictures in [-1, 1]."""
+        return self._image_context((images + 1) / 2)
 
     def nothing(self, flow: str) -> Tensor:
         """What stands for no context (1, l, d), as the pipeline has it by default.
@@ -130,6 +141,8 @@ def flow_losses(
     """
     data_types = dict.fromkeys(parts_of(flow)[1] for flow in flow_weights)
     latents = {name: encoders.latents(name, batch, generators) for name in sorted(data_types)}
+    if "image_tokens" not in batch and sum(parts_of(flow)[0] == "image" for flow in flow_weights) > 1:
+        batch = {**batch, "image_tokens": encoders.context("image-to-image", batch)}  # once for all flows
     noises, inputs = {}, {}
     for flow in flow_weights:
         clean = latents[parts_of(flow)[1]]

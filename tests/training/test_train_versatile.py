@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.training_utils.kernels import plain_attention
 
 PRESETS = Path(__file__).parents[2] / "training" / "presets"
 SMOKE = str(PRESETS / "versatile-smoke.yaml")
@@ -137,6 +138,29 @@ def test_resuming_is_exact(stages, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_cached_pictures_train_like_fresh_ones(stages, tmp_path):
+    more, cache = ("--center_crop", "--learning_rate", "1e-2"), ("--cache_dir", str(tmp_path / "cache"))
+    plain = run(stages, tmp_path / "plain", *more)
+    for name in ("written", "read"):
+        cached = run(stages, tmp_path / name, *more, *cache)
+        for loss in ("loss", "validation_loss"):
+            torch.testing.assert_close(logged(cached, loss), logged(plain, loss), rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"was made of something else: .*holds \(.*image_tokens.* there, \['moments'\] here"
+    ):
+        run(stages, tmp_path / "other", *more, *cache, "--flows", "text-to-image")
+
+
+def test_plain_attention_is_the_same_attention():
+    unet = tiny_unet()
+    batch = (torch.randn(2, 2, 8, 8), torch.tensor([1, 2]), torch.randn(2, 5, 8))
+    before = unet(*batch, data_type="image", context_type="text").sample
+    plain_attention(unet)
+    after = unet(*batch, data_type="image", context_type="text").sample
+    assert not torch.equal(after, before)  # another kernel
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
 def test_it_starts_from_a_network_of_its_own_folder(stages, tmp_path):
     unet = tiny_unet(flows=["image-to-image"])
     unet.save_pretrained(tmp_path / "unet")
@@ -225,6 +249,9 @@ def test_missing_parts_are_named(stages, tmp_path):
         ),
         (["--num_inference_steps", "0"], "--num_inference_steps must be > 0, got 0"),
         (["--validation_samples", "0"], "--validation_samples must be > 0, got 0"),
+        (["--cache_dir", "x"], "excludes augmentation: pass --center_crop"),
+        (["--cache_dir", "x", "--center_crop", "--random_flip"], "leave out --random_flip"),
+        (["--cache_dir", "x", "--flows", "text-to-text"], "which text-to-text does not read"),
         (["--text_positions", "0"], "--text_positions must be > 0, got 0"),
         (
             ["--pretrained_model_name_or_path", "a", "--pretrained_unet_name_or_path", "b"],

@@ -1,0 +1,15 @@
+"""Which kernels a training uses where PyTorch's own choice is the slower one."""
+
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import nn
+
+
+def plain_attention(network: nn.Module) -> None:
+    """Attention as plain matrix products: the same results, faster on a CPU.
+
+    There the way back through the fused kernel is slow for small networks. Not for long sequences: the matrix of all
+    pairs is kept.
+    """
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
