@@ -145,6 +145,7 @@ def test_cached_pictures_train_like_fresh_ones(stages, tmp_path):
         cached = run(stages, tmp_path / name, *more, *cache)
         for loss in ("loss", "validation_loss"):
             torch.testing.assert_close(logged(cached, loss), logged(plain, loss), rtol=1e-5, atol=1e-5)
+    next_stage(plain, tmp_path / "later", "--center_crop", *cache)  # its parts are the same, from other folders
     with pytest.raises(
         ValueError, match=r"was made of something else: .*holds \(.*image_tokens.* there, \['moments'\] here"
     ):

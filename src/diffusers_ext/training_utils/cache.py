@@ -163,8 +163,9 @@ def digest_network(network: Any) -> str:
     """Of a network's class, configuration and weights (not of where they were loaded from)."""
     state = hashlib.blake2b(type(network).__name__.encode(), digest_size=16)
     config = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
-    # versions and places; what a network computes does not depend on them
-    config = {k: v for k, v in config.items() if not k.startswith("_") and k not in ("transformers_version", "dtype")}
+    # versions, places, and the class, which is fed above: a tower of a CLIPModel names none, the same tower saved does
+    other = ("transformers_version", "dtype", "architectures")
+    config = {k: v for k, v in config.items() if not k.startswith("_") and k not in other}
     _feed(state, config)
     for name, tensor in nn.Module.state_dict(network).items():
         _feed(state, [name, str(tensor.dtype), list(tensor.shape)])
