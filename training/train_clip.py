@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -47,6 +48,9 @@ IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # pixels in [-1, 1], as for the other 
 class ClipArgs:
     """The two towers."""
 
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "CLIP to go on with, and its tokenizer: the sizes below are theirs then."}
+    )
     vocab_size: int = field(default=1024, metadata={"help": "Largest size of the byte-level BPE vocabulary."})
     max_length: int = field(
         default=32, metadata={"help": "Window of the text tower in tokens, start and end included."}
@@ -65,8 +69,17 @@ class ClipArgs:
         default=None,
         metadata={"help": "Column with another true caption: adds the contrast among captions to the loss."},
     )
+    patch_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a second contrast, of the mean of the patch tokens in place of the class token. CLIP "
+            "itself trains no patch token of its last layer, but Versatile Diffusion reads them all."
+        },
+    )
 
     def __post_init__(self):
+        if self.patch_weight < 0:
+            raise ValueError(f"--patch_weight must be >= 0, got {self.patch_weight}.")
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
                 f"--vocab_size must be >= {SMALLEST_VOCABULARY} (256 bytes, start, end, padding), got "
@@ -149,6 +162,18 @@ def build_clip(args: ClipArgs, tokenizer: PreTrainedTokenizerFast, resolution: i
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=args.projection_dim))
 
 
+def load_clip(name_or_path: str, resolution: int) -> CLIPModel:
+    """A CLIP to go on with, in float32.
+
+    Raises:
+        ValueError: it sees pictures of another size.
+    """
+    clip = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32)
+    if (size := clip.config.vision_config.image_size) != resolution:
+        raise ValueError(f"--resolution={resolution}, but the CLIP in {name_or_path} sees {size} pixels: pass those.")
+    return clip
+
+
 def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images.
 
@@ -185,23 +210,30 @@ def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[s
 class ClipObjective(nn.Module):
     """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
 
-    def __init__(self, clip: CLIPModel, has_paraphrases: bool):
+    def __init__(self, clip: CLIPModel, has_paraphrases: bool, patch_weight: float = 0.0):
         super().__init__()
-        self.clip, self.has_paraphrases = clip, has_paraphrases
+        self.clip, self.has_paraphrases, self.patch_weight = clip, has_paraphrases, patch_weight
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         """Token ids of the captions, of their paraphrases if there are any, and of the negatives if there are any."""
-        images = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
+        seen = self.clip.vision_model(pixel_values=pixel_values)
+        images = self.clip.visual_projection(seen.pooler_output)
         texts = self.clip.text_projection(self.clip.text_model(input_ids=input_ids).pooler_output)
         scale = self.clip.logit_scale.exp().clamp(max=100.0)
         captions, others = texts[: len(images)], texts[len(images) :]
-        if not self.has_paraphrases:
-            return contrastive_losses(images, texts, scale)
-        negatives = others[len(images) :]
-        losses = contrastive_losses(images, torch.cat([captions, negatives]), scale)
-        among_texts = contrastive_losses(captions, others, scale)
-        losses |= {f"text_{name}": value for name, value in among_texts.items()}
-        losses["loss"] = losses["loss"] + losses["text_loss"]
+        if self.has_paraphrases:
+            texts = torch.cat([captions, others[len(images) :]])  # captions and negatives
+        losses = contrastive_losses(images, texts, scale)
+        if self.has_paraphrases:
+            among_texts = contrastive_losses(captions, others, scale)
+            losses |= {f"text_{name}": value for name, value in among_texts.items()}
+            losses["loss"] = losses["loss"] + losses["text_loss"]
+        if self.patch_weight > 0:
+            # normalised and projected as the class token is
+            patches = self.clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+            of_patches = contrastive_losses(self.clip.visual_projection(patches).mean(dim=1), texts, scale)
+            losses |= {f"patch_{name}": value for name, value in of_patches.items()}
+            losses["loss"] = losses["loss"] + self.patch_weight * losses["patch_loss"]
         return losses
 
 
@@ -211,8 +243,12 @@ def main(argv: list[str] | None = None) -> None:
     columns = [data.caption_column, args.paraphrase_column, args.negative_caption_column]
     columns = [column for column in columns if column]
     train_set, validation_set = load_pictures(data, columns=tuple(columns))
-    tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
-    clip = build_clip(args, tokenizer, data.resolution)
+    if args.pretrained_model_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path)
+        clip = load_clip(args.pretrained_model_name_or_path, data.resolution)
+    else:
+        tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
+        clip = build_clip(args, tokenizer, data.resolution)
     if train.gradient_checkpointing:
         clip.gradient_checkpointing_enable({"use_reentrant": False})
     logger.info("%d parameters, %d tokens", sum(p.numel() for p in clip.parameters()), len(tokenizer))
@@ -229,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = {key: value.to(accelerator.device) for key, value in collate(samples).items()}
         return {f"validation_{name}": float(value) for name, value in objective(**batch).items()}
 
-    objective = ClipObjective(clip, bool(args.paraphrase_column))
+    objective = ClipObjective(clip, bool(args.paraphrase_column), args.patch_weight)
     finished = loop.fit(
         accelerator, objective, compute_loss, train_set, train, transform=transform, collate=collate,
         num_workers=data.dataloader_num_workers, on_validate=validate,

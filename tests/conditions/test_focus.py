@@ -71,3 +71,13 @@ def test_iterations_come_near_the_exact_ranks_on_wide_and_on_tall_tokens():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_other_numbers_of_ranks():
+    assert focus_scales(0, ranks=6, dropped=2, kept=3) == [0.0] * 3 + [1.0] * 3
+    assert focus_scales(1, ranks=6, dropped=2, kept=3) == [1.0] * 3 + [0.0] * 3
+    tokens = torch.randn(1, 12, 10, generator=torch.Generator().manual_seed(0))
+    style = rescale_ranks(tokens, 1, ranks=6, dropped=2, kept=3)
+    assert torch.linalg.matrix_rank(style - tokens.mean(-1, keepdim=True) * style.std() / tokens.std()) <= 4
+    with pytest.raises(ValueError, match=r"`ranks` is 2, `dropped` 2 and `kept` 3: 0 <= dropped < ranks"):
+        focus_scales(0, ranks=2, dropped=2, kept=3)

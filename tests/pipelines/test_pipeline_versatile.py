@@ -1,5 +1,6 @@
 """All modes of Versatile Diffusion on tiny real components."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -418,6 +419,13 @@ PICTURE = tiny_picture(1)
         ({"image": PICTURE, "image_embeds": torch.zeros(1, 3, 12)}, ValueError, r"`image` and `image_embeds` are"),
         ({"prompt_embeds": torch.zeros(1, 3, 12)}, ValueError, r"`prompt_embeds` needs `negative_prompt_embeds`"),
         ({"prompt_embeds": torch.zeros(1, 3, 9), "guidance_scale": 1}, ValueError, r"have shape \(b, tokens, 12\)"),
+        ({"prompt_embeds": torch.full((1, 3, 12), math.nan), "guidance_scale": 1}, ValueError, r"not finite \(NaN"),
+        ({"image": PICTURE, "negative_prompt": "a"}, ValueError, r"`negative_prompt` is 'a', but the call has no"),
+        ({"image": PICTURE, "negative_prompt": 3}, ValueError, r"`negative_prompt` is 3, but the call has no"),
+        ({"prompt": "a", "focus": 0.0}, ValueError, r"`focus` is given, but there is no picture in `image`"),
+        ({"prompt": "a", "data_type": "text", "max_text_length": 1}, ValueError, r"max_text_length` must be at least"),
+        ({"prompt": "a", "data_type": "text", "max_text_length": 99}, ValueError, r"`max_text_length` is 99: .* 2"),
+        ({"prompt": "a", "data_type": "text", "max_text_length": "x"}, TypeError, r"max_text_length` must be an"),
         ({"negative_image_embeds": torch.zeros(1, 3, 12)}, ValueError, r"is given without `image_embeds`"),
         ({"prompt_embeds": torch.zeros(2, 3, 12), "negative_prompt_embeds": torch.zeros(3, 3, 12)}, ValueError,
          r"holds 3 samples and `prompt_embeds` 2"),
@@ -436,6 +444,52 @@ def test_bad_input(pipe, call, error, message):
     assert not runs  # refused before any model ran
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"prompt": ["a"]}, TypeError, r"`prompt` must be one string, received list"),
+        ({"negative_prompt": None}, TypeError, r"`negative_prompt` must be one string, received NoneType"),
+        ({"image": [PICTURE] * 2}, ValueError, r"`image` holds 2 samples of 1 pictures: one picture is edited"),
+        ({"image": [[PICTURE] * 2]}, ValueError, r"`image` holds 1 samples of 2 pictures"),
+        ({"text_ratio": 2}, ValueError, r"`text_ratio` is 2: it lies between 0 and 1"),
+        ({"output_type": "jpg"}, ValueError, r"`output_type` must be one of"),
+        ({"height": 10}, ValueError, r"`height` must be a multiple of 4"),
+        ({"temperature": -1}, ValueError, r"`temperature` is -1"),
+        ({"max_text_length": 99}, ValueError, r"`max_text_length` is 99"),
+        ({"num_inference_steps": 0}, ValueError, r"`num_inference_steps` must be at least 1"),
+    ],
+)
+def test_bad_input_of_editing(pipe, call, error, message):
+    runs = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *_: runs.append(1))
+    with pytest.raises(error, match=message):
+        pipe.edit_image(**{"image": PICTURE, "prompt": "a", "negative_prompt": "star", **STEPS, **call})
+    hook.remove()
+    assert not runs
+
+
+def test_editing_names_the_flow_that_is_not_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    part = quiet(VersatilePipeline.from_pretrained(tmp_path, flows=["image-to-text", "image-to-image"]))
+    with pytest.raises(ValueError, match=r"needs the flow text-to-image; the loaded network has"):
+        part.edit_image(PICTURE, "a", "star")
+
+
+def test_empty_texts_beside_pictures_do_not_count(pipe):
+    alone, beside = (pipe(text, PICTURE, generator=seeded(1), **LATENT)[0] for text in (None, " "))
+    assert torch.equal(alone, beside)
+    assert not torch.equal(pipe("a", PICTURE, generator=seeded(1), **LATENT)[0], alone)
+
+
+def test_texts_are_as_long_as_the_decoder_writes(pipe):
+    """By default 30 tokens, or fewer where the decoder was built for fewer."""
+    optimus = pipe.optimus
+    shorter = type(optimus).from_config({**optimus.config, "decoder_max_length": 12})
+    part = quiet(VersatilePipeline(**{**pipe.components, "optimus": shorter}))
+    assert isinstance(part("a", data_type="text", **STEPS).texts[0], str)
+    assert isinstance(part.edit_image(PICTURE, "a", "star", **STEPS).texts[0], str)
+
+
 def test_too_long_texts_are_cut_when_asked(pipe):
     cut = pipe.encode_prompt(LONG, truncate=True)[0]
     torch.testing.assert_close(cut, pipe.encode_prompt("a red circle and a blue star on")[0])
@@ -444,7 +498,11 @@ def test_too_long_texts_are_cut_when_asked(pipe):
 @pytest.mark.parametrize(
     ("missing", "call", "message"),
     [
-        ("vae", {"prompt": "a"}, r"loaded without vae; a picture to be made needs them"),
+        (
+            "vae",
+            {"prompt": "a"},
+            r"without vae; a picture to be made .*\. Load it without `flows`, or pass `vae",
+        ),
         ("optimus", {"prompt": "a", "data_type": "text"}, r"loaded without optimus; a text to be made"),
         ("text_encoder", {"prompt": "a"}, r"loaded without text_encoder; a text needs them"),
         ("feature_extractor", {"image": PICTURE}, r"loaded without feature_extractor; a picture needs them"),
@@ -456,7 +514,7 @@ def test_missing_components(missing, call, message):
         pipe(**call, **STEPS)
     if missing == "optimus":
         assert pipe(**call, **LATENT)[0].shape == (1, 6)  # latents need no decoder
-        with pytest.raises(ValueError, match=r"loaded without optimus; editing needs them"):
+        with pytest.raises(ValueError, match=r"loaded without optimus; a text to be made needs them"):
             pipe.edit_image(PICTURE, "a", "star")
 
 

@@ -15,47 +15,60 @@ SEMANTIC_DROPPED = 1  # at level 0 the ranks 0 to 1 are gone
 STYLE_KEPT = 5  # at level 1 the ranks 0 to 4 are left
 
 
-def focus_scales(level: float) -> list[float]:
-    """What `rescale_ranks` multiplies the singular values with, one factor for each of the `RANKS` leading ranks.
+def focus_scales(
+    level: float, *, ranks: int = RANKS, dropped: int = SEMANTIC_DROPPED, kept: int = STYLE_KEPT
+) -> list[float]:
+    """What `rescale_ranks` multiplies the singular values with, one factor for each of the leading ranks.
 
     Both ends fade in exponentially with the level, from no change at 0.5: rank by rank along a line that is cut off
     at 0.
 
     Args:
         level: 0 keeps the meaning, 0.5 everything, 1 the style.
+        ranks: leading ranks that the levels tell apart (`q` of the original).
+        dropped: at level 0 the ranks 0 to this one are gone (`max_drop_rank[0]`).
+        kept: at level 1 so many ranks are left (`max_drop_rank[1]`).
     """
     if not 0 <= level <= 1:
         raise ValueError(f"`level` is {level}: it lies between 0 (semantic) and 1 (style), 0.5 changes nothing.")
-    scales = [1.0] * RANKS
+    if not (0 <= dropped < ranks and 0 <= kept <= ranks):
+        raise ValueError(
+            f"`ranks` is {ranks}, `dropped` {dropped} and `kept` {kept}: 0 <= dropped < ranks and 0 <= kept <= ranks "
+            "are needed."
+        )
+    scales = [1.0] * ranks
     grown = math.exp(2 * (level - 0.5))
     if level < 0.5:
         fraction = (grown - math.exp(-1)) / (1 - math.exp(-1))  # 0 at level 0, 1 at level 0.5
-        start = fraction * (1 + SEMANTIC_DROPPED) - SEMANTIC_DROPPED
-        for rank in range(SEMANTIC_DROPPED + 1):
-            scales[rank] = max(0.0, start + (1 - start) * rank / (SEMANTIC_DROPPED + 1))
+        start = fraction * (1 + dropped) - dropped
+        for rank in range(dropped + 1):
+            scales[rank] = max(0.0, start + (1 - start) * rank / (dropped + 1))
     elif level > 0.5:
         fraction = (grown - math.e) / (1 - math.e)  # 1 at level 0.5, 0 at level 1
-        end = fraction * (1 + RANKS - STYLE_KEPT) - (RANKS - STYLE_KEPT)
-        for rank in range(STYLE_KEPT, RANKS):
-            scales[rank] = max(0.0, end + (1 - end) * (RANKS - 1 - rank) / (RANKS - STYLE_KEPT))
+        end = fraction * (1 + ranks - kept) - (ranks - kept)
+        for rank in range(kept, ranks):
+            scales[rank] = max(0.0, end + (1 - end) * (ranks - 1 - rank) / (ranks - kept))
     return scales
 
 
-def rescale_ranks(tokens: Tensor, level: float) -> Tensor:
+def rescale_ranks(
+    tokens: Tensor, level: float, *, ranks: int = RANKS, dropped: int = SEMANTIC_DROPPED, kept: int = STYLE_KEPT
+) -> Tensor:
     """Moves the focus of a context towards meaning or style.
 
     Args:
         tokens: local tokens of a picture's context (b, n, d), without the class token.
         level: 0 keeps the meaning, 0.5 everything, 1 the style.
+        ranks: as for `focus_scales`; so are `dropped` and `kept`.
 
     Returns:
         Tokens of the same shape, dtype and standard deviation.
     """
-    scales = focus_scales(level)
+    scales = focus_scales(level, ranks=ranks, dropped=dropped, kept=kept)
     if level == 0.5:
         return tokens
     mean, u, s, vh = _decompose(tokens)
-    count = min(RANKS, s.shape[-1])
+    count = min(ranks, s.shape[-1])
     factors = torch.ones_like(s) if level < 0.5 else torch.zeros_like(s)  # of the ranks beyond
     factors[..., :count] = torch.tensor(scales[:count], dtype=s.dtype, device=s.device)
     changed = mean + (u * (s * factors)[..., None, :]) @ vh

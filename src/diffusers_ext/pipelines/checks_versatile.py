@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.unet_versatile import flow_name
+from .checks import check_integer
 from .clip_vectors import cut_texts, text_window
 from .versatile_conditions import Conditions
 from .versatile_contexts import NULL_PICTURES
@@ -69,7 +70,39 @@ def check_parts(pipe: Any, what: str, *names: str) -> None:
     """The components that a call needs are there."""
     missing = [name for name in names if getattr(pipe, name, None) is None]
     if missing:
-        raise ValueError(f"The pipeline was loaded without {', '.join(missing)}; {what} needs them.")
+        raise ValueError(
+            f"The pipeline was loaded without {', '.join(missing)}; {what} needs them. Load it without `flows`, or "
+            f"pass `{missing[0]}=...` to `from_pretrained`."
+        )
+
+
+def check_encoders(pipe: Any, conditions: Conditions) -> None:
+    """The components that make context tokens of the texts and pictures of a call are there."""
+    if conditions.texts:
+        check_parts(pipe, "a text", "tokenizer", "text_encoder")
+    if conditions.images:
+        check_parts(pipe, "a picture", "image_encoder", "feature_extractor")
+
+
+def check_negative_prompt(negative_prompt: Any, conditions: Conditions) -> None:
+    """It takes the place of the empty text beside texts, and of nothing else."""
+    if negative_prompt is not None and not conditions.texts:
+        raise ValueError(
+            f"`negative_prompt` is {negative_prompt!r}, but the call has no `prompt` that it could stand against: "
+            "pass one, or `negative_prompt_embeds` beside `prompt_embeds`."
+        )
+
+
+def check_max_text_length(pipe: Any, max_text_length: Any) -> None:
+    """Tokens that the text decoder can write; None stands for its own choice."""
+    if max_text_length is None:
+        return
+    check_integer("max_text_length", max_text_length, 2)
+    if max_text_length > pipe.optimus.longest_sentence:
+        raise ValueError(
+            f"`max_text_length` is {max_text_length}: the text decoder writes from 2 (its first and last token) to "
+            f"{pipe.optimus.longest_sentence} tokens. Pass one of these, or None."
+        )
 
 
 def check_text_length(pipe: Any, name: str, texts: list[str], truncate: bool) -> None:
@@ -104,6 +137,8 @@ def check_embeds(pipe: Any, kind: str, embeds: Any, negative: Any, has_other: bo
         if value is not None and not fits:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"`{label}` must have shape (b, tokens, {width}), received {found}.")
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"`{label}` holds values that are not finite (NaN or infinite): encode it anew.")
     if negative is not None and len(negative) not in (1, len(embeds)):
         raise ValueError(f"`negative_{name}` holds {len(negative)} samples and `{name}` {len(embeds)}.")
 

@@ -33,16 +33,19 @@ from .checks_versatile import (
     NULL_IMAGES,
     check_choice,
     check_embeds,
+    check_encoders,
     check_fit,
     check_flows,
     check_latents,
+    check_max_text_length,
+    check_negative_prompt,
     check_parts,
     check_share,
     check_start,
     check_temperature,
 )
 from .color_matching import adjust_colors
-from .optimus_text import MAX_SENTENCE_LENGTH, sentence_ids, word_piece_window
+from .optimus_text import sentence_ids, word_piece_window
 from .pipeline_versatile_base import Generators, VersatileBasePipeline
 from .versatile_conditions import Conditions, read_conditions
 from .versatile_contexts import stretch_picture
@@ -90,7 +93,9 @@ class VersatilePipeline(VersatileBasePipeline):
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
         temperature: float = 1.0,
+        max_text_length: int | None = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> tuple[list[str], int]:
@@ -122,11 +127,14 @@ class VersatilePipeline(VersatileBasePipeline):
         samples = max(sizes.values(), default=0)
         if set(sizes.values()) - {1, samples}:
             raise ValueError(f"The call has {sizes} samples: pass as many texts as pictures, or one for all.")
-        if len(sizes) == 2 and text_ratio in (0, 1):  # the other context does not count
-            del sizes["image" if text_ratio == 1 else "text"]
+        says_nothing = bool(conditions.texts) and not any(text.strip() for one in conditions.texts for text in one)
+        if len(sizes) == 2 and (text_ratio in (0, 1) or says_nothing):  # the other context does not count
+            del sizes["image" if text_ratio == 1 and not says_nothing else "text"]
         check_flows(self, data_type, list(sizes))
         check_fit(self, data_type, list(sizes))
         check_start(conditions, data_type, strength, color_adjust)
+        check_encoders(self, conditions)
+        check_negative_prompt(negative_prompt, conditions)
         if data_type == "image":
             check_parts(self, "a picture to be made", "vae")
             for name, side in (("height", height), ("width", width)):
@@ -134,6 +142,7 @@ class VersatilePipeline(VersatileBasePipeline):
                 check_side(name, side, self.size_multiple, self.size_multiple, because=because)
         elif output_type != "latent":
             check_parts(self, "a text to be made", "optimus", "decoder_tokenizer")
+            check_max_text_length(self, max_text_length)
         total = samples * num_images_per_prompt
         check_generator(generator, total, self._execution_device)
         if latents is not None:
@@ -171,7 +180,7 @@ class VersatilePipeline(VersatileBasePipeline):
         negative_image_embeds: Tensor | None = None,
         truncate: bool = False,
         temperature: float = 1.0,
-        max_text_length: int = MAX_SENTENCE_LENGTH,
+        max_text_length: int | None = None,
         merge_repeats: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -188,7 +197,8 @@ class VersatilePipeline(VersatileBasePipeline):
             num_inference_steps: Steps of the scheduler.
             guidance_scale: How closely the conditions are followed; 1 switches guidance off.
             negative_prompt: What to move away from, in place of the empty text; one for all samples or one each.
-            text_ratio: Share of the texts beside the pictures, from 0 (pictures only) to 1 (texts only).
+            text_ratio: Share of the texts beside the pictures, from 0 (pictures only) to 1 (texts only). Empty texts
+                beside pictures do not count, as in the original.
             prompt_weights: What the tokens of each text of a sample are multiplied by.
             image_weights: What the tokens of each picture of a sample are multiplied by; 0 to 1 in the original.
             image_masks: One a picture, nested alike, of its size: 1 (white) where it is read, 0 where it is not.
@@ -208,7 +218,8 @@ class VersatilePipeline(VersatileBasePipeline):
             image_embeds: Context tokens (b, l, d) in place of `image`; so is `negative_image_embeds`.
             truncate: Cut texts that are too long for the text encoder instead of refusing them.
             temperature: Of the words of texts; 0 takes the most probable ones.
-            max_text_length: Of texts, in tokens of their decoder, first and last included.
+            max_text_length: Of texts, in tokens of their decoder, first and last included; by default 30, or as many
+                as it has.
             merge_repeats: Whether texts lose words that they repeat.
             output_type: Of pictures "pil", "np" or "pt"; "latent" leaves out the decoding of either kind.
             return_dict: Whether to return a `VersatilePipelineOutput` instead of a tuple of one.
@@ -232,6 +243,7 @@ class VersatilePipeline(VersatileBasePipeline):
             num_inference_steps=num_inference_steps, guidance_scale=scale, text_ratio=text_ratio, mixing=mixing,
             null_image=null_image, strength=strength, color_adjust=color_adjust, latents=latents,
             num_images_per_prompt=num_images_per_prompt, temperature=temperature, output_type=output_type,
+            negative_prompt=negative_prompt, max_text_length=max_text_length,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._guidance_scale, self._interrupt = float(scale), False
@@ -269,13 +281,18 @@ class VersatilePipeline(VersatileBasePipeline):
         prompt: str,
         negative_prompt: str,
         *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
         text_ratio: float = 0.67,
+        null_image: str | None = None,
         num_images_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: Generators = None,
         temperature: float = 1.0,
-        null_image: str | None = None,
+        max_text_length: int | None = None,
         output_type: str = "pil",
-        **options: Any,
     ) -> VersatilePipelineOutput:
         """Edits a picture by way of its caption: image to text, text edited as a vector, both to image.
 
@@ -284,37 +301,63 @@ class VersatilePipeline(VersatileBasePipeline):
 
         Args:
             image: One picture.
-            prompt: What to add.
-            negative_prompt: What to take away.
+            prompt: What to add, one text.
+            negative_prompt: What to take away, one text.
+            height: As in `__call__`, for both halves; so are `width`, `num_inference_steps`, `guidance_scale`,
+                `null_image` and `eta`.
             text_ratio: Share of the texts; the original gives the picture 0.33.
             num_images_per_prompt: Results; each has a caption of its own.
             generator: One for all results or a list with one each.
             temperature: Of the words of the caption.
-            null_image: As in `__call__`, for both halves.
+            max_text_length: Of the caption, as in `__call__`.
             output_type: As in `__call__`.
-            options: `height`, `width`, `num_inference_steps`, `guidance_scale`, `eta`, for both halves.
 
         Returns:
             `images`, and as `texts` the captions that they were made from.
         """
-        check_parts(self, "editing", "optimus", "encoder_tokenizer", "decoder_tokenizer")
-        shared = {"generator": generator, **options}
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if not isinstance(text, str):
+                raise TypeError(f"`{name}` must be one string, received {type(text).__name__}.")
+        conditions = read_conditions(prompt, image)
+        if len(conditions.images) != 1 or len(conditions.image_weights) != 1:
+            raise ValueError(
+                f"`image` holds {len(conditions.images)} samples of {len(conditions.image_weights)} pictures: one "
+                "picture is edited at a time."
+            )
+        scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
+        size: tuple[int, int] = self._resolve_size(height, width)
+        shared: dict[str, Any] = {
+            "height": size[0], "width": size[1], "num_inference_steps": num_inference_steps, "eta": eta,
+            "guidance_scale": scale, "num_images_per_prompt": num_images_per_prompt, "generator": generator,
+        }  # fmt: skip
+        nothing: Embeds = {"text": (None, None), "image": (None, None)}
+        null_images = {"text": null_image or "black", "image": null_image or "zeros"}
+        for data_type, read in (("text", read_conditions(image=image)), ("image", conditions)):
+            self.check_inputs(
+                read, nothing, data_type=data_type, text_ratio=text_ratio, null_image=null_images[data_type],
+                temperature=temperature, max_text_length=max_text_length,
+                output_type="pil" if data_type == "text" else output_type, **shared,
+            )  # fmt: skip
+        check_parts(self, "editing", "encoder_tokenizer")
+
         found = self(
-            image=image, data_type="text", output_type="latent", null_image=null_image, return_dict=False,
-            num_images_per_prompt=num_images_per_prompt, **shared,
+            image=image, data_type="text", output_type="latent", null_image=null_images["text"], return_dict=False,
+            **shared,
         )[0]  # fmt: skip
         window = word_piece_window(self.encoder_tokenizer, self.optimus)
         ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt], max_word_pieces=window).to(found.device)
         away, towards = self.optimus.encode(ids).mean.to(found)  # type: ignore[union-attr] # (d,) each
         away = away / away.norm()
         edited = found - (found @ away)[:, None] * away + towards
-        captions = self.decode_texts(edited, generator=generator, temperature=temperature)
+        captions = self.decode_texts(
+            edited, generator=generator, temperature=temperature, max_text_length=max_text_length
+        )
 
         guided: dict[str, Any] = {"do_classifier_free_guidance": self.do_classifier_free_guidance}
         texts, null_texts = self.encode_prompt([[caption, prompt] for caption in captions], truncate=True, **guided)
-        look: dict[str, Any] = {name: options.get(name) for name in ("height", "width")}
-        look["null_image"] = "zeros" if null_image is None else null_image
+        look: dict[str, Any] = {"null_image": null_images["image"], "height": size[0], "width": size[1]}
         tokens, null_tokens = self.encode_image(image, num_images_per_prompt, **look, **guided)
+        shared.pop("num_images_per_prompt")  # the contexts hold one sample a result by now
         images = self(
             prompt_embeds=texts, negative_prompt_embeds=null_texts, text_ratio=text_ratio, output_type=output_type,
             image_embeds=select_ranks(tokens[:, 1:], 0, 10),

@@ -299,7 +299,7 @@ class VersatileBasePipeline(SharingPipeline):
         *,
         generator: Generators = None,
         temperature: float = 1.0,
-        max_text_length: int = MAX_SENTENCE_LENGTH,
+        max_text_length: int | None = None,
         merge_repeats: bool = True,
     ) -> list[str]:
         """Latents (b, d) to texts.
@@ -307,9 +307,11 @@ class VersatileBasePipeline(SharingPipeline):
         Args:
             generator: Draws the words; one for all texts or one each.
             temperature: Spread of the draws; 0 takes the most probable word each time.
-            max_text_length: In tokens of the decoder, first and last included.
+            max_text_length: In tokens of the decoder, first and last included; by default 30, or as many as it has.
             merge_repeats: Leave one of several equal runs of words.
         """
+        if max_text_length is None:
+            max_text_length = min(MAX_SENTENCE_LENGTH, self.optimus.longest_sentence)
         ids = self.optimus.decode(
             latents.to(self.optimus.dtype),
             max_length=max_text_length,

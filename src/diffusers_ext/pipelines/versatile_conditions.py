@@ -137,7 +137,7 @@ def _one_mask(mask: Any, picture: Tensor) -> Tensor | None:
     """(1, H, W) in [0, 1], of the picture's size."""
     if mask is None:
         return None
-    values = np.asarray(mask.convert("L")) if isinstance(mask, Image.Image) else mask
+    values = np.array(mask.convert("L")) if isinstance(mask, Image.Image) else mask
     values = torch.as_tensor(values).detach().squeeze()
     values = values.float() / 255 if values.dtype == torch.uint8 and values.numel() and values.max() > 1 else values
     values = values.float()
@@ -171,6 +171,8 @@ def _numbers(
             raise ValueError(f"`{name}` must be finite, at least 0{above}, received {number}.")
     if value is not None and count == 0 and name.endswith("weights"):
         raise ValueError(f"`{name}` is given, but there is no {what} to weigh.")
+    if count == 0 and name == "focus" and any(number != default for number in values):
+        raise ValueError("`focus` is given, but there is no picture in `image` that it could change.")
     if count and len(values) != count:
         raise ValueError(f"`{name}` holds {len(values)} numbers for {count} {what}s a sample: pass one for each.")
     if count and name.endswith("weights") and sum(values) == 0:

@@ -102,7 +102,7 @@ def start_level(timesteps: Tensor, strength: float) -> tuple[Tensor | None, Tens
         timesteps: of the whole schedule, in sampling order (n,).
         strength: share of them that is run, below 1. With too few there is nothing to run, and no level.
     """
-    count = int(len(timesteps) * strength)
+    count = int(len(timesteps) * strength + 1e-6)  # 50 * 0.58 is 28.999... in binary numbers
     if count == 0:
         return None, timesteps[:0]
     return timesteps[len(timesteps) - count - 1], timesteps[len(timesteps) - count :]
