@@ -152,6 +152,46 @@ def test_paraphrases_add_the_contrast_among_captions(stages):
     torch.testing.assert_close(got["loss"], with_images + among_texts)
 
 
+def test_patch_tokens_are_contrasted_as_the_class_token_is(stages):
+    clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = tokenizer(["a large red circle", "a small blue star"], padding=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        got = train_clip.ClipObjective(clip, has_paraphrases=False, patch_weight=0.5)(images, ids)
+        tokens = clip.visual_projection(clip.vision_model.post_layernorm(clip.vision_model(images).last_hidden_state))
+        texts = clip.text_projection(clip.text_model(ids).pooler_output)
+        of_class, of_patches = (
+            train_clip.contrastive_losses(seen, texts, clip.logit_scale.exp())["loss"]
+            for seen in (tokens[:, 0], tokens[:, 1:].mean(1))
+        )
+    torch.testing.assert_close(got["patch_loss"], of_patches)
+    torch.testing.assert_close(got["loss"], of_class + 0.5 * of_patches)
+
+
+def test_clip_goes_on_from_an_existing_one(stages, tmp_path):
+    preset, start = str(PRESETS / "clip-smoke.yaml"), ["--pretrained_model_name_or_path", str(stages["clip"])]
+    train_clip.main(
+        [
+            preset,
+            *start,
+            "--patch_weight",
+            "1",
+            "--learning_rate",
+            "0",
+            "--text_width",
+            "32",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (stages["clip"], tmp_path))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (stages["clip"], tmp_path)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab() and logged(tmp_path, "patch_loss")
+    with pytest.raises(ValueError, match=r"--resolution=64, but the CLIP in .* sees 32 pixels: pass those"):
+        train_clip.main([preset, *start, "--resolution", "64", "--output_dir", str(tmp_path / "other")])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -264,6 +304,7 @@ def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
         (train_paella, ["--ema_decay", "1.5"], r"--ema_decay must lie in \[0, 1\], got 1.5"),
         (train_paella, ["--no_such_option", "1"], "--no_such_option"),
         (train_clip, ["--vocab_size", "100"], "--vocab_size must be >= 259 .* got 100"),
+        (train_clip, ["--patch_weight", "-1"], "--patch_weight must be >= 0, got -1"),
         (train_clip, ["--max_length", "2"], "--max_length must be >= 3 .* got 2"),
         (train_clip, ["--text_width", "30"], "--text_width=30 is no multiple of --num_attention_heads=4"),
         (train_clip, ["--resolution", "60"], "--resolution=60 is no multiple of --patch_size=8"),
