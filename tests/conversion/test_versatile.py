@@ -251,11 +251,16 @@ def test_the_repository_in_diffusers_format(tmp_path):
     assert again.unet.flows == ["text-to-image"] and again.image_encoder is None
     actual = again("a red circle", generator=torch.Generator().manual_seed(0), **options).images
     torch.testing.assert_close(actual, expected)
+    for options in ({}, {"flows": ["text-to-image"]}):
+        with pytest.raises(ValueError, match=r"former Versatile Diffusion, .*load_versatile_repository`"):
+            VersatilePipeline.from_pretrained(tmp_path / "published", **options)
     half = load_versatile_repository(tmp_path / "published", tokenizer=tokenizer, dtype=torch.bfloat16)
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
 
 
 def test_a_folder_that_is_no_repository(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder here\. Download it first: hf download"):
+        load_versatile_repository("shi-labs/versatile-diffusion")
     with pytest.raises(FileNotFoundError, match=r"it has no image_unet and no text_unet, so it is no repository"):
         load_versatile_repository(tmp_path)
     write_repository(tmp_path / "published")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_versatile
 from conversion.ldm_originals import autoencoder_shapes, random_weights
 from conversion.test_optimus import original as optimus_weights
 from conversion.test_optimus import saved_tokenizer
@@ -18,6 +19,7 @@ from diffusers_ext.conversion.open_clip import build_open_clip_processors
 from diffusers_ext.conversion.versatile import convert_stable_diffusion_unet
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights_versatile.md"
+PAPER = Path(__file__).parents[2] / "training" / "presets" / "versatile-paper-single-256.yaml"
 ENCODER_WORDS, DECODER_WORDS = ["[PAD]", "a", "red", "car", "[UNK]"], ["a", "red", "car", "?"]
 
 
@@ -71,8 +73,8 @@ def stable_diffusion_original() -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_the_page_makes_pipelines_that_sample(reader, monkeypatch):
     monkeypatch.chdir(reader)
-    current, sample, first_release, published, start = blocks()
-    for code in (current, sample, first_release, start):
+    current, sample, first_release, published, start, parts = blocks()
+    for code in (current, sample, first_release, start, parts):
         exec(compile(code, PAGE.name, "exec"), {})
     assert Image.open("car.png").size == (32, 32)
     pipes = [VersatilePipeline.from_pretrained(name) for name in ("versatile", "versatile-first-release")]
@@ -91,6 +93,10 @@ def test_the_page_makes_pipelines_that_sample(reader, monkeypatch):
     torch.testing.assert_close(*made)  # one checkpoint in two layouts
     unet = VersatileUNet.from_pretrained("versatile-start")
     assert unet.flows == ["image-to-image"]
+    args, _, _ = train_versatile.parse_args([str(PAPER), "--pretrained_clip_name_or_path", "original/clip"])
+    loaded = train_versatile.load_parts(args)  # under the names of the preset
+    assert args.pretrained_unet_name_or_path == "versatile-start"
+    assert loaded["optimus"].config["latent_dim"] == 6 and loaded["vae"].config["latent_channels"] == 4
     # CLIPTokenizer reads BPE files, the stand-in's tokenizer has whole words
     known = {"tokenizer": AutoTokenizer.from_pretrained("published/tokenizer")}
     exec(compile(published.replace('"published"', '"published", tokenizer=tokenizer'), PAGE.name, "exec"), known)

@@ -175,6 +175,11 @@ def load_versatile_repository(
         ValueError: as `convert_versatile_unet`.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"`folder` is {str(folder)!r}, which is no folder here. Download it first: hf download <repository> "
+            '--exclude "pretrained_pth/*" --local-dir <folder>'
+        )
     if missing := [name for name in _UNETS if not (folder / name).is_dir()]:
         raise FileNotFoundError(
             f"`folder` is {str(folder)!r}: it has no {' and no '.join(missing)}, so it is no repository of Versatile "

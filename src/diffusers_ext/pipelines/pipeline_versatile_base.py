@@ -7,6 +7,7 @@ Shapes: b samples, c x h x w latents, H x W pixels, l x d context tokens.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,12 +125,20 @@ class VersatileBasePipeline(SharingPipeline):
         """diffusers' `from_pretrained`, which reads only what `flows` need.
 
         Args:
-            flows: names such as "text-to-image": the other layer groups of the network, and components that these
-                flows do not use, are neither downloaded nor read. None: everything.
+            flows: names such as "text-to-image": the other layer groups of the network are not read from its file
+                (which a download from the Hub fetches as a whole), and components that these flows do not use are
+                neither downloaded nor read. None: everything.
 
         Raises:
-            ValueError: for flows that the network does not know or that were not saved; lists those it has.
+            ValueError: for flows that the network does not know or that were not saved; lists those it has. For a
+                folder in the format of diffusers' former pipelines, naming the function that reads it.
         """
+        if (Path(pretrained_model_name_or_path) / "image_unet").is_dir():
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} is a repository of diffusers' former Versatile Diffusion, "
+                "with two networks: read it with `diffusers_ext.conversion.versatile.load_versatile_repository`, and "
+                "save the result (docs/weights_versatile.md)."
+            )
         if flows is not None:
             shared = {name: value for name, value in kwargs.items() if name in _MODEL_ARGUMENTS}
             if "unet" not in kwargs:
