@@ -1,4 +1,4 @@
-"""benchmarks/versatile_flows.py and versatile_figures.py: the checks on true cases, the scripts on a tiny pipeline."""
+"""benchmarks/versatile_{flows,figures,frechet}.py: the checks on true cases, the scripts on a tiny pipeline."""
 
 import json
 import runpy
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pipelines.tiny_versatile import tiny_versatile_components
 
@@ -20,6 +21,7 @@ from diffusers_ext.data.scenes import (
     sample_scene,
 )
 from diffusers_ext.data.scenes_verifier import read_picture
+from diffusers_ext.evaluation.frechet import frechet_distance
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
 
@@ -163,6 +165,32 @@ def test_what_the_figures_are_made_of(figures, folder, tmp_path):
     assert heads[-1] == "fidelity 1" and np.abs(near).max() <= 1
     heads, columns = figures.blender(bench)
     assert len(heads) == len(columns) and {len(column) for column in columns} == {2}
+
+
+def test_frechet_distances_over_guidance(repo_root, folder, capsys):
+    frechet = load(repo_root, "versatile_frechet.py")
+    frechet.main([folder, *SMALL, "--num_cases", "6", "--guidance_scales", "1", "3"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [row[:2] for row in rows[:4]] == [
+        [flow, scale] for flow in ("text-to-image", "image-to-image") for scale in ("1", "3")
+    ]
+    assert [row[0] for row in rows[4:]] == [
+        "other true pictures", "other true pictures, encoded and decoded", "noise"
+    ]  # fmt: skip
+    assert all(-1 <= float(row[3]) <= 1 for row in rows)
+    bench = frechet.Bench(frechet.parse_args([folder]))  # by hand: the first six against the next
+    vectors = frechet.features(bench, bench.render(bench.scenes(12)))
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(12))
+    assert float(rows[4][2]) == pytest.approx(frechet_distance(vectors[6:], vectors[:6]), abs=1e-4)
+    for options, message in (
+        (["--guidance_scale", "2"], "use --guidance_scales"),
+        (["--guidance_scales", "-1"], "at least 0, received -1"),
+    ):
+        with pytest.raises(SystemExit):
+            frechet.main([folder, *options])
+        assert message in capsys.readouterr().err
 
 
 def test_the_mask_keeps_the_first_of_two_objects(figures):
