@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="below 1: start from the picture")
     parser.add_argument("--color_adjust", choices=("simple", "histogram"))
     parser.add_argument("--negative_prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the words of texts; 0: the most probable")
+    parser.add_argument("--max_text_length", type=int, help="of texts, in tokens; default: 30 or the decoder's")
     parser.add_argument("--num_images_per_prompt", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, help="default: the checkpoint's")
@@ -73,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         strength=args.strength,
         color_adjust=args.color_adjust,
         negative_prompt=args.negative_prompt,
+        temperature=args.temperature,
+        max_text_length=args.max_text_length,
         num_images_per_prompt=count,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,

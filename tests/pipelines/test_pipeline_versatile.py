@@ -562,7 +562,8 @@ def test_entry_file_as_a_script(saved, repo_root, tmp_path, capsys):
     )
     assert Image.open(tmp_path / "out.png").size == (32, 16)
     assert capsys.readouterr().out.startswith("2 pictures: ")
-    main([*common, "--image", str(tmp_path / "picture.png"), "--make", "text"])
+    words = ["--temperature", "0", "--max_text_length", "5"]
+    main([*common, "--image", str(tmp_path / "picture.png"), "--make", "text", *words])
     assert capsys.readouterr().out.count("\n") == 2  # one a line; a text may be empty
     with pytest.raises(SystemExit):
         main(common)
