@@ -10,6 +10,8 @@ from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus, filter_
 
 def load(case: Case, **flags: bool) -> AutoencoderOptimus:
     facts, tokens = case.facts, case.facts["tokens"]
+    fixed = facts["bert"]["hidden_act"], facts["bert"]["layer_norm_eps"], facts["gpt2"]["layer_norm_epsilon"]
+    assert fixed == ("gelu", 1e-12, 1e-5)  # of the published Optimus; not read off the weights
     model = convert_optimus(
         case.weights(),
         encoder_heads=facts["bert"]["num_attention_heads"],

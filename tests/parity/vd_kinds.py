@@ -177,6 +177,7 @@ def recover_noise(scheduler, clean: Tensor, noisy: Tensor, timestep: Tensor) -> 
 @torch.no_grad()
 def clip_context(case: Case) -> None:
     config = case.facts["config"]
+    assert {config[tower]["act"] for tower in ("text", "vision")} == {"quick_gelu"}  # of the only CLIP there was
     text, vision = convert_versatile_clip(
         case.weights(),
         text_heads=config["text"]["heads"],
