@@ -63,7 +63,10 @@ class ClipArgs:
     num_attention_heads: int = field(default=4, metadata={"help": "Heads of both towers."})
     projection_dim: int = field(default=128, metadata={"help": "Width of the shared embedding."})
     negative_caption_column: str | None = field(
-        default=None, metadata={"help": "Column with one wrong caption a picture, used as an extra negative."}
+        default=None, metadata={"help": "Column with wrong captions of a picture, used as extra negatives."}
+    )
+    num_negative_captions: int = field(
+        default=1, metadata={"help": "Draws from that column for each picture; more than 1 is for columns of lists."}
     )
     paraphrase_column: str | None = field(
         default=None,
@@ -78,6 +81,8 @@ class ClipArgs:
     )
 
     def __post_init__(self):
+        if self.num_negative_captions < 1:
+            raise ValueError(f"--num_negative_captions must be >= 1, got {self.num_negative_captions}.")
         if self.patch_weight < 0:
             raise ValueError(f"--patch_weight must be >= 0, got {self.patch_weight}.")
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -240,8 +245,8 @@ class ClipObjective(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
-    columns = [data.caption_column, args.paraphrase_column, args.negative_caption_column]
-    columns = [column for column in columns if column]
+    negatives = [args.negative_caption_column] * args.num_negative_captions
+    columns = [column for column in (data.caption_column, args.paraphrase_column, *negatives) if column]
     train_set, validation_set = load_pictures(data, columns=tuple(columns))
     if args.pretrained_model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path)

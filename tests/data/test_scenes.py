@@ -448,6 +448,7 @@ def test_dataset_rows():
     assert (np.asarray(row["image"]) == render(scene, 32)).all()
     assert row["text"] == choose_caption(scene) and row["full_text"] == full_caption(scene)
     assert row["negative_text"] == negative_caption(scene) and row["index"] == 7
+    assert row["negative_texts"] == hard_negatives(scene)
     assert row["label"] == label(scene) and row["class_name"] == CLASS_NAMES[label(scene)]
     assert (np.asarray(row["semantic"]) == semantic_map(scene, 32)).all()
     assert (np.asarray(row["sketch"]) == sketch(scene, 32)).all()

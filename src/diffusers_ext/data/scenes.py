@@ -671,6 +671,7 @@ _COLUMNS = {
     "text": lambda scene, resolution: choose_caption(scene),
     "full_text": lambda scene, resolution: full_caption(scene),
     "negative_text": lambda scene, resolution: negative_caption(scene),
+    "negative_texts": lambda scene, resolution: hard_negatives(scene),
     "label": lambda scene, resolution: label(scene),
     "class_name": lambda scene, resolution: CLASS_NAMES[label(scene)],
     "semantic": lambda scene, resolution: Image.fromarray(semantic_map(scene, resolution)),
@@ -731,7 +732,8 @@ def load_scenes(
         resolution: Side of the pictures, in pixels.
         columns: Any of `COLUMNS`. "image", "semantic" (mode L, class ids), "sketch", "depth" (mode L) and "normal"
             (RGB, (n + 1) / 2) are PIL pictures, "text", "full_text", "negative_text" and "class_name" strings,
-            "label" and "index" integers, "boxes" a list of (x0, y0, x1, y1) with names in "box_names".
+            "negative_texts" a list of strings, "label" and "index" integers, "boxes" a list of (x0, y0, x1, y1) with
+            names in "box_names".
         seed, split, num_objects, mixture, grounds: As in `sample_scene`.
 
     The table behind it holds only scene numbers (in every column), so it is built at once and pickles small.
