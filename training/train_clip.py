@@ -83,6 +83,11 @@ class ClipArgs:
     def __post_init__(self):
         if self.num_negative_captions < 1:
             raise ValueError(f"--num_negative_captions must be >= 1, got {self.num_negative_captions}.")
+        if self.num_negative_captions > 1 and not self.negative_caption_column:
+            raise ValueError(
+                f"--num_negative_captions={self.num_negative_captions} needs --negative_caption_column, which it "
+                "draws from."
+            )
         if self.patch_weight < 0:
             raise ValueError(f"--patch_weight must be >= 0, got {self.patch_weight}.")
         if self.vocab_size < SMALLEST_VOCABULARY:

@@ -479,6 +479,10 @@ def test_empty_texts_beside_pictures_do_not_count(pipe):
     alone, beside = (pipe(text, PICTURE, generator=seeded(1), **LATENT)[0] for text in (None, " "))
     assert torch.equal(alone, beside)
     assert not torch.equal(pipe("a", PICTURE, generator=seeded(1), **LATENT)[0], alone)
+    blind = quiet(VersatilePipeline(**{**pipe.components, "text_encoder": None, "default_sample_size": 8}))
+    alone = blind(None, PICTURE, generator=seeded(1), **LATENT)[0]
+    for text, share in (("", 0.5), ("a", 0)):  # what does not count needs no encoder
+        assert torch.equal(blind(text, PICTURE, text_ratio=share, generator=seeded(1), **LATENT)[0], alone)
 
 
 def test_texts_are_as_long_as_the_decoder_writes(pipe):

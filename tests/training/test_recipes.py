@@ -306,6 +306,7 @@ def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
         (train_paella, ["--no_such_option", "1"], "--no_such_option"),
         (train_clip, ["--vocab_size", "100"], "--vocab_size must be >= 259 .* got 100"),
         (train_clip, ["--num_negative_captions", "0"], "--num_negative_captions must be >= 1, got 0"),
+        (train_clip, ["--num_negative_captions", "2"], "--num_negative_captions=2 needs --negative_caption_column"),
         (train_clip, ["--patch_weight", "-1"], "--patch_weight must be >= 0, got -1"),
         (train_clip, ["--max_length", "2"], "--max_length must be >= 3 .* got 2"),
         (train_clip, ["--text_width", "30"], "--text_width=30 is no multiple of --num_attention_heads=4"),

@@ -76,11 +76,11 @@ def check_parts(pipe: Any, what: str, *names: str) -> None:
         )
 
 
-def check_encoders(pipe: Any, conditions: Conditions) -> None:
-    """The components that make context tokens of the texts and pictures of a call are there."""
-    if conditions.texts:
+def check_encoders(pipe: Any, context_types: list[str]) -> None:
+    """The components that make context tokens of texts or pictures are there."""
+    if "text" in context_types:
         check_parts(pipe, "a text", "tokenizer", "text_encoder")
-    if conditions.images:
+    if "image" in context_types:
         check_parts(pipe, "a picture", "image_encoder", "feature_extractor")
 
 

@@ -133,7 +133,7 @@ class VersatilePipeline(VersatileBasePipeline):
         check_flows(self, data_type, list(sizes))
         check_fit(self, data_type, list(sizes))
         check_start(conditions, data_type, strength, color_adjust)
-        check_encoders(self, conditions)
+        check_encoders(self, [kind for kind in sizes if embeds[kind][0] is None])
         check_negative_prompt(negative_prompt, conditions)
         if data_type == "image":
             check_parts(self, "a picture to be made", "vae")
