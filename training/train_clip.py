@@ -4,7 +4,8 @@
 
 Paper: arXiv 2103.00020 (symmetric cross-entropy over the batch); wrong captions as extra negatives: NegCLIP,
 arXiv 2210.01936; captions of the same picture drawn together: the text contrast of SimCSE, arXiv 2104.08821, with
-paraphrases as pairs. It makes the text-conditional families trainable without any download and scores their samples.
+paraphrases as pairs; a caption written from the picture beside the contrast: CoCa, arXiv 2205.01917. It makes the
+text-conditional families trainable without any download and scores their samples.
 """
 
 import logging
@@ -22,6 +23,8 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
@@ -79,6 +82,13 @@ class ClipArgs:
             "itself trains no patch token of its last layer, but Versatile Diffusion reads them all."
         },
     )
+    caption_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a captioning loss: a one-layer decoder, dropped afterwards, writes the caption (the "
+            "paraphrase, if there is one) from the mean of all tokens, which has to say what belongs together then."
+        },
+    )
 
     def __post_init__(self):
         if self.num_negative_captions < 1:
@@ -88,8 +98,9 @@ class ClipArgs:
                 f"--num_negative_captions={self.num_negative_captions} needs --negative_caption_column, which it "
                 "draws from."
             )
-        if self.patch_weight < 0:
-            raise ValueError(f"--patch_weight must be >= 0, got {self.patch_weight}.")
+        for name in ("patch_weight", "caption_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}.")
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
                 f"--vocab_size must be >= {SMALLEST_VOCABULARY} (256 bytes, start, end, padding), got "
@@ -184,6 +195,27 @@ def load_clip(name_or_path: str, resolution: int) -> CLIPModel:
     return clip
 
 
+def build_captioner(clip: CLIPModel) -> GPT2LMHeadModel:
+    """A decoder of one layer over CLIP's vocabulary that reads vectors of its shared width."""
+    text = clip.config.text_config
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=text.vocab_size,
+            n_positions=text.max_position_embeddings,
+            n_embd=clip.config.projection_dim,
+            n_layer=1,
+            n_head=text.num_attention_heads,
+            add_cross_attention=True,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=text.bos_token_id,
+            eos_token_id=text.eos_token_id,
+            tie_word_embeddings=False,  # a checkpoint of the objective cannot hold one tensor under two names
+        )
+    )
+
+
 def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images.
 
@@ -210,41 +242,58 @@ def read_sample(example: dict, generator: torch.Generator, data: DataArgs, colum
 
 
 def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
-    """Pictures (b, 3, h, w), and token ids (n * b, l): all captions, then those of every further column."""
+    """Pictures (b, 3, h, w), token ids (n * b, l): all captions, then those of every further column; their mask."""
     images, texts = zip(*samples, strict=True)
     flat = [text for column in zip(*texts, strict=True) for text in column]
     ids = tokenizer(flat, padding=True, truncation=True, return_tensors="pt")  # to its model_max_length
-    return {"pixel_values": torch.stack(images), "input_ids": ids.input_ids}
+    return {"pixel_values": torch.stack(images), "input_ids": ids.input_ids, "attention_mask": ids.attention_mask}
 
 
 class ClipObjective(nn.Module):
     """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
 
-    def __init__(self, clip: CLIPModel, has_paraphrases: bool, patch_weight: float = 0.0):
+    def __init__(self, clip: CLIPModel, has_paraphrases: bool, patch_weight: float = 0.0, caption_weight: float = 0.0):
         super().__init__()
-        self.clip, self.has_paraphrases, self.patch_weight = clip, has_paraphrases, patch_weight
+        self.clip, self.has_paraphrases = clip, has_paraphrases
+        self.patch_weight, self.caption_weight = patch_weight, caption_weight
+        self.captioner = build_captioner(clip) if caption_weight > 0 else None
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """Token ids of the captions, of their paraphrases if there are any, and of the negatives if there are any."""
-        seen = self.clip.vision_model(pixel_values=pixel_values)
-        images = self.clip.visual_projection(seen.pooler_output)
-        texts = self.clip.text_projection(self.clip.text_model(input_ids=input_ids).pooler_output)
-        scale = self.clip.logit_scale.exp().clamp(max=100.0)
-        captions, others = texts[: len(images)], texts[len(images) :]
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Token ids of the captions, of their paraphrases if there are any, and of the negatives if there are any.
+
+        The mask (0 for padding) is for the captioner: the text tower is causal and pools at the end token.
+        """
+        clip, count = self.clip, len(pixel_values)
+        seen = clip.vision_model(pixel_values=pixel_values).last_hidden_state
+        # the patch tokens are normalised and projected as the class token is, the first of them: (b, 1 + n, d)
+        tokens = clip.visual_projection(clip.vision_model.post_layernorm(seen))
+        texts = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
+        scale = clip.logit_scale.exp().clamp(max=100.0)
+        captions, others = texts[:count], texts[count:]
         if self.has_paraphrases:
-            texts = torch.cat([captions, others[len(images) :]])  # captions and negatives
-        losses = contrastive_losses(images, texts, scale)
+            texts = torch.cat([captions, others[count:]])  # captions and negatives
+        losses = contrastive_losses(tokens[:, 0], texts, scale)
         if self.has_paraphrases:
             among_texts = contrastive_losses(captions, others, scale)
             losses |= {f"text_{name}": value for name, value in among_texts.items()}
             losses["loss"] = losses["loss"] + losses["text_loss"]
         if self.patch_weight > 0:
-            # normalised and projected as the class token is
-            patches = self.clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
-            of_patches = contrastive_losses(self.clip.visual_projection(patches).mean(dim=1), texts, scale)
+            of_patches = contrastive_losses(tokens[:, 1:].mean(dim=1), texts, scale)
             losses |= {f"patch_{name}": value for name, value in of_patches.items()}
             losses["loss"] = losses["loss"] + self.patch_weight * losses["patch_loss"]
+        if self.captioner is not None:
+            written = slice(count, 2 * count) if self.has_paraphrases else slice(count)
+            losses["caption_loss"] = self.caption_loss(tokens, input_ids[written], attention_mask[written])
+            losses["loss"] = losses["loss"] + self.caption_weight * losses["caption_loss"]
         return losses
+
+    def caption_loss(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Cross-entropy (nats a token) of captions (b, l) by the decoder, from the mean of the tokens (b, n, d)."""
+        # in units of the class token's norm, as Versatile Diffusion reads them, and of unit variance
+        memory = tokens.mean(dim=1, keepdim=True) / tokens[:, :1].norm(dim=-1, keepdim=True)
+        memory = memory * tokens.shape[-1] ** 0.5
+        labels = input_ids.masked_fill(attention_mask == 0, -100)  # the index that transformers' losses leave out
+        return self.captioner(input_ids=input_ids, encoder_hidden_states=memory, labels=labels).loss
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = {key: value.to(accelerator.device) for key, value in collate(samples).items()}
         return {f"validation_{name}": float(value) for name, value in objective(**batch).items()}
 
-    objective = ClipObjective(clip, bool(args.paraphrase_column), args.patch_weight)
+    objective = ClipObjective(clip, bool(args.paraphrase_column), args.patch_weight, args.caption_weight)
     finished = loop.fit(
         accelerator, objective, compute_loss, train_set, train, transform=transform, collate=collate,
         num_workers=data.dataloader_num_workers, on_validate=validate,

@@ -155,9 +155,9 @@ def test_paraphrases_add_the_contrast_among_captions(stages):
 def test_patch_tokens_are_contrasted_as_the_class_token_is(stages):
     clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ids = tokenizer(["a large red circle", "a small blue star"], padding=True, return_tensors="pt").input_ids
+    ids, mask = tokenizer(["a large red circle", "a small blue star"], padding=True, return_tensors="pt").values()
     with torch.no_grad():
-        got = train_clip.ClipObjective(clip, has_paraphrases=False, patch_weight=0.5)(images, ids)
+        got = train_clip.ClipObjective(clip, has_paraphrases=False, patch_weight=0.5)(images, ids, mask)
         tokens = clip.visual_projection(clip.vision_model.post_layernorm(clip.vision_model(images).last_hidden_state))
         texts = clip.text_projection(clip.text_model(ids).pooler_output)
         of_class, of_patches = (
@@ -168,6 +168,27 @@ def test_patch_tokens_are_contrasted_as_the_class_token_is(stages):
     torch.testing.assert_close(got["loss"], of_class + 0.5 * of_patches)
 
 
+def test_the_captioner_reads_nothing_but_the_mean_token(stages):
+    clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
+    torch.manual_seed(0)
+    objective = train_clip.ClipObjective(clip, has_paraphrases=True, caption_weight=0.5).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    texts = ["a ring", "a star", "a red circle", "a star"]
+    ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
+    with torch.no_grad():
+        got = objective(images, ids, mask)
+        plain = train_clip.ClipObjective(clip, has_paraphrases=True)(images, ids, mask)
+        seen = clip.vision_model(images).last_hidden_state
+        tokens = clip.visual_projection(clip.vision_model.post_layernorm(seen))
+        mean = tokens.mean(1) / tokens[:, 0].norm(dim=-1, keepdim=True) * tokens.shape[-1] ** 0.5
+        logits = objective.captioner(input_ids=ids[2:], encoder_hidden_states=mean[:, None]).logits[:, :-1]
+        wanted = ids[2:, 1:]
+        kept = wanted != tokenizer.pad_token_id
+    assert not kept.all()  # the shorter caption is padded
+    torch.testing.assert_close(got["caption_loss"], torch.nn.functional.cross_entropy(logits[kept], wanted[kept]))
+    torch.testing.assert_close(got["loss"], plain["loss"] + 0.5 * got["caption_loss"])
+
+
 def test_clip_goes_on_from_an_existing_one(stages, tmp_path):
     preset, start = str(PRESETS / "clip-smoke.yaml"), ["--pretrained_model_name_or_path", str(stages["clip"])]
     start += ["--negative_caption_column", "negative_texts", "--num_negative_captions", "3"]
@@ -176,6 +197,8 @@ def test_clip_goes_on_from_an_existing_one(stages, tmp_path):
             preset,
             *start,
             "--patch_weight",
+            "1",
+            "--caption_weight",
             "1",
             "--learning_rate",
             "0",
@@ -189,6 +212,7 @@ def test_clip_goes_on_from_an_existing_one(stages, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (stages["clip"], tmp_path)]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab() and logged(tmp_path, "patch_loss")
+    assert len(logged(tmp_path, "caption_loss")) == len(logged(tmp_path, "patch_loss"))
     with pytest.raises(ValueError, match=r"--resolution=64, but the CLIP in .* sees 32 pixels: pass those"):
         train_clip.main([preset, *start, "--resolution", "64", "--output_dir", str(tmp_path / "other")])
 
@@ -308,6 +332,7 @@ def test_one_batch_can_be_learnt_by_heart(stages, tmp_path):
         (train_clip, ["--num_negative_captions", "0"], "--num_negative_captions must be >= 1, got 0"),
         (train_clip, ["--num_negative_captions", "2"], "--num_negative_captions=2 needs --negative_caption_column"),
         (train_clip, ["--patch_weight", "-1"], "--patch_weight must be >= 0, got -1"),
+        (train_clip, ["--caption_weight", "-1"], "--caption_weight must be >= 0, got -1"),
         (train_clip, ["--max_length", "2"], "--max_length must be >= 3 .* got 2"),
         (train_clip, ["--text_width", "30"], "--text_width=30 is no multiple of --num_attention_heads=4"),
         (train_clip, ["--resolution", "60"], "--resolution=60 is no multiple of --patch_size=8"),
