@@ -6,10 +6,11 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from conversion.test_versatile import stable_diffusion
 from huggingface_hub import constants
 from open_clip.model import CLIP
 from pipelines.tiny_paella import tiny_paella_components
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import diffusers_ext
@@ -104,9 +105,18 @@ def test_convert_writes_a_model_and_its_card(original, tmp_path, capsys, kind, c
     assert "exists: name a new folder" in capsys.readouterr().err
 
 
+def test_convert_makes_a_start_of_stable_diffusion(tmp_path):
+    weights, out = str(tmp_path / "sd.safetensors"), tmp_path / "start"
+    save_file(stable_diffusion().state_dict(), weights)
+    words = ["--license", "other", "--num_heads", "4", "--context_type", "text"]
+    assert cli.main(["convert", "versatile-start", weights, str(out), *words]) == 0
+    assert diffusers_ext.VersatileUNet.from_pretrained(out).flows == ["text-to-image"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["versatile-unet", "weights.safetensors", "--context_type", "text"], "takes no --context_type"),
         (["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"], "paella-vqgan takes no --time_embed_dim"),
         (["paella-unet", "nothing.pt"], "there is no such file"),
         (["paella-vqgan", "weights.safetensors"], "is not a Gumbel-VQGAN"),

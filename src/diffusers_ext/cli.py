@@ -25,8 +25,9 @@ from .conversion.ldm_unet import convert_ldm_unet
 from .conversion.open_clip import build_open_clip_processors, convert_open_clip
 from .conversion.optimus import convert_optimus
 from .conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
-from .conversion.versatile import convert_versatile_unet
+from .conversion.versatile import convert_stable_diffusion_unet, convert_versatile_unet
 from .data import scenes
+from .models.unet_versatile import CONTEXT_TYPES
 from .training_utils import hub
 
 LDM_OPTIONS = ("num_heads", "num_head_channels", "resolution", "scale_factor", "null_class", "num_classes")
@@ -107,6 +108,7 @@ CONVERTERS = {
     "ldm": (convert_ldm_pipeline, ("task", "release", "tokenizer", "use_ema", *LDM_OPTIONS)),
     "ldm-first-stage": (convert_first_stage, ("resolution", "scale_factor", "use_ema")),
     "versatile-unet": (convert_versatile_unet, ("num_heads",)),
+    "versatile-start": (convert_stable_diffusion_unet, ("num_heads", "context_type")),
     "optimus": (convert_optimus, ("encoder_heads", "decoder_heads")),
 }
 # kind -> what makes the tokenizer and the like that belong into the model's folder
@@ -143,7 +145,10 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--release", choices=RELEASES, metavar="NAME", help=f"ldm: {', '.join(RELEASES)}")
     convert.add_argument("--task", choices=LDM_TASKS, help="ldm: of a model that is no released one")
     convert.add_argument(
-        "--num_heads", type=int, help="ldm: of the U-Net's config; this ...; versatile-unet: if not 8"
+        "--num_heads", type=int, help="ldm: of the U-Net's config; this ...; versatile-unet, versatile-start: if not 8"
+    )
+    convert.add_argument(
+        "--context_type", choices=CONTEXT_TYPES, help="versatile-start: what Stable Diffusion's attention will read"
     )
     convert.add_argument("--num_head_channels", type=int, help="ldm: ... or this")
     convert.add_argument("--resolution", type=int, help="ldm, ldm-first-stage: side of the pictures, if not 256")

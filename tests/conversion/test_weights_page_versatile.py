@@ -14,7 +14,7 @@ from conversion.versatile_originals import original_weights, tiny_unet
 from PIL import Image
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from diffusers_ext import VersatilePipeline, VersatileUNet
+from diffusers_ext import VersatilePipeline, VersatileUNet, cli
 from diffusers_ext.conversion.open_clip import build_open_clip_processors
 from diffusers_ext.conversion.versatile import convert_stable_diffusion_unet
 
@@ -73,9 +73,13 @@ def stable_diffusion_original() -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_the_page_makes_pipelines_that_sample(reader, monkeypatch):
     monkeypatch.chdir(reader)
-    current, sample, first_release, published, start, parts = blocks()
-    for code in (current, sample, first_release, start, parts):
+    current, sample, first_release, published, parts = blocks()
+    for code in (current, sample, first_release, parts):
         exec(compile(code, PAGE.name, "exec"), {})
+    (start,) = re.findall(
+        r"^diffusers-ext (convert versatile-start .*)$", PAGE.read_text(encoding="utf-8"), flags=re.M
+    )
+    assert cli.main(start.split()) == 0
     assert Image.open("car.png").size == (32, 32)
     pipes = [VersatilePipeline.from_pretrained(name) for name in ("versatile", "versatile-first-release")]
     options = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "pt"}
