@@ -99,7 +99,7 @@ class FlowEncoders:
 
     def _image_context(self, images: Tensor) -> Tensor:
         """Of pictures (b, 3, h, w) in [0, 1], prepared as the pipeline does it: over 8-bit pictures."""
-        pixels = prepare_pictures(self.feature_extractor, list(images), *images.shape[-2:])
+        pixels = prepare_pictures(self.feature_extractor, list(images), images.shape[-1])
         return image_context(self.image_encoder, pixels.to(self.image_encoder.device))
 
 
@@ -189,6 +189,8 @@ def learning_rate_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: the layer groups of the network, each with its own multiple of the learning rate.
 
+    What is frozen is left out.
+
     The paper scales gradients by layer group. AdamW divides gradients by their size, so that this would change next to
     nothing; the released code scales learning rates, and so does this.
 
@@ -202,7 +204,7 @@ def learning_rate_groups(
             f"--lr_scales is {dict(scales)}: the layer groups of this network are {', '.join(groups)}, and a scale is "
             ">= 0."
         )
+    trained = {name: [p for p in layers.parameters() if p.requires_grad] for name, layers in groups.items()}
     return [
-        {"params": list(layers.parameters()), "lr": learning_rate * scales.get(name, 1.0)}
-        for name, layers in groups.items()
+        {"params": params, "lr": learning_rate * scales.get(name, 1.0)} for name, params in trained.items() if params
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from PIL import Image
 from pipelines.tiny_paella import quiet, seeded, tiny_picture
 from pipelines.tiny_versatile import tiny_versatile_components
@@ -159,6 +160,27 @@ def test_a_masked_picture_is_read_where_the_mask_is_white(pipe):
 
 
 @torch.no_grad()
+def test_a_picture_is_read_whole_whatever_its_shape_and_that_of_the_result(pipe):
+    wide = np.asarray(tiny_picture(1, 16, 48))
+    left = np.zeros((16, 48), dtype=np.uint8)
+    left[:, :24] = 255
+    masked, _ = pipe.encode_image(Image.fromarray(wide), image_masks=left)
+    assert not masked[0, [2, 4]].any() and masked[0, [1, 3]].abs().min() > 0
+    for part, changes in ((slice(0, 8), True), (slice(40, 48), False)):  # both edges
+        changed = wide.copy()
+        changed[:, part] = 255 - changed[:, part]
+        other, _ = pipe.encode_image(Image.fromarray(changed), image_masks=left)
+        assert torch.allclose(masked[0, 3], other[0, 3], atol=1e-3) != changes
+    call = {"guidance_scale": 1, **LATENT}
+    read = []
+    hook = pipe.image_encoder.register_forward_pre_hook(lambda module, args: read.append(args[0].clone()))
+    for size in ({}, {"height": 16, "width": 48}):
+        pipe(image=Image.fromarray(wide), **size, **call)
+    hook.remove()
+    assert torch.equal(*read)
+
+
+@torch.no_grad()
 def test_focus_changes_the_local_tokens(pipe):
     plain, _ = pipe.encode_image(tiny_picture(1))
     for level in (0.0, 0.8):
@@ -211,6 +233,30 @@ def test_starting_from_the_picture(pipe):
 
 
 @torch.no_grad()
+def test_starting_from_the_picture_with_two_passes_a_step(pipe):
+    heun = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    part = quiet(VersatilePipeline(**{**pipe.components, "scheduler": heun, "default_sample_size": 8}))
+    levels = []
+    part(
+        image=PICTURE,
+        num_inference_steps=5,
+        strength=0.5,
+        generator=seeded(0)[0],
+        callback_on_step_end=lambda pipe, i, t, tensors: levels.append(tensors["latents"].std().item()),
+    )
+    assert len(levels) == 3 and len(set(levels)) == 3  # two steps, the last one without its second pass
+
+
+def test_flows_with_a_dtype_for_each_part(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    dtypes = {"unet": torch.float16, "default": torch.float32}
+    part = VersatilePipeline.from_pretrained(tmp_path, flows=["text-to-image"], dtype=dtypes)
+    assert part.unet.dtype == torch.float16 and part.vae.dtype == torch.float32
+    part = VersatilePipeline.from_pretrained(tmp_path, flows=["text-to-image"], unet=None, dtype=torch.bfloat16)
+    assert part.unet.flows == ["text-to-image"] and part.unet.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_colours_of_the_source(pipe):
     picture = Image.fromarray((np.asarray(tiny_picture(1)) // 4 + np.array([120, 20, 60])).astype(np.uint8))
     call = {"image": picture, "output_type": "pt", **STEPS}
@@ -241,11 +287,6 @@ def test_each_generator_makes_its_own_result(pipe, data_type):
         assert made[3] == last and len(set(made)) > 1
     else:
         assert np.abs(np.asarray(made[3]).astype(int) - np.asarray(last)).max() <= 1
-
-
-@torch.no_grad()
-def test_editing_cuts_long_texts_to_what_the_text_autoencoder_reads(pipe):
-    assert len(pipe.edit_image(tiny_picture(1), "a blue star " * 40, "a red circle", **STEPS).images) == 1
 
 
 def test_editing_by_way_of_the_caption(pipe):
@@ -455,6 +496,8 @@ def test_bad_input(pipe, call, error, message):
         ({"output_type": "jpg"}, ValueError, r"`output_type` must be one of"),
         ({"height": 10}, ValueError, r"`height` must be a multiple of 4"),
         ({"temperature": -1}, ValueError, r"`temperature` is -1"),
+        ({"prompt": LONG}, ValueError, r"`prompt` is too long: the text encoder reads \d+ tokens, and this part"),
+        ({"negative_prompt": "star " * 40}, ValueError, r"`negative_prompt` is too long: .* reads 30 word pieces"),
         ({"max_text_length": 99}, ValueError, r"`max_text_length` is 99"),
         ({"num_inference_steps": 0}, ValueError, r"`num_inference_steps` must be at least 1"),
     ],

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 
 from diffusers_ext.pipelines.color_matching import adjust_colors, match_color_distribution, match_color_statistics
 from diffusers_ext.pipelines.repeated_words import merge_repeated_words
@@ -74,6 +75,19 @@ def test_start_level_lies_one_step_above_the_first():
     assert int(level) == 601 and left[0] == 581 and len(left) == 30 and left[-1] == 1
     level, left = start_level(scheduler.timesteps, 0.01)
     assert level is None and len(left) == 0
+    level, left = start_level(scheduler.timesteps, 0.9999999999999999)  # ten times 0.1
+    assert int(level) == 981 and left[0] == 961
+
+
+def test_start_level_never_parts_the_timesteps_of_one_step():
+    scheduler = HeunDiscreteScheduler.from_config(versatile_scheduler().config)
+    for steps in (5, 6):
+        scheduler.set_timesteps(steps)  # t0, t1 t1, t2 t2 ...: a step and its correction
+        level, left = start_level(scheduler.timesteps, 0.5, scheduler.order)
+        every = scheduler.timesteps[:: scheduler.order]
+        count = steps // 2
+        assert torch.equal(left[::2], every[-count:]) and len(left) == 2 * count - 1
+        assert level == every[-count - 1]
 
 
 def test_the_schedule_is_that_of_the_released_models():

@@ -116,6 +116,15 @@ def check_text_length(pipe: Any, name: str, texts: list[str], truncate: bool) ->
         )
 
 
+def check_word_pieces(tokenizer: Any, window: int, name: str, text: str) -> None:
+    """A text fits what the text autoencoder reads."""
+    if cut := cut_texts(tokenizer, window + tokenizer.num_special_tokens_to_add(), [text]):
+        raise ValueError(
+            f"`{name}` is too long: the text autoencoder reads {window} word pieces, and this part does not fit: "
+            f"{cut[0]!r}. Shorten it."
+        )
+
+
 def check_embeds(pipe: Any, kind: str, embeds: Any, negative: Any, has_other: bool, *, guided: bool) -> None:
     """Context tokens (b, l, d) in place of texts or pictures, and those of "no context".
 

@@ -43,6 +43,8 @@ from .checks_versatile import (
     check_share,
     check_start,
     check_temperature,
+    check_text_length,
+    check_word_pieces,
 )
 from .color_matching import adjust_colors
 from .optimus_text import sentence_ids, word_piece_window
@@ -193,7 +195,7 @@ class VersatilePipeline(VersatileBasePipeline):
             prompt: A text, one a sample, or several a sample as a list of lists.
             image: A picture (PIL, array or tensor), one a sample, or several a sample as a list of lists.
             data_type: What to make: "image" or "text".
-            height: Of pictures in pixels; so is `width`. Pictures that are read are stretched to it first.
+            height: Of pictures that are made, in pixels; so is `width`.
             num_inference_steps: Steps of the scheduler.
             guidance_scale: How closely the conditions are followed; 1 switches guidance off.
             negative_prompt: What to move away from, in place of the empty text; one for all samples or one each.
@@ -247,9 +249,7 @@ class VersatilePipeline(VersatileBasePipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         self._guidance_scale, self._interrupt = float(scale), False
-        contexts = self._contexts(
-            kinds, conditions, embeds, total, text_ratio, negative_prompt, truncate, null_image, size
-        )
+        contexts = self._contexts(kinds, conditions, embeds, total, text_ratio, negative_prompt, truncate, null_image)
         timesteps = self._begin_run(num_inference_steps)
         latents = self.prepare_latents(data_type, total, *size, generator=generator, latents=latents)
         sources: Any = None
@@ -303,8 +303,8 @@ class VersatilePipeline(VersatileBasePipeline):
             image: One picture.
             prompt: What to add, one text.
             negative_prompt: What to take away, one text.
-            height: As in `__call__`, for both halves; so are `width`, `num_inference_steps`, `guidance_scale`,
-                `null_image` and `eta`.
+            height: As in `__call__`; so is `width`.
+            num_inference_steps: As in `__call__`, for both halves; so are `guidance_scale`, `null_image` and `eta`.
             text_ratio: Share of the texts; the original gives the picture 0.33.
             num_images_per_prompt: Results; each has a caption of its own.
             generator: One for all results or a list with one each.
@@ -339,12 +339,15 @@ class VersatilePipeline(VersatileBasePipeline):
                 output_type="pil" if data_type == "text" else output_type, **shared,
             )  # fmt: skip
         check_parts(self, "editing", "encoder_tokenizer")
+        check_text_length(self, "prompt", [prompt], truncate=False)  # the captions beside it may be cut
+        window = word_piece_window(self.encoder_tokenizer, self.optimus)
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            check_word_pieces(self.encoder_tokenizer, window, name, text)
 
         found = self(
             image=image, data_type="text", output_type="latent", null_image=null_images["text"], return_dict=False,
             **shared,
         )[0]  # fmt: skip
-        window = word_piece_window(self.encoder_tokenizer, self.optimus)
         ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt], max_word_pieces=window).to(found.device)
         away, towards = self.optimus.encode(ids).mean.to(found)  # type: ignore[union-attr] # (d,) each
         away = away / away.norm()
@@ -355,7 +358,7 @@ class VersatilePipeline(VersatileBasePipeline):
 
         guided: dict[str, Any] = {"do_classifier_free_guidance": self.do_classifier_free_guidance}
         texts, null_texts = self.encode_prompt([[caption, prompt] for caption in captions], truncate=True, **guided)
-        look: dict[str, Any] = {"null_image": null_images["image"], "height": size[0], "width": size[1]}
+        look = {"null_image": null_images["image"]}
         tokens, null_tokens = self.encode_image(image, num_images_per_prompt, **look, **guided)
         shared.pop("num_images_per_prompt")  # the contexts hold one sample a result by now
         images = self(
@@ -376,7 +379,6 @@ class VersatilePipeline(VersatileBasePipeline):
         negative_prompt: str | list[str] | None,
         truncate: bool,
         null_image: str,
-        size: tuple[int, int],
     ) -> list[FlowContext]:
         """The contexts that count, encoded where they are not given, one for each result."""
         guided: dict[str, Any] = {"do_classifier_free_guidance": self.do_classifier_free_guidance}
@@ -399,8 +401,6 @@ class VersatilePipeline(VersatileBasePipeline):
                     image_weights=conditions.image_weights,
                     focus=conditions.focus,
                     null_image=null_image,
-                    height=size[0],
-                    width=size[1],
                     **guided,
                 )
             tokens, null_tokens = (None if t is None else _repeat(t.to(self._execution_device), total) for t in pair)
@@ -427,7 +427,7 @@ class VersatilePipeline(VersatileBasePipeline):
         """The noised latents of pictures (b, 3, H, W) in [0, 1], and the steps that are left."""
         posterior = self.vae.encode(sources.to(self.vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
         clean = posterior.sample(generator).to(noise) * self.vae.config["scaling_factor"]
-        level, timesteps = start_level(timesteps, strength)
+        level, timesteps = start_level(timesteps, strength, getattr(self.scheduler, "order", 1))
         if level is None:
             return clean, timesteps
         if hasattr(self.scheduler, "set_begin_index"):

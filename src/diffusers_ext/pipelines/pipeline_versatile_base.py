@@ -7,7 +7,6 @@ Shapes: b samples, c x h x w latents, H x W pixels, l x d context tokens.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ _MODEL_ARGUMENTS = (  # of the pipeline's `from_pretrained`, which the network's
     "cache_dir", "device_map", "disable_mmap", "dtype", "force_download", "local_files_only", "low_cpu_mem_usage",
     "proxies", "revision", "token", "torch_dtype", "use_safetensors", "variant",
 )  # fmt: skip
+_LOOKUP_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _NEEDED_BY = {  # components that only some flows need
     "-to-image": ["vae"],
     "-to-text": ["optimus", "encoder_tokenizer", "decoder_tokenizer"],
@@ -127,21 +127,26 @@ class VersatileBasePipeline(SharingPipeline):
         Args:
             flows: names such as "text-to-image": the other layer groups of the network are not read from its file
                 (which a download from the Hub fetches as a whole), and components that these flows do not use are
-                neither downloaded nor read. None: everything.
+                neither downloaded nor read. None: everything. `DiffusionPipeline.from_pretrained` does not know it.
 
         Raises:
             ValueError: for flows that the network does not know or that were not saved; lists those it has. For a
-                folder in the format of diffusers' former pipelines, naming the function that reads it.
+                repository in the format of diffusers' former pipelines, naming the function that reads it.
         """
-        if (Path(pretrained_model_name_or_path) / "image_unet").is_dir():
+        lookup = {name: value for name, value in kwargs.items() if name in _LOOKUP_ARGUMENTS}
+        if "image_unet" in cls.load_config(pretrained_model_name_or_path, **lookup):
             raise ValueError(
                 f"{str(pretrained_model_name_or_path)!r} is a repository of diffusers' former Versatile Diffusion, "
-                "with two networks: read it with `diffusers_ext.conversion.versatile.load_versatile_repository`, and "
-                "save the result (docs/weights_versatile.md)."
+                "with two networks: download it (`hf download ... --local-dir published`), read the folder with "
+                "`diffusers_ext.conversion.versatile.load_versatile_repository`, and save the result "
+                "(docs/weights_versatile.md)."
             )
         if flows is not None:
             shared = {name: value for name, value in kwargs.items() if name in _MODEL_ARGUMENTS}
-            if "unet" not in kwargs:
+            for name in ("dtype", "torch_dtype"):
+                if isinstance(dtypes := shared.get(name), dict):  # one each, as diffusers' pipelines take them
+                    shared[name] = dtypes.get("unet", dtypes.get("default"))
+            if kwargs.get("unet") is None:
                 kwargs["unet"] = VersatileUNet.from_pretrained(
                     pretrained_model_name_or_path, flows=flows, subfolder="unet", **shared
                 )
@@ -154,6 +159,11 @@ class VersatileBasePipeline(SharingPipeline):
     def size_multiple(self) -> int:
         """Sides of pictures that are made are multiples of this many pixels."""
         return self.vae_scale_factor * self.unet.downsample_factor
+
+    @property
+    def default_side(self) -> int:
+        """Pixels of a picture's side where a call names none."""
+        return self.config["default_sample_size"] * self.vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:
@@ -230,11 +240,11 @@ class VersatileBasePipeline(SharingPipeline):
         image_weights: Sequence[float] | None = None,
         focus: float | Sequence[float] = 0.5,
         null_image: str = "zeros",
-        height: int | None = None,
-        width: int | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Pictures as context tokens; needs only the image encoder and the feature extractor.
+
+        Whatever their size, they are stretched to a square of the pipeline's default size first, as in the original.
 
         Args:
             image: A picture, one a sample, or several a sample (a list of lists), which follow each other as tokens.
@@ -244,7 +254,6 @@ class VersatileBasePipeline(SharingPipeline):
             image_weights: What the tokens of each picture of a sample are multiplied by.
             focus: 0 keeps what is on the picture, 0.5 everything, 1 its style; one for all pictures or one each.
             null_image: What the null branch reads: "zeros" (no tokens), or a "grey" or "black" picture.
-            height: The size to which pictures are stretched first; so is `width`.
             device: Where the image encoder runs; by default where the pipeline runs.
 
         Returns:
@@ -254,8 +263,7 @@ class VersatileBasePipeline(SharingPipeline):
         check_choice("null_image", null_image, NULL_IMAGES)
         conditions = read_conditions(image=image, image_masks=image_masks, image_weights=image_weights, focus=focus)
         device = device if device is not None else self._execution_device
-        size = self._resolve_size(height, width)
-        tokens = self._image_tokens(conditions, size, device)
+        tokens = self._image_tokens(conditions, device)
         count, samples = len(conditions.image_weights), len(conditions.images)
         factors = torch.tensor(conditions.image_weights * samples, device=device, dtype=tokens.dtype)
         embeds = (tokens * factors[:, None, None]).reshape(samples, -1, tokens.shape[-1])
@@ -263,7 +271,8 @@ class VersatileBasePipeline(SharingPipeline):
         if do_classifier_free_guidance:
             negative = torch.zeros_like(embeds)
             if null_image != "zeros":
-                picture = prepare_pictures(self.feature_extractor, [null_picture(null_image, *size)], *size)
+                side = self.default_side
+                picture = prepare_pictures(self.feature_extractor, [null_picture(null_image, side)], side)
                 null = image_context(self.image_encoder, picture.to(device, self.image_encoder.dtype))
                 negative = null.repeat(samples, count, 1)
             negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
@@ -335,11 +344,11 @@ class VersatileBasePipeline(SharingPipeline):
         ids = token_ids(self.tokenizer, self.text_encoder, texts)
         return text_context(self.text_encoder, ids.to(device))
 
-    def _image_tokens(self, conditions: Conditions, size: tuple[int, int], device: torch.device | str) -> Tensor:
+    def _image_tokens(self, conditions: Conditions, device: torch.device | str) -> Tensor:
         """(samples * pictures, l, d), with mask and focus, without weights."""
         pictures = [picture for sample in conditions.images for picture in sample]
         masks = [mask for sample in conditions.masks for mask in sample]
-        pixels = prepare_pictures(self.feature_extractor, pictures, *size)
+        pixels = prepare_pictures(self.feature_extractor, pictures, self.default_side)
         weights = None
         if any(mask is not None for mask in masks):
             config: Any = self.image_encoder.config

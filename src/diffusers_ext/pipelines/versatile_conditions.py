@@ -37,10 +37,6 @@ class Conditions:
     image_weights: list[float] = field(default_factory=list)
     focus: list[float] = field(default_factory=list)
 
-    @property
-    def batch_size(self) -> int:
-        return max(len(self.texts), len(self.images))
-
 
 def read_conditions(
     prompt: Any = None,

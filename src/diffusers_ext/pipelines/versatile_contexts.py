@@ -76,13 +76,13 @@ def token_ids(tokenizer: Any, text_encoder: CLIPTextModelWithProjection, texts: 
     return ids
 
 
-def prepare_pictures(feature_extractor: Any, images: list[Tensor], height: int, width: int) -> Tensor:
+def prepare_pictures(feature_extractor: Any, images: list[Tensor], side: int) -> Tensor:
     """Pictures (3, H, W) in [0, 1] as the image encoder wants them, (n, 3, h, w).
 
-    As in the original, each is stretched to the size of the result first, then to that of the encoder: two bicubic
-    resizings of 8-bit pictures.
+    As in the original, each is stretched to a square first (of 512 pixels there), then to that of the encoder: two
+    bicubic resizings of 8-bit pictures, and nothing for the feature extractor to crop.
     """
-    pictures = [stretch_picture(image, height, width) for image in images]
+    pictures = [stretch_picture(image, side, side) for image in images]
     return feature_extractor(images=pictures, return_tensors="pt").pixel_values
 
 
@@ -93,6 +93,6 @@ def stretch_picture(image: Tensor, height: int, width: int) -> Image.Image:
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def null_picture(kind: str, height: int, width: int) -> Tensor:
-    """(3, height, width) of one grey value, see `NULL_PICTURES`."""
-    return torch.full((3, height, width), NULL_PICTURES[kind] / 255)
+def null_picture(kind: str, side: int) -> Tensor:
+    """(3, side, side) of one grey value, see `NULL_PICTURES`."""
+    return torch.full((3, side, side), NULL_PICTURES[kind] / 255)

@@ -5,6 +5,7 @@ the scheduler's.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]
     return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
 
-def start_level(timesteps: Tensor, strength: float) -> tuple[Tensor | None, Tensor]:
+def start_level(timesteps: Tensor, strength: float, order: int = 1) -> tuple[Tensor | None, Tensor]:
     """Where to start from a picture: the timestep to which it is noised, and those that are run, in this order.
 
     As in the original, the first of these lies one step below the level of the noise.
@@ -101,8 +102,11 @@ def start_level(timesteps: Tensor, strength: float) -> tuple[Tensor | None, Tens
     Args:
         timesteps: of the whole schedule, in sampling order (n,).
         strength: share of them that is run, below 1. With too few there is nothing to run, and no level.
+        order: of the scheduler: how many timesteps make a step. The last one may have fewer.
     """
-    count = int(len(timesteps) * strength + 1e-6)  # 50 * 0.58 is 28.999... in binary numbers
+    steps = math.ceil(len(timesteps) / order)
+    count = min(int(steps * strength + 1e-6), steps - 1)  # 50 * 0.58 is 28.999... in binary numbers
     if count == 0:
         return None, timesteps[:0]
-    return timesteps[len(timesteps) - count - 1], timesteps[len(timesteps) - count :]
+    first = (steps - count) * order
+    return timesteps[first - order], timesteps[first:]
