@@ -9,6 +9,7 @@ pictures (what a perfect model would reach), of true pictures through the image 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,6 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     bench = Bench(args)
     flows = bench.available(list(FLOWS), {})
+    if not flows or bench.pipe.image_encoder is None:
+        have = ", ".join(bench.pipe.unet.flows)
+        sys.exit(
+            f"Pictures are measured by the checkpoint's image encoder: it needs a flow of {FLOWS}, and has {have}."
+        )
     scenes = bench.scenes(2 * args.num_cases)
     pictures = bench.render(scenes)
     target, others = pictures[0 : args.num_cases], pictures[args.num_cases :]
@@ -73,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         score = "-" if wanted is None else f"{float((found * wanted).sum(-1).mean()):.3f}"
         print(f"| {label} | {scale} | {frechet_distance(found, true):.4f} | {score} |", flush=True)
 
-    wanted = {"text-to-image": text_features(bench, captions), "image-to-image": features(bench, others)}
+    said = None if bench.pipe.text_encoder is None else text_features(bench, captions)
+    wanted = {"text-to-image": said, "image-to-image": features(bench, others)}
     contexts: dict[str, dict] = {"text-to-image": {"prompt": captions}, "image-to-image": {"image": others}}
     for flow in flows:
         for scale in args.guidance_scales:
@@ -85,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         "noise": lambda: noise(bench, len(others)),
     }
     for label, make in references.items():
-        show(label, "-", make(), wanted["text-to-image"])
+        show(label, "-", make(), said)
 
 
 def noise(bench: Bench, count: int) -> list[np.ndarray]:

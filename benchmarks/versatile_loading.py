@@ -5,11 +5,13 @@
 
 `VersatileUNet.from_pretrained(..., flows=[...])` maps the file and reads the layer groups that the flows need. "Read"
 is what of the mapped file lies in this process's memory afterwards, as Linux counts it (/proc/self/smaps), after every
-weight was looked at once; around what is read the kernel maps up to 2 MiB more. "Weights" are the parameters. Without
-a checkpoint a network with random weights is written to a temporary folder.
+weight was looked at once; around what is read the kernel maps up to 2 MiB more. "Weights" are the parameters, and
+"memory" is how much the process grew (VmRSS). Without a checkpoint a network with random weights is written to a
+temporary folder.
 """
 
 import argparse
+import gc
 import re
 import sys
 import tempfile
@@ -31,14 +33,22 @@ def resident_bytes(path: Path) -> int:
     return total
 
 
+def process_bytes() -> int:
+    """Memory of this process."""
+    (line,) = re.findall(r"^VmRSS:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), flags=re.M)
+    return 1024 * int(line)
+
+
 @torch.no_grad()
-def measure(folder: Path, flows: list[str] | None) -> tuple[int, int]:
-    """(bytes read, bytes of the weights) of a network of these flows; None: all."""
+def measure(folder: Path, flows: list[str] | None) -> tuple[int, int, int]:
+    """(bytes read, bytes of the weights, growth of the process) of a network of these flows; None: all."""
+    gc.collect()
+    before = process_bytes()
     unet = VersatileUNet.from_pretrained(folder, flows=flows)
     for parameter in unet.parameters():
         parameter.sum()
     read = sum(resident_bytes(path) for path in folder.glob("*.safetensors"))
-    return read, sum(p.nbytes for p in unet.parameters())
+    return read, sum(p.nbytes for p in unet.parameters()), process_bytes() - before
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,11 +80,11 @@ def print_table(folder: Path) -> None:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     names = VersatileUNet.load_config(folder).get("flows") or all_flows(folder)
     print(f"The network's file holds {stored:,} bytes.\n")
-    print("| flows | read, bytes | share of the file | weights, bytes |\n|---|---|---|---|")
+    print("| flows | read, bytes | share of the file | weights, bytes | memory, bytes |\n|---|---|---|---|---|")
     for flows in (*([name] for name in names), list(names)):
-        read, weights = measure(folder, flows)
+        read, weights, memory = measure(folder, flows)
         label = flows[0] if len(flows) == 1 else "all"
-        print(f"| {label} | {read:,} | {read / stored:.2f} | {weights:,} |")
+        print(f"| {label} | {read:,} | {read / stored:.2f} | {weights:,} | {memory:,} |")
 
 
 def all_flows(folder: Path) -> list[str]:
