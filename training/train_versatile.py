@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 from versatile_cache import CACHED, cache_pictures
@@ -40,6 +41,7 @@ from diffusers_ext.training_utils.results import publish_result
 logger = logging.getLogger(__name__)
 
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what LoRA changes of a context layer
 
 USAGE = """import diffusers_ext
 
@@ -100,6 +102,10 @@ class VersatileArgs:
     paraphrase_column: str | None = field(
         default=None, metadata={"help": "Column with another caption: the context of text-to-text; else the same one."}
     )
+    rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA matrices of this rank beside the contexts' attentions instead of all weights."},
+    )
     guidance_scale: float = field(default=7.5, metadata={"help": "For the validation samples."})
     num_inference_steps: int = field(default=25, metadata={"help": "For the validation samples."})
     cache_dir: str | None = field(
@@ -130,9 +136,14 @@ class VersatileArgs:
             raise ValueError(
                 f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {last}."
             )
-        for name in ("num_inference_steps", "validation_samples", "text_positions"):
-            if getattr(self, name) < 1:
+        for name in ("rank", "num_inference_steps", "validation_samples", "text_positions"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
+        if self.rank and not (self.pretrained_model_name_or_path or self.pretrained_unet_name_or_path):
+            raise ValueError(
+                f"--rank {self.rank} trains matrices beside an existing network: name it with "
+                "--pretrained_model_name_or_path or --pretrained_unet_name_or_path, or leave out --rank."
+            )
         if self.pretrained_model_name_or_path and self.pretrained_unet_name_or_path:
             raise ValueError(
                 "--pretrained_model_name_or_path already holds the network to go on with: leave out "
@@ -194,7 +205,8 @@ def load_unet(args: VersatileArgs, parts: Mapping[str, Any]) -> VersatileUNet:
     """The network with the layers of all flows that are trained; what it has already goes on from where it was.
 
     Raises:
-        ValueError: its latents or contexts are not those of the frozen networks.
+        ValueError: its latents or contexts are not those of the frozen networks, or it lacks flows that LoRA alone
+            could not train.
     """
     sizes = {
         "image_channels": parts["vae"].config.latent_channels,
@@ -216,9 +228,36 @@ def load_unet(args: VersatileArgs, parts: Mapping[str, Any]) -> VersatileUNet:
     if found != sizes:
         raise ValueError(f"The network was made for {found}, but the autoencoders and CLIP give {sizes}.")
     missing = [flow for flow in args.flows if flow not in unet.flows]
+    if missing and args.rank:
+        raise ValueError(
+            f"--flows is {' '.join(args.flows)}, but the network has no layers for {', '.join(missing)}, and --rank "
+            f"{args.rank} trains none: its flows are {', '.join(unet.flows)}. Train the others without --rank first."
+        )
     if missing:
         unet.add_flows(missing, contexts_like=args.contexts_like)
     return unet
+
+
+def vae_factor(parts: Mapping[str, Any]) -> int:
+    """Pixels a side that one latent stands for."""
+    return 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+
+
+def check_resolution(resolution: int, flows: Sequence[str], unet: VersatileUNet, parts: Mapping[str, Any]) -> None:
+    """Pictures that are made must have latents that the network can halve at each of its levels.
+
+    Raises:
+        ValueError: they do not; names the sizes next to it that do.
+    """
+    multiple = vae_factor(parts) * unet.downsample_factor
+    if resolution % multiple == 0 or all(parts_of(flow)[1] != "image" for flow in flows):
+        return
+    below = resolution // multiple * multiple
+    nearest = " or ".join(str(size) for size in (below, below + multiple) if size)
+    raise ValueError(
+        f"--resolution is {resolution}; flows that make images need a multiple of {multiple} ({vae_factor(parts)} of "
+        f"the autoencoder times {unet.downsample_factor} of the U-Net): pass {nearest}."
+    )
 
 
 def freeze_unused(unet: VersatileUNet, flows: Sequence[str]) -> None:
@@ -229,6 +268,14 @@ def freeze_unused(unet: VersatileUNet, flows: Sequence[str]) -> None:
         used |= {f"data.{data_type}", f"context.{context_type}"}
     for name, layers in unet.layer_groups().items():
         layers.requires_grad_(name in used)
+
+
+def add_lora(unet: VersatileUNet, flows: Sequence[str], rank: int) -> None:
+    """Freezes the network and puts matrices of this rank beside the attention projections of the flows' contexts."""
+    contexts = tuple({f"context_layers.{parts_of(flow)[0]}." for flow in flows})
+    targets = [name for name, _ in unet.named_modules() if name.startswith(contexts) and name.endswith(ATTENTION)]
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def read_sample(example: dict, generator: torch.Generator, args: VersatileArgs, data: DataArgs) -> dict[str, Any]:
@@ -285,8 +332,11 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = loop.start(train)
     parts = load_parts(args)
     unet = load_unet(args, parts).float()  # weights to train, whatever the files hold
-    groups = learning_rate_groups(unet, train.learning_rate, read_factors("lr_scales", args.lr_scales))
+    check_resolution(data.resolution, args.flows, unet, parts)
     freeze_unused(unet, args.flows)
+    if args.rank:
+        add_lora(unet, args.flows, args.rank)
+    groups = learning_rate_groups(unet, train.learning_rate, read_factors("lr_scales", args.lr_scales))
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.float().requires_grad_(False).eval().to(accelerator.device)
@@ -328,13 +378,16 @@ def main(argv: list[str] | None = None) -> None:
     flows = Flows(unet)
     finished = loop.fit(
         accelerator, flows, compute_loss, samples, train, transform=transform,
-        num_workers=data.dataloader_num_workers, on_validate=validate,
-        parameter_groups=[g for g in groups if all(p.requires_grad for p in g["params"])],
+        num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
     if finished and accelerator.is_main_process:
+        if args.rank:
+            unet.save_lora_adapter(train.output_dir)
+            unet.fuse_lora()
+            unet.unload_lora()
         pipe = VersatilePipeline(
             unet=unet, scheduler=scheduler, **parts, default_guidance_scale=args.guidance_scale,
-            default_sample_size=data.resolution // 2 ** (len(parts["vae"].config.block_out_channels) - 1),
+            default_sample_size=data.resolution // vae_factor(parts),
         )  # fmt: skip
         pipe.save_pretrained(train.output_dir)
         summary = f"A VersatilePipeline with the flows {', '.join(unet.flows)}."

@@ -88,7 +88,7 @@ class FlowEncoders:
                     found = self._text_context([""])
                 else:
                     side: Any = self.image_encoder.config.image_size
-                    found = self._image_context(null_picture("black", side, side)[None])
+                    found = self._image_context(null_picture("black", side)[None])
                     found = torch.zeros_like(found) if data_type == "image" else found
             self._nothing[context_type, data_type] = found
         return self._nothing[context_type, data_type]

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
 from diffusers_ext.training_utils.kernels import plain_attention
+from diffusers_ext.training_utils.lora import LORA_FILE
 
 PRESETS = Path(__file__).parents[2] / "training" / "presets"
 SMOKE = str(PRESETS / "versatile-smoke.yaml")
@@ -126,6 +128,57 @@ def test_flows_that_are_not_trained_keep_their_layers(single, tmp_path):
     before, after = load_file(both / WEIGHTS), load_file(only / WEIGHTS)
     changed = {".".join(key.split(".")[:2]) for key in before if not torch.equal(before[key], after[key])}
     assert "context_layers.text" in changed and "context_layers.image" not in changed
+
+
+def test_lora_trains_the_attention_of_its_contexts(stages, tmp_path):
+    base = tmp_path / "unet"
+    tiny_unet(flows=["image-to-image", "text-to-image"]).save_pretrained(base)
+    more = (
+        "--pretrained_unet_name_or_path", str(base), "--flows", "text-to-image", "--rank", "2",
+        "--learning_rate", "0.1", "--checkpointing_steps", "1",
+    )  # fmt: skip
+    tuned = run(stages, tmp_path / "tuned", *more)
+    before, after = load_file(base / Path(WEIGHTS).name), load_file(tuned / WEIGHTS)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    attention = {key for key in before if re.fullmatch(r"context_layers\.text\..*\.to_(q|k|v|out\.0)\.weight", key)}
+    assert before.keys() == after.keys() and changed and changed <= attention  # merged, everything else as it was
+    matrices = load_file(tuned / LORA_FILE)
+    assert {re.sub(r"\.lora_[AB]", "", key) for key in matrices} == attention
+
+    unet, merged = (VersatileUNet.from_pretrained(folder).eval() for folder in (base, tuned / "unet"))
+    batch = (torch.randn(2, 2, 8, 8), torch.tensor([500, 1]), torch.randn(2, 5, 8))
+    with torch.no_grad():
+        plain, wanted = unet(*batch).sample, merged(*batch).sample
+        unet.load_lora_adapter(tuned, prefix=None, weight_name=LORA_FILE)
+        found = unet(*batch).sample
+        unet.unload_lora()
+        assert torch.equal(unet(*batch).sample, plain)
+    torch.testing.assert_close(found, wanted)
+    assert (found - plain).abs().max() > 0.01
+
+    (tuned / "checkpoint-2" / "manifest.json").unlink()  # as if the run had been killed after step 1
+    run(stages, tuned, *more, "--resume_from_checkpoint", "latest")
+    again = load_file(tuned / LORA_FILE)
+    assert all(torch.equal(value, again[key]) for key, value in matrices.items())
+
+
+def test_lora_needs_the_layers_of_its_flows(single, tmp_path):
+    message = "--flows is text-to-image, but the network has no layers for text-to-image, and --rank 2 trains none: "
+    with pytest.raises(ValueError, match=message + "its flows are image-to-image. Train the others without --rank"):
+        next_stage(single, tmp_path / "run", "--flows", "text-to-image", "--rank", "2")
+
+
+@pytest.mark.parametrize(("resolution", "nearest"), [(19, "18 or 20"), (1, "2")])
+def test_pictures_that_the_network_cannot_halve_are_refused_before_the_cache(stages, tmp_path, resolution, nearest):
+    cache = ("--cache_dir", str(tmp_path / "cache"), "--center_crop", "--resolution", str(resolution))
+    message = rf"--resolution is {resolution}; .* a multiple of 2 \(1 of .* times 2 of the U-Net\): pass {nearest}\."
+    with pytest.raises(ValueError, match=message):
+        run(stages, tmp_path / "run", *cache)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pictures_that_are_only_read_have_any_size(stages, tmp_path):
+    run(stages, tmp_path, "--flows", "image-to-text", "--resolution", "19", "--lr_scales", "global=0.1")
 
 
 def test_resuming_is_exact(stages, tmp_path):
@@ -254,6 +307,8 @@ def test_missing_parts_are_named(stages, tmp_path):
         (["--cache_dir", "x", "--center_crop", "--random_flip"], "leave out --random_flip"),
         (["--cache_dir", "x", "--flows", "text-to-text"], "which text-to-text does not read"),
         (["--text_positions", "0"], "--text_positions must be > 0, got 0"),
+        (["--rank", "0"], "--rank must be > 0, got 0"),
+        (["--rank", "2"], "--rank 2 trains .* name it with --pretrained_model_name_or_path or --pretrained_unet_name"),
         (
             ["--pretrained_model_name_or_path", "a", "--pretrained_unet_name_or_path", "b"],
             "already holds the network to go on with",

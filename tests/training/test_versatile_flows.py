@@ -116,6 +116,10 @@ def test_layer_groups_have_rates_of_their_own():
     assert rates == pytest.approx({"global": 0.2, "data.image": 0.0, "context.image": 2.0, "context.text": 2.0})
     listed = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in listed} == {id(p) for p in unet.parameters()} and len(listed) == len(set(listed))
+    unet.data_layers.requires_grad_(False)
+    unet.time_embedding.linear_1.requires_grad_(False)
+    left = [parameter for group in learning_rate_groups(unet, 2.0, {}) for parameter in group["params"]]
+    assert {id(p) for p in left} == {id(p) for p in unet.parameters() if p.requires_grad} and len(left) < len(listed)
 
 
 @pytest.mark.parametrize("scales", [{"data.text": 0.5}, {"unet": 1.0}, {"global": -1.0}])
