@@ -6,6 +6,8 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from conversion.test_optimus import original as optimus_weights
+from conversion.test_optimus import saved_tokenizer
 from conversion.test_versatile import stable_diffusion
 from huggingface_hub import constants
 from open_clip.model import CLIP
@@ -88,7 +90,7 @@ def original(repo_root):
         ("paella-unet", "paella/v1_unet_forward", "PaellaUNet", ["--time_embed_dim", "16"]),
         ("paella-vqgan", "paella/v1_vqgan_gumbel_f8", "GumbelVQModel", []),
         ("paella-vqgan-f4", "paella/v3_vqgan_f4", "PaellaVQModel", []),
-        ("versatile-unet", "vd/unet_flows_b", "VersatileUNet", ["--num_heads", "4"]),
+        ("versatile-unet", "vd/unet_flows_b", "VersatileUNet", ["--num_heads", "4", "--attention_levels", "1", "0"]),
         ("optimus", "vd/optimus", "AutoencoderOptimus", ["--encoder_heads", "4", "--decoder_heads", "2"]),
     ],
 )
@@ -113,9 +115,40 @@ def test_convert_makes_a_start_of_stable_diffusion(tmp_path):
     assert diffusers_ext.VersatileUNet.from_pretrained(out).flows == ["text-to-image"]
 
 
+def test_convert_optimus_writes_the_tokenizers_that_are_named(tmp_path, capsys):
+    """As `train_versatile.py --pretrained_optimus_name_or_path` reads them."""
+    torch.save(optimus_weights(encoder=(3, 8, 1, 8, 12), decoder=(6, 12, 1, 14)), tmp_path / "optimus.pth")
+    bert = saved_tokenizer(tmp_path / "bert", ["[PAD]", "a", "[UNK]"], pad_token="[PAD]")
+    gpt2 = saved_tokenizer(tmp_path / "gpt2", ["a", "ring", "?"])
+    out, words = tmp_path / "out", ["--license", "mit", "--encoder_heads", "2", "--decoder_heads", "3"]
+    command = ["convert", "optimus", str(tmp_path / "optimus.pth")]
+    for named, message in [
+        (["--encoder_tokenizer", bert], "--encoder_tokenizer and --decoder_tokenizer go together: name both or none"),
+        (["--decoder_tokenizer", gpt2], "--encoder_tokenizer and --decoder_tokenizer go together: name both or none"),
+        (["--encoder_tokenizer", gpt2, "--decoder_tokenizer", gpt2], "`encoder_pad_token_id` of the model is 0"),
+        (["--encoder_tokenizer", bert, "--decoder_tokenizer", "/nowhere"], "`decoder_name_or_path` is '/nowhere'"),
+    ]:
+        assert cli.main([*command, str(out), *words, *named]) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+    assert cli.main([*command, str(out), *words, "--encoder_tokenizer", bert, "--decoder_tokenizer", gpt2]) == 0
+    assert "No tokenizers" not in capsys.readouterr().out
+    assert diffusers_ext.AutoencoderOptimus.from_pretrained(out).config.pad_token_id == 3
+    encoder, decoder = (
+        AutoTokenizer.from_pretrained(out, subfolder=f"{part}_tokenizer") for part in ("encoder", "decoder")
+    )
+    assert len(encoder) == 3 and encoder.pad_token_id == 0
+    assert decoder.convert_tokens_to_ids(["<PAD>", "<BOS>", "<EOS>"]) == [3, 4, 5]
+    assert cli.main([*command, str(tmp_path / "alone"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "No tokenizers are written: trainings ask for both, --encoder_tokenizer and --decoder_tokenizer" in printed
+    assert not [path for path in (tmp_path / "alone").iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["optimus", "weights.safetensors", "--attention_levels", "1"], "optimus takes no --attention_levels"),
+        (["paella-unet", "weights.safetensors", "--encoder_tokenizer", "x"], "takes no --encoder_tokenizer"),
         (["versatile-unet", "weights.safetensors", "--context_type", "text"], "takes no --context_type"),
         (["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"], "paella-vqgan takes no --time_embed_dim"),
         (["paella-unet", "nothing.pt"], "there is no such file"),

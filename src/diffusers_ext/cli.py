@@ -23,7 +23,7 @@ from .conversion.ldm_pipeline import (
 )
 from .conversion.ldm_unet import convert_ldm_unet
 from .conversion.open_clip import build_open_clip_processors, convert_open_clip
-from .conversion.optimus import convert_optimus
+from .conversion.optimus import build_optimus_tokenizers, convert_optimus
 from .conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
 from .conversion.versatile import convert_stable_diffusion_unet, convert_versatile_unet
 from .data import scenes
@@ -99,6 +99,24 @@ def convert_ldm_pipeline(
     )
 
 
+def clip_processors(model: Any) -> list[tuple[str, Any]]:
+    return [("", part) for part in build_open_clip_processors(model)]
+
+
+def optimus_tokenizers(
+    model: Any, *, encoder_tokenizer: str | None = None, decoder_tokenizer: str | None = None
+) -> list[tuple[str, Any]]:
+    if (encoder_tokenizer is None) != (decoder_tokenizer is None):
+        raise ValueError("--encoder_tokenizer and --decoder_tokenizer go together: name both or none.")
+    if encoder_tokenizer is None or decoder_tokenizer is None:
+        print("No tokenizers are written: trainings ask for both, --encoder_tokenizer and --decoder_tokenizer.")
+        return []
+    found = build_optimus_tokenizers(
+        model, encoder_name_or_path=encoder_tokenizer, decoder_name_or_path=decoder_tokenizer
+    )
+    return list(zip(("encoder_tokenizer", "decoder_tokenizer"), found, strict=True))
+
+
 # kind -> its converter and the options of `convert` that it takes
 CONVERTERS = {
     "paella-unet": (convert_paella_unet, ("time_embed_dim",)),
@@ -107,12 +125,15 @@ CONVERTERS = {
     "open-clip": (convert_open_clip, ("vision_heads", "text_heads", "quick_gelu")),
     "ldm": (convert_ldm_pipeline, ("task", "release", "tokenizer", "use_ema", *LDM_OPTIONS)),
     "ldm-first-stage": (convert_first_stage, ("resolution", "scale_factor", "use_ema")),
-    "versatile-unet": (convert_versatile_unet, ("num_heads",)),
+    "versatile-unet": (convert_versatile_unet, ("num_heads", "attention_levels")),
     "versatile-start": (convert_stable_diffusion_unet, ("num_heads", "context_type")),
     "optimus": (convert_optimus, ("encoder_heads", "decoder_heads")),
 }
-# kind -> what makes the tokenizer and the like that belong into the model's folder
-PROCESSORS = {"open-clip": build_open_clip_processors}
+# kind -> what makes the tokenizers and the like that belong to the model, by their subfolders, and its options
+PROCESSORS = {
+    "open-clip": (clip_processors, ()),
+    "optimus": (optimus_tokenizers, ("encoder_tokenizer", "decoder_tokenizer")),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,11 +171,20 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--context_type", choices=CONTEXT_TYPES, help="versatile-start: what Stable Diffusion's attention will read"
     )
+    convert.add_argument(
+        "--attention_levels",
+        nargs="+",
+        type=int,
+        choices=(0, 1),
+        help="versatile-unet: for each level, finest first, whether it has context layers, if not 1 1 ... 0",
+    )
     convert.add_argument("--num_head_channels", type=int, help="ldm: ... or this")
     convert.add_argument("--resolution", type=int, help="ldm, ldm-first-stage: side of the pictures, if not 256")
     convert.add_argument("--scale_factor", type=float, help="ldm, ldm-first-stage: of the latents, if not in the file")
     convert.add_argument("--encoder_heads", type=int, help="optimus: of BERT, if not its width / 64")
     convert.add_argument("--decoder_heads", type=int, help="optimus: of GPT-2, if not its width / 64")
+    for part, network in (("encoder", "BERT"), ("decoder", "GPT-2")):
+        convert.add_argument(f"--{part}_tokenizer", help=f"optimus: folder or name of {network}'s, to be written too")
     convert.add_argument("--null_class", type=int, help="ldm: the class that stands for none, if there is one")
     convert.add_argument("--num_classes", type=int, help="ldm: categories of a layout model")
     convert.add_argument("--tokenizer", help="ldm: folder or name of the text model's, if not bert-base-uncased")
@@ -188,16 +218,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_convert(options: argparse.Namespace) -> int:
     converter, accepted = CONVERTERS[options.kind]
-    names = {name for _, names in CONVERTERS.values() for name in names}
+    build_processors, own = PROCESSORS.get(options.kind, (lambda model: [], ()))
+    names = {name for _, names in (*CONVERTERS.values(), *PROCESSORS.values()) for name in names}
     chosen = {name: value for name in sorted(names) if (value := getattr(options, name)) is not None}
-    if refused := [name for name in chosen if name not in accepted]:
+    if refused := [name for name in chosen if name not in (*accepted, *own)]:
         raise ValueError(f"{options.kind} takes no --{' --'.join(refused)}.")
     if options.output_dir.exists():
         raise ValueError(f"{str(options.output_dir)!r} exists: name a new folder.")
+    own_options = {name: chosen.pop(name) for name in own if name in chosen}
     model = converter(load_original(options.checkpoint, allow_pickle=options.allow_pickle), **chosen)
-    processors = PROCESSORS[options.kind](model) if options.kind in PROCESSORS else ()
-    for part in (model, *processors):
-        part.save_pretrained(options.output_dir)
+    for subfolder, part in [("", model), *build_processors(model, **own_options)]:
+        part.save_pretrained(options.output_dir / subfolder)
     name, library = type(model).__name__, type(model).__module__.split(".")[0]
     load = f"{library}.{name}.from_pretrained({str(options.output_dir)!r})"
     hub.write_model_card(

@@ -115,6 +115,15 @@ def test_heads_follow_from_the_width_of_the_released_networks():
     assert (config.encoder_num_attention_heads, config.decoder_num_attention_heads) == (2, 1)
 
 
+@torch.no_grad()
+def test_the_encoders_padding_can_be_another_token():
+    weights, ids = original(), torch.tensor([[1, 3, 2, 5, 5], [1, 3, 0, 4, 2]])
+    model = convert_optimus(weights, **HEADS, encoder_pad_token_id=5)
+    assert model.config.encoder_pad_token_id == 5
+    torch.testing.assert_close(model.encode(ids).mean[:1], model.encode(ids[:1, :3]).mean)
+    assert not torch.allclose(model.encode(ids).mean, convert_optimus(weights, **HEADS).encode(ids).mean)
+
+
 def inside_a_release(prefix: str):
     others = {"model.diffusion_model.time_embed.0.weight": torch.zeros(2), "autokl.quant_conv.bias": torch.zeros(3)}
     return lambda weights: {**others, **{prefix + key: value for key, value in weights.items()}}
@@ -181,9 +190,10 @@ def test_it_is_converted_strictly(change, message):
         ({}, "`encoder_heads` is None, but the network is 8 wide: pass the number"),
         ({"encoder_heads": 2, "decoder_heads": 5}, "`decoder_heads` is 5, but the network is 12 wide"),
         ({"encoder_heads": 0, "decoder_heads": 3}, "`encoder_heads` is 0"),
+        ({**HEADS, "encoder_pad_token_id": 20}, "`encoder_pad_token_id` is 20, but `encoder_vocab_size` is 20"),
     ],
 )
-def test_heads_that_cannot_be(options, message):
+def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         convert_optimus(original(), **options)
 
@@ -212,3 +222,7 @@ def test_tokenizers_get_the_three_words_and_must_fit(tmp_path):
     larger = convert_optimus(original(encoder=(4, 8, 1, 8, 12), decoder=(6, 12, 1, 14)), **HEADS)
     with pytest.raises(ValueError, match="`encoder_vocab_size` of the model is 4, but 3 in the tokenizer '.*bert'"):
         build_optimus_tokenizers(larger, **names)
+    for argument in names:
+        nowhere = {**names, argument: str(tmp_path / "nowhere")}
+        with pytest.raises(ValueError, match=f"`{argument}` is '.*nowhere': there is no such folder .* Pass a folder"):
+            build_optimus_tokenizers(model, **nowhere)

@@ -67,6 +67,8 @@ def test_what_the_shapes_do_not_tell():
     weights = original_weights(unet, "current")
     assert convert_versatile_unet(weights, num_heads=4).config.attention_levels == (True, False)  # as released
     assert same(convert_versatile_unet(weights, num_heads=4, attention_levels=[False, True]), unet)
+    by_numbers = convert_versatile_unet(weights, num_heads=4, attention_levels=[0, 1])  # as the command line has them
+    assert [level is True for level in by_numbers.config.attention_levels] == [False, True]
     with pytest.raises(
         ValueError, match=r"`attention_levels` is \[True, True\]; the context blocks fit \[\(True, False"
     ):
@@ -163,7 +165,7 @@ def test_other_checkpoints_are_refused():
         convert_versatile_unet(copies)
 
 
-def stable_diffusion(context: int = 12) -> UNet2DConditionModel:
+def stable_diffusion(context: int = 12, **options) -> UNet2DConditionModel:
     torch.manual_seed(3)
     return UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -172,6 +174,7 @@ def stable_diffusion(context: int = 12) -> UNet2DConditionModel:
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=context,
+        **options,
     ).eval()
 
 
@@ -207,6 +210,27 @@ def test_stable_diffusion_in_its_own_layout():
         convert_stable_diffusion_unet(bare, context_type="sound")
     with pytest.raises(ValueError, match=r"keys that this converter does not know: stranger\.weight"):
         convert_stable_diffusion_unet(bare | {"stranger.weight": torch.ones(1)})
+
+
+def test_stable_diffusion_2_is_refused():
+    """By its linear layers: reshaped into convolutions they would go through, and the heads be wrong."""
+    message = (
+        r"holds {} of shape \(32, 32\), a linear layer as in Stable Diffusion 2\.x and XL: expected Stable Diffusion "
+        r"1\.x, where it is a convolution of shape .* Pass a checkpoint of 1\.x, such as sd-v1-4\.ckpt"
+    )
+    second = stable_diffusion(use_linear_projection=True).state_dict()
+    with pytest.raises(ValueError, match=message.format(r"down_blocks\.0\.attentions\.0\.proj_in\.weight")):
+        convert_stable_diffusion_unet(second, num_heads=4)
+    first = convert_stable_diffusion_unet(stable_diffusion().state_dict(), num_heads=4)
+    original = {
+        key.replace("unet_image.", ""): value[:, :, 0, 0] if ".1.proj_" in key and value.ndim == 4 else value
+        for key, value in original_weights(first, "first release").items()
+    }
+    for prefix in ("model.diffusion_model.", ""):  # a whole checkpoint, its U-Net
+        weights = {key.replace("model.diffusion_model.", prefix): value for key, value in original.items()}
+        name = f"{prefix}input_blocks.1.1.proj_in.weight".replace(".", r"\.")
+        with pytest.raises(ValueError, match=message.format(name)):
+            convert_stable_diffusion_unet(weights | {"alphas_cumprod": torch.ones(1)} if prefix else weights)
 
 
 def write_repository(folder) -> tuple[VersatileUNet, UNet2DConditionModel]:
@@ -282,14 +306,17 @@ def test_clip_of_the_first_release():
     text, image = convert_versatile_clip(weights, text_heads=2, vision_heads=2, eos_token_id=eos)
     ids = torch.tensor([[3, 9, 10, eos, 0], [3, 8, eos, 0, 0]])
     pixels = torch.randn(2, 3, image.config.image_size, image.config.image_size)
-    # the original's activation is the fast form of what the tiny towers were made with
-    text_encoder.config.hidden_act = image_encoder.config.hidden_act = "quick_gelu"
-    for actual, expected, argument in (
-        (text, type(text_encoder)(text_encoder.config), ids),
-        (image, type(image_encoder)(image_encoder.config), pixels),
-    ):
-        expected.load_state_dict(actual.state_dict())
-        torch.testing.assert_close(actual(argument)[0], expected.eval()(argument)[0])
+    exact = convert_versatile_clip(weights, text_heads=2, vision_heads=2, eos_token_id=eos, hidden_act="gelu")
+    # the original's activation is the fast form of the exact one
+    for activation, towers in (("quick_gelu", (text, image)), ("gelu", exact)):
+        text_encoder.config.hidden_act = image_encoder.config.hidden_act = activation
+        for actual, stock, argument in zip(towers, (text_encoder, image_encoder), (ids, pixels), strict=True):
+            expected = type(stock)(stock.config)
+            expected.load_state_dict(actual.state_dict())
+            torch.testing.assert_close(actual(argument)[0], expected.eval()(argument)[0])
+    assert not torch.equal(text(ids)[0], exact[0](ids)[0])
+    with pytest.raises(ValueError, match=r"`hidden_act` is 'relu': expected one of quick_gelu, gelu, as CLIP's"):
+        convert_versatile_clip(weights, text_heads=2, vision_heads=2, hidden_act="relu")
     for change, message in [
         ({"stranger": torch.ones(1)}, r"does not know: stranger"),
         ({"text_projection.weight": None}, r"is not CLIP's text tower: it lacks text_projection\.weight"),

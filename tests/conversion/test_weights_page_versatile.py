@@ -76,30 +76,36 @@ def test_the_page_makes_pipelines_that_sample(reader, monkeypatch):
     current, sample, first_release, published, parts = blocks()
     for code in (current, sample, first_release, parts):
         exec(compile(code, PAGE.name, "exec"), {})
-    (start,) = re.findall(
-        r"^diffusers-ext (convert versatile-start .*)$", PAGE.read_text(encoding="utf-8"), flags=re.M
-    )
-    assert cli.main(start.split()) == 0
+    commands = re.findall(r"^diffusers-ext (convert .*)$", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    assert [command.split()[1] for command in commands] == ["versatile-unet", "optimus", "versatile-start"]
+    for command in commands:
+        assert cli.main(command.split()) == 0
     assert Image.open("car.png").size == (32, 32)
     pipes = [VersatilePipeline.from_pretrained(name) for name in ("versatile", "versatile-first-release")]
     options = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "pt"}
-    made = []
+    made, texts = [], []
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         assert pipe.unet.flows == pipe.unet.known_flows
         made.append(pipe("a red car", generator=torch.Generator().manual_seed(0), **options).images)
-        texts = pipe("a red car", data_type="text", num_inference_steps=1).texts
-        assert set(texts[0].replace("?", " ?").split()) <= set(DECODER_WORDS)
+        generator = torch.Generator().manual_seed(0)
+        texts.append(pipe("a red car", data_type="text", num_inference_steps=1, generator=generator).texts[0])
         edited = pipe.edit_image(
             Image.new("RGB", (20, 20)), "a car", "red", num_inference_steps=1, height=32, width=32
         )
         assert edited.images[0].size == (32, 32)
     torch.testing.assert_close(*made)  # one checkpoint in two layouts
+    assert texts[0] == texts[1] != "" and set(texts[0].replace("?", " ?").split()) <= set(DECODER_WORDS)
     unet = VersatileUNet.from_pretrained("versatile-start")
     assert unet.flows == ["image-to-image"]
     args, _, _ = train_versatile.parse_args([str(PAPER), "--pretrained_clip_name_or_path", "original/clip"])
     loaded = train_versatile.load_parts(args)  # under the names of the preset
     assert args.pretrained_unet_name_or_path == "versatile-start"
+    words = ["--pretrained_clip_name_or_path", "original/clip", "--pretrained_optimus_name_or_path"]
+    args, _, _ = train_versatile.parse_args([str(PAPER), *words, "versatile-optimus"])
+    again = train_versatile.load_parts(args)  # as the command wrote it
+    for name in ("encoder_tokenizer", "decoder_tokenizer"):
+        assert again[name].get_vocab() == loaded[name].get_vocab()
     assert loaded["optimus"].config["latent_dim"] == 6 and loaded["vae"].config["latent_channels"] == 4
     # CLIPTokenizer reads BPE files, the stand-in's tokenizer has whole words
     known = {"tokenizer": AutoTokenizer.from_pretrained("published/tokenizer")}

@@ -1,5 +1,7 @@
 """The recorded text autoencoder of Versatile Diffusion, through the converter."""
 
+from typing import Any
+
 import torch
 from parity.case import Case
 
@@ -16,13 +18,13 @@ def load(case: Case, **flags: bool) -> AutoencoderOptimus:
         case.weights(),
         encoder_heads=facts["bert"]["num_attention_heads"],
         decoder_heads=facts["gpt2"]["n_head"],
+        encoder_pad_token_id=tokens["bert_pad"],
         pad_token_id=tokens["pad"],
         bos_token_id=tokens["bos"],
         eos_token_id=tokens["eos"],
         **flags,
     )
     assert model.config["latent_dim"] == facts["latent_size"]
-    assert model.config["encoder_pad_token_id"] == tokens["bert_pad"]
     return model
 
 
@@ -43,6 +45,19 @@ def check_ids(case: Case, name: str, sentences: list[torch.Tensor]) -> None:
 def cut_padding(batch: torch.Tensor, eos_token_id: int) -> list[torch.Tensor]:
     """Each sentence up to its first <EOS>; a sampled token may well be the padding."""
     return [row[: int((row == eos_token_id).int().argmax()) + 1] for row in batch]
+
+
+def filter_options(name: str) -> dict[str, Any]:
+    """What "filter_topk5", "filter_topp06" or "filter_topk5_topp06" asks for; the digits "06" are 0.6."""
+    options: dict[str, Any] = {}
+    for part in name.split("_")[1:]:
+        option, digits = part[:4], part[4:]
+        if option == "topk":
+            options["top_k"] = int(digits)
+        else:
+            assert option == "topp", f"{name}: no filter {part!r}"
+            options["top_p"] = float(digits if "." in digits else f"{digits[0]}.{digits[1:]}")
+    return options
 
 
 @torch.no_grad()
@@ -74,9 +89,8 @@ def optimus(case: Case) -> None:
         check_ids(case, "sample", sampled)
 
     logits = case["filter_in"]
-    case.check("filter_topk5", filter_logits(logits, top_k=5))
-    case.check("filter_topp06", filter_logits(logits, top_p=0.6))
-    case.check("filter_topp1", filter_logits(logits))
+    for name in case.names("filter_top"):
+        case.check(name, filter_logits(logits, **filter_options(name)))
 
 
 KINDS = {"optimus": optimus}

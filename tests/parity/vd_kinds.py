@@ -177,12 +177,13 @@ def recover_noise(scheduler, clean: Tensor, noisy: Tensor, timestep: Tensor) -> 
 @torch.no_grad()
 def clip_context(case: Case) -> None:
     config = case.facts["config"]
-    assert {config[tower]["act"] for tower in ("text", "vision")} == {"quick_gelu"}  # of the only CLIP there was
+    (hidden_act,) = {config[tower]["act"] for tower in ("text", "vision")}  # a CLIP has one for both
     text, vision = convert_versatile_clip(
         case.weights(),
         text_heads=config["text"]["heads"],
         vision_heads=config["vision"]["heads"],
         eos_token_id=config["text"]["eos_token_id"],
+        hidden_act=hidden_act,
     )
     assert vision.config.image_size == config["vision"]["image_size"]
     hidden = text.text_model(case["input_ids"])

@@ -70,6 +70,7 @@ def convert_optimus(
     *,
     encoder_heads: int | None = None,
     decoder_heads: int | None = None,
+    encoder_pad_token_id: int = 0,
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
@@ -83,6 +84,7 @@ def convert_optimus(
         state_dict: original weights: of Optimus alone, or of a checkpoint that holds it (see the module), of which
             all other networks are left to their own converters.
         encoder_heads, decoder_heads: attention heads of BERT and GPT-2; the width divided by 64 when unset.
+        encoder_pad_token_id: what fills up the encoder's input, 0 in BERT.
         pad_token_id, bos_token_id, eos_token_id: of the decoder; when unset the last three of the vocabulary, where
             Optimus appends <PAD>, <BOS>, <EOS>.
         latent_as_embedding, latent_as_memory: how the decoder was trained to read the latents. With False the
@@ -94,7 +96,7 @@ def convert_optimus(
 
     Raises:
         ValueError: listing keys that are unknown, missing, misshaped or not finite; for a width that the heads do not
-            divide; or for an output head that is no copy of the embedding table.
+            divide; for a token id beyond the vocabulary; or for an output head that is no copy of the embedding table.
     """
     weights = take_optimus(state_dict)
     vocab_size, width = weights["decoder.transformer.wte.weight"].shape
@@ -120,6 +122,7 @@ def convert_optimus(
         decoder_num_layers=_count_layers(weights, "decoder.transformer.h."),
         decoder_num_attention_heads=_heads("decoder_heads", width, decoder_heads),
         decoder_max_length=weights["decoder.transformer.wpe.weight"].shape[0],
+        encoder_pad_token_id=encoder_pad_token_id,
         pad_token_id=vocab_size - 3 if pad_token_id is None else pad_token_id,
         bos_token_id=vocab_size - 2 if bos_token_id is None else bos_token_id,
         eos_token_id=vocab_size - 1 if eos_token_id is None else eos_token_id,
@@ -144,11 +147,11 @@ def build_optimus_tokenizers(
             gets <PAD>, <BOS> and <EOS> appended where it lacks them.
 
     Raises:
-        ValueError: the vocabularies are not those of the model.
+        ValueError: the vocabularies are not those of the model, or a tokenizer is not there.
     """
     config: Any = model.config
-    encoder = AutoTokenizer.from_pretrained(encoder_name_or_path)
-    decoder = AutoTokenizer.from_pretrained(decoder_name_or_path)
+    encoder = _load_tokenizer("encoder_name_or_path", encoder_name_or_path)
+    decoder = _load_tokenizer("decoder_name_or_path", decoder_name_or_path)
     decoder.add_special_tokens(SPECIAL_TOKENS)
     wanted = {
         "encoder_vocab_size": (len(encoder), encoder_name_or_path),
@@ -165,6 +168,16 @@ def build_optimus_tokenizers(
                 "tokenizers that the model was trained with (`encoder_name_or_path`, `decoder_name_or_path`)."
             )
     return encoder, decoder
+
+
+def _load_tokenizer(argument: str, place: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(
+            f"`{argument}` is {place!r}: there is no such folder with a tokenizer, and the Hub has it not or is out "
+            "of reach. Pass a folder with the tokenizer's files."
+        ) from error
 
 
 def _check_head(weights: Mapping[str, Tensor]) -> None:

@@ -140,13 +140,14 @@ def convert_stable_diffusion_unet(
         In eval mode, in the dtype of the weights. `add_flows` gives it the other groups.
 
     Raises:
-        ValueError: as `convert_versatile_unet`; for an unknown context type.
+        ValueError: as `convert_versatile_unet`; for an unknown context type, or another Stable Diffusion than 1.x.
     """
     if context_type not in CONTEXT_TYPES:
         raise ValueError(f"`context_type` is {context_type!r}: expected one of {', '.join(CONTEXT_TYPES)}.")
     weights = unwrap_state_dict(state_dict)
     if unet := {key: value for key, value in weights.items() if key.startswith("model.diffusion_model.")}:
         weights = unet  # of a whole checkpoint
+    _refuse_linear_projections(weights)
     all_blocks, time = _blocks(weights, _STABLE_DIFFUSION)
     blocks = all_blocks.get("", [])
     data, contexts = ([block for block in blocks if block.is_context == wanted] for wanted in (False, True))
@@ -226,6 +227,17 @@ class _Block:
 
     def get(self, names: Sequence[str]) -> Tensor | None:
         return next((self.weights[key] for name in names if (key := f"{name}.weight") in self.weights), None)
+
+
+def _refuse_linear_projections(weights: Mapping[str, Tensor]) -> None:
+    """Stable Diffusion 2.x has linear layers around its transformers, and heads of 64 instead of 8 in number."""
+    for key, value in weights.items():
+        if key.endswith((".proj_in.weight", ".proj_out.weight")) and value.ndim == 2:
+            raise ValueError(
+                f"`state_dict` holds {key} of shape {tuple(value.shape)}, a linear layer as in Stable Diffusion 2.x "
+                "and XL: expected Stable Diffusion 1.x, where it is a convolution of shape (channels, channels, 1, 1)."
+                " Pass a checkpoint of 1.x, such as sd-v1-4.ckpt."
+            )
 
 
 def _turn(kind: str, index: str) -> tuple[int, int]:
@@ -401,7 +413,7 @@ def _attention_levels(
     released = (*(True,) * (len(widths) - 1), False)
     choice = released if wanted is None and released in fitting else None
     if wanted is not None and tuple(wanted) in fitting:
-        choice = tuple(wanted)
+        choice = tuple(map(bool, wanted))  # 1 and 0 will do
     elif wanted is None and len(fitting) == 1:
         choice = fitting[0]
     if choice is None:

@@ -32,6 +32,7 @@ _SCHEDULE_BUFFERS = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_\w*alphas_cumprod|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights|logvar"
 )
 HEAD_WIDTH = 64  # of all towers by OpenAI
+ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and that of most CLIPs since
 _NO_WEIGHTS = re.compile(r"logit_scale|(text|vision)_model\.embeddings\.position_ids")
 
 
@@ -88,6 +89,7 @@ def convert_versatile_clip(
     text_heads: int | None = None,
     vision_heads: int | None = None,
     eos_token_id: int = 2,
+    hidden_act: str = "quick_gelu",
 ) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     """Converts both towers; every size but the number of heads is read off the shapes.
 
@@ -95,27 +97,34 @@ def convert_versatile_clip(
         state_dict: the `clip` of `split_versatile_checkpoint`, or a `CLIPModel`'s own.
         text_heads, vision_heads: attention heads; by default the width divided by 64.
         eos_token_id: at which texts are pooled. The original's 2 stands for the highest id of each text.
+        hidden_act: activation of both towers, "quick_gelu" (as in the original) or "gelu".
 
     Returns:
         Both towers in eval mode, in the dtype of the weights.
 
     Raises:
-        ValueError: listing keys that are unknown, missing, misshaped or not finite.
+        ValueError: listing keys that are unknown, missing, misshaped or not finite; for an unknown activation.
     """
+    if hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"`hidden_act` is {hidden_act!r}: expected one of {', '.join(ACTIVATIONS)}, as CLIP's config says."
+        )
     weights = {key: value for key, value in unwrap_state_dict(state_dict).items() if not _NO_WEIGHTS.fullmatch(key)}
     text = {key: value for key, value in weights.items() if key.startswith("text_")}
     vision = {key: value for key, value in weights.items() if key.startswith(("vision_", "visual_"))}
     if unknown := sorted(weights.keys() - text.keys() - vision.keys()):
         raise ValueError(f"The checkpoint holds keys that this converter does not know: {', '.join(unknown[:20])}.")
-    text_config = _text_config(text, text_heads, eos_token_id)
-    vision_config = _vision_config(vision, vision_heads)
+    text_config = _text_config(text, text_heads, eos_token_id, hidden_act)
+    vision_config = _vision_config(vision, vision_heads, hidden_act)
     return (
         load_strict(build_empty(CLIPTextModelWithProjection, config=text_config), text),
         load_strict(build_empty(CLIPVisionModelWithProjection, config=vision_config), vision),
     )
 
 
-def _text_config(weights: Mapping[str, Tensor], heads: int | None, eos_token_id: int) -> CLIPTextConfig:
+def _text_config(
+    weights: Mapping[str, Tensor], heads: int | None, eos_token_id: int, hidden_act: str
+) -> CLIPTextConfig:
     embeddings = [f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position")]
     mlp = "text_model.encoder.layers.0.mlp.fc1.weight"
     require(weights, "CLIP's text tower", *embeddings, mlp, "text_projection.weight")
@@ -128,12 +137,12 @@ def _text_config(weights: Mapping[str, Tensor], heads: int | None, eos_token_id:
         num_hidden_layers=_count_layers(weights),
         num_attention_heads=_heads("text_heads", width, heads),
         max_position_embeddings=weights[embeddings[1]].shape[0],
-        hidden_act="quick_gelu",
+        hidden_act=hidden_act,
         eos_token_id=eos_token_id,
     )
 
 
-def _vision_config(weights: Mapping[str, Tensor], heads: int | None) -> CLIPVisionConfig:
+def _vision_config(weights: Mapping[str, Tensor], heads: int | None, hidden_act: str) -> CLIPVisionConfig:
     patches, positions = (f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position"))
     mlp = "vision_model.encoder.layers.0.mlp.fc1.weight"
     require(weights, "CLIP's picture tower", patches, positions, mlp, "visual_projection.weight")
@@ -146,7 +155,7 @@ def _vision_config(weights: Mapping[str, Tensor], heads: int | None) -> CLIPVisi
         num_attention_heads=_heads("vision_heads", width, heads),
         image_size=math.isqrt(weights[positions].shape[0] - 1) * patch_size,
         patch_size=patch_size,
-        hidden_act="quick_gelu",
+        hidden_act=hidden_act,
     )
 
 
