@@ -35,7 +35,16 @@ import torch
 from diffusers_ext import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "training/README.md", "CONTRIBUTING.md", "docs/paella_sampling.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "training/README.md",
+        "CONTRIBUTING.md",
+        "docs/paella_sampling.md",
+        "docs/versatile_diffusion.md",
+    )
+]
 PRESETS = sorted((ROOT / "training" / "presets").glob("*.yaml"))
 
 # `-paper-` preset -> the recipe's functions that build the networks from the parsed arguments, and the exact counts.
@@ -149,8 +158,8 @@ def test_python_blocks_run(code, hub, tmp_path):
             shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {k: v for k, v in {**os.environ, **hub.env(tmp_path / "home")}.items() if v is not None}
     for name in set(re.findall(r"runs/([\w.-]+)", code)):
-        if name in ("ldm-smoke", "versatile-smoke"):  # seconds: trained here
-            train = [sys.executable, f"training/train_{name.split('-')[0]}.py", f"training/presets/{name}.yaml"]
+        if name == "ldm-smoke":  # seconds: trained here
+            train = [sys.executable, "training/train_ldm.py", "training/presets/ldm-smoke.yaml"]
             subprocess.run(train, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
         else:
             shutil.copytree(ROOT / "checkpoints" / "paella-scenes-64", clone / "runs" / name)
