@@ -108,6 +108,8 @@ def load(side: str, flow: str, folder: str, args: argparse.Namespace) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
     if side == "ours":
         pipe = VersatilePipeline.from_pretrained(f"{folder}/ours", flows=FLOWS[flow][1], **options)
+        # the size that pictures are stretched to before they are read, which diffusers leaves out
+        pipe.register_to_config(default_sample_size=args.resolution // 8)
     else:
         published = f"{folder}/published"
         kind = VersatileDiffusionPipeline if side == "whole" else FLOWS[flow][0]

@@ -11,7 +11,7 @@ A shell line is checked by its first words (environment assignments in front are
 | `accelerate launch training/train_R.py ...` | R's own parser accepts the words as they stand |
 | `diffusers-ext ...`, `python FILE ...`, `python -m MODULE ...` | runs with `--help`, which names every option used |
 | `pip install ...` | the extras exist |
-| `git clone`, `cd`, `source`, `hf` | nothing of ours runs |
+| `git clone`, `cd`, `source`, `export`, `hf` | nothing of ours runs |
 
 Anything else fails: a new kind of line needs a rule here.
 """
@@ -196,7 +196,7 @@ def check_line(words: list[str]) -> None:
                 extra for word in words for group in re.findall(r"\[([\w,]+)\]", word) for extra in group.split(",")
             }
             assert named <= project["optional-dependencies"].keys()
-        case ["git", "clone", *_] | ["cd", _] | ["source" | ".", _] | ["hf", *_]:
+        case ["git", "clone", *_] | ["cd", _] | ["source" | ".", _] | ["hf", *_] | ["export", *_]:
             pass
         case _:
             raise AssertionError(f"no rule for {words[0]!r}: give tests/test_readme.py one")
