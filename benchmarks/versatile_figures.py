@@ -1,7 +1,7 @@
 """The figures of the Versatile Diffusion paper, small: one PNG each, from a checkpoint that learnt `scenes`.
 
-    python benchmarks/versatile_figures.py runs/versatile-scenes-four --grid_dir figures
-    python benchmarks/versatile_figures.py runs/versatile-scenes-four --grid_dir figures --figures dual blender
+    python benchmarks/versatile_figures.py checkpoints/versatile-scenes-64 --grid_dir figures
+    python benchmarks/versatile_figures.py checkpoints/versatile-scenes-64 --grid_dir figures --figures dual blender
 
 | figure | what it shows (arXiv 2211.08332 and the authors' application, SHI-Labs/Versatile-Diffusion@cf0f4a2) |
 |---|---|

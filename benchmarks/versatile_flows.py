@@ -1,6 +1,6 @@
 """Does every flow of Versatile Diffusion do what it says? One table over a small checkpoint that learnt `scenes`.
 
-    python benchmarks/versatile_flows.py runs/versatile-scenes-four --num_cases 256 --seeds 0 1 2
+    python benchmarks/versatile_flows.py checkpoints/versatile-scenes-64 --num_cases 256 --seeds 0 1 2
 
 - text-to-image: prompts followed, half of them with one object, half with two, as the verifier of `scenes` reads them
 - image-to-image, image-to-text: held-out pictures, one and two objects by turns. A variation keeps the shapes and

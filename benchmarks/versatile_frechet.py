@@ -1,6 +1,6 @@
 """How near do a Versatile Diffusion's pictures come to true ones, over guidance? The paper's FID, small.
 
-    python benchmarks/versatile_frechet.py runs/versatile-scenes-four --guidance_scales 1 2 4
+    python benchmarks/versatile_frechet.py checkpoints/versatile-scenes-64 --guidance_scales 1 2 4
 
 Frechet distances between sets of `--num_cases` pictures over the class tokens of the checkpoint's own CLIP: no FID,
 and comparable only within a table. The target are held-out scenes; texts and pictures to vary come from others. "CLIP
