@@ -15,6 +15,7 @@ import argparse
 import collections
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,7 +72,7 @@ _HARMLESS_GLOBALS = [
 
 
 def load_original(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint of an original repository onto the CPU.
+    """Reads a checkpoint of an original repository onto the CPU; weights stay in the file until they are used.
 
     Args:
         path: a `.safetensors` file, or a `.pt`, `.pth`, `.ckpt` or `.bin` file as written by `torch.save`.
@@ -91,11 +92,12 @@ def load_original(path: str | Path, *, allow_pickle: bool = False) -> dict[str, 
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and have to be read whole
         if allow_pickle:
-            content = torch.load(path, map_location="cpu", weights_only=False)
+            content = torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
         else:
             with torch.serialization.safe_globals(_HARMLESS_GLOBALS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
@@ -228,7 +230,10 @@ def build_empty(model_class: type[ModuleType], **config: Any) -> ModuleType:
 
 
 def load_strict(model: ModuleType, state_dict: Mapping[str, Tensor]) -> ModuleType:
-    """Gives `model` copies of all its weights, in the dtype of `state_dict`, and returns it in eval mode.
+    """Gives `model` all its weights, in the dtype of `state_dict`, and returns it in eval mode.
+
+    A tensor that has its memory for itself is taken over without a copy (files of these systems have up to 10 GB): the
+    model and `state_dict` then share it.
 
     Axes of length 1 may be placed otherwise than in the model: a 1x1 convolution fills a linear layer.
 
@@ -251,7 +256,14 @@ def load_strict(model: ModuleType, state_dict: Mapping[str, Tensor]) -> ModuleTy
     if any(problems.values()):
         lists = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
         raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {lists}.")
-    fitted = {key: value.detach().reshape(wanted[key].shape).clone() for key, value in state_dict.items()}
+    uses = collections.Counter(value.untyped_storage().data_ptr() for value in state_dict.values())
+
+    def own(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        is_view = uses[storage.data_ptr()] > 1 or storage.nbytes() != value.nbytes or not value.is_contiguous()
+        return value.clone(memory_format=torch.contiguous_format) if is_view else value
+
+    fitted = {key: own(value.detach()).reshape(wanted[key].shape) for key, value in state_dict.items()}
     model.load_state_dict(fitted, assign=True)
     return model.eval()
 
