@@ -23,6 +23,7 @@ from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder
 from diffusers_ext.pipelines.ldm_denoising import predict_noise
 from diffusers_ext.pipelines.ldm_first_stage import FirstStage, encode_masked_image
 from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
+from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training_utils.kernels import plain_attention
 
 
@@ -87,10 +88,7 @@ class Denoiser(nn.Module):
 
 def text_ids(pipe: LDMBasePipeline, texts: Sequence[str]) -> Tensor:
     """Texts as tokens (b, l), padded and cut as the pipeline does it: the encoder attends to padding."""
-    encoded = pipe.tokenizer(
-        list(texts), padding="max_length", truncation=True, max_length=pipe.text_window, return_tensors="pt"
-    )
-    return encoded.input_ids
+    return tokenize_texts(pipe.tokenizer, texts, pipe.text_window)[0]
 
 
 def null_condition(pipe: LDMBasePipeline, task: str) -> Tensor | None:

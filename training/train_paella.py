@@ -31,6 +31,7 @@ from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, downsample_factor, encode_indices
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
@@ -312,20 +313,19 @@ class Conditioner:
 
     def text_vectors(self, texts: list[str]) -> Tensor:
         """The captions' vectors (b, d), padded to the window as the pipeline does it."""
-        return self._vectors(lambda ids: self.pipe.text_encoder(ids).text_embeds, self.token_ids(texts, "max_length"))
+        ids = self.token_ids(texts, pad_to_window=True)
+        return self._vectors(lambda ids: self.pipe.text_encoder(ids).text_embeds, ids)
 
     def image_vectors(self, images: Tensor) -> Tensor:
         """The pictures' vectors (b, d), prepared as `PaellaImageVariationPipeline` does it."""
         pipe = self.pipe
         return image_vectors(pipe.feature_extractor, pipe.image_encoder, list((images + 1) / 2), images.device)
 
-    def token_ids(self, texts: list[str], padding: str = "longest") -> Tensor:
+    def token_ids(self, texts: list[str], *, pad_to_window: bool = False) -> Tensor:
         """The captions as the text tower reads them (b, l)."""
         window = text_window(self.pipe.tokenizer, self.pipe.text_encoder)
-        encoded = self.pipe.tokenizer(
-            list(texts), padding=padding, truncation=True, max_length=window, return_tensors="pt"
-        )
-        return encoded.input_ids.to(self.pipe.text_encoder.device)
+        ids, _ = tokenize_texts(self.pipe.tokenizer, texts, window, pad_to_window=pad_to_window)
+        return ids.to(self.pipe.text_encoder.device)
 
     def cached(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """What the cache keeps of samples from `read_whole`: all but the picture, encoded as far as it is frozen."""

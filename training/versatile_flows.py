@@ -12,13 +12,13 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from diffusers_ext.losses.diffusion import noise_error
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
+from diffusers_ext.pipelines.clip_vectors import text_ids
 from diffusers_ext.pipelines.optimus_text import sentence_ids, word_piece_window
 from diffusers_ext.pipelines.versatile_contexts import (
     image_context,
     null_picture,
     prepare_pictures,
     text_context,
-    token_ids,
 )
 from diffusers_ext.pipelines.versatile_denoising import FlowContext, predict_flow_noise
 
@@ -94,7 +94,7 @@ class FlowEncoders:
         return self._nothing[context_type, data_type]
 
     def _text_context(self, texts: Sequence[str]) -> Tensor:
-        ids = token_ids(self.tokenizer, self.text_encoder, list(texts))
+        ids, _ = text_ids(self.tokenizer, self.text_encoder, list(texts))
         return text_context(self.text_encoder, ids.to(self.text_encoder.device))
 
     def _image_context(self, images: Tensor) -> Tensor:

@@ -5,48 +5,43 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .tokenization import tokenize_texts
+
 LEGACY_EOS = 2  # a CLIP config with this end-of-text id pools at the highest id instead of at the end-of-text token
 
 
 def text_window(tokenizer, text_encoder) -> int:
     """How many tokens the text encoder reads, the first and the last included."""
-    # a tokenizer saved without model_max_length reports 1e30
+    # a tokenizer saved without model_max_length reports 1e30, BERT's own 512
     return min(int(tokenizer.model_max_length), text_encoder.config.max_position_embeddings)
 
 
-def text_vectors(tokenizer, text_encoder, texts: list[str], device: torch.device | str) -> Tensor:
-    """`(n, d)`; what does not fit the window is cut off, see `cut_texts`.
+def text_ids(tokenizer, text_encoder, texts: list[str]) -> tuple[Tensor, list[str]]:
+    """Tokens `(n, l)`, padded and cut to what the text encoder reads, and the parts that were cut off.
 
     Raises:
         ValueError: The tokenizer is not the one that the text encoder was trained with.
     """
-    window = text_window(tokenizer, text_encoder)
-    inputs = tokenizer(
-        texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt", verbose=False
-    )
-    input_ids = inputs.input_ids
+    ids, cut = tokenize_texts(tokenizer, texts, text_window(tokenizer, text_encoder))
     vocab_size, eos = text_encoder.config.vocab_size, text_encoder.config.eos_token_id
-    if int(input_ids.max()) >= vocab_size:
+    if int(ids.max()) >= vocab_size:
         raise ValueError(
-            f"The tokenizer gives token {int(input_ids.max())}, the text encoder knows 0 to {vocab_size - 1}. Use"
+            f"The tokenizer gives token {int(ids.max())}, the text encoder knows 0 to {vocab_size - 1}. Use"
             " the tokenizer that the text encoder was trained with."
         )
-    has_eos = (input_ids == eos).any(dim=1)
-    if eos != LEGACY_EOS and not bool(has_eos.all()):
+    if eos != LEGACY_EOS and not bool((ids == eos).any(dim=1).all()):
         # transformers would pool at position 0: the same vector for every text, silently
         raise ValueError(
             f"The tokenizer ends no text with token {eos}, at which the text encoder pools"
             f" (text_encoder.config.eos_token_id); tokenizer.eos_token_id is {tokenizer.eos_token_id}."
             " Use the tokenizer that the text encoder was trained with."
         )
-    return text_encoder(input_ids.to(device)).text_embeds
+    return ids, cut
 
 
 def cut_texts(tokenizer, window: int, texts: list[str]) -> list[str]:
     """The parts of the texts that lie beyond the window, of those that have one."""
-    room = window - tokenizer.num_special_tokens_to_add()
-    all_ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-    return [tokenizer.decode(ids[room:]) for ids in all_ids if len(ids) > room]
+    return tokenize_texts(tokenizer, texts, window)[1]
 
 
 def image_vectors(feature_extractor, image_encoder, images: list[Tensor], device: torch.device | str) -> Tensor:

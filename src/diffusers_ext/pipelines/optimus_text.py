@@ -6,9 +6,12 @@ sentence is left out of the text.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .tokenization import tokenize_texts, warn_of_cuts
 
 MAX_WORD_PIECES = 77  # of a sentence, [CLS] and [SEP] not counted
 MAX_SENTENCE_LENGTH = 30  # tokens that are decoded, <BOS> and <EOS> included
@@ -18,7 +21,12 @@ _SPACE_BEFORE = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re)(?:\W|$))")
 
 
 def sentence_ids(
-    tokenizer, sentences: Sequence[str], *, max_word_pieces: int = MAX_WORD_PIECES, lower_case: bool = True
+    tokenizer,
+    sentences: Sequence[str],
+    *,
+    max_word_pieces: int = MAX_WORD_PIECES,
+    lower_case: bool = True,
+    pipe: Any = None,
 ) -> Tensor:
     """The encoder's tokens of sentences, integers (b, l): in lower case, cut, with [CLS] and [SEP], padded.
 
@@ -26,14 +34,14 @@ def sentence_ids(
         tokenizer: of the encoder; BERT's *cased* one in the released model.
         max_word_pieces: what a longer sentence is cut to.
         lower_case: Versatile Diffusion does so, although BERT's cased vocabulary knows more. Optimus itself does not.
+        pipe: the pipeline that warns of what is cut off; None cuts without a word, as in training.
     """
-    return tokenizer(
-        [sentence.lower() if lower_case else sentence for sentence in sentences],
-        padding=True,
-        truncation=True,
-        max_length=max_word_pieces + tokenizer.num_special_tokens_to_add(),
-        return_tensors="pt",
-    ).input_ids
+    sentences = [sentence.lower() if lower_case else sentence for sentence in sentences]
+    window = max_word_pieces + tokenizer.num_special_tokens_to_add()
+    ids, cut = tokenize_texts(tokenizer, sentences, window, pad_to_window=False)
+    if pipe is not None:
+        warn_of_cuts(pipe, cut, window, "text autoencoder")
+    return ids
 
 
 def word_piece_window(tokenizer, optimus) -> int:
@@ -43,9 +51,9 @@ def word_piece_window(tokenizer, optimus) -> int:
 
 def target_ids(tokenizer, sentences: Sequence[str], *, max_length: int = MAX_SENTENCE_LENGTH) -> Tensor:
     """The decoder's tokens of sentences, integers (b, l): <BOS>, the sentence (cut to fit), <EOS>, padding."""
-    encoded = tokenizer(list(sentences), add_special_tokens=False, truncation=True, max_length=max_length - 2)
+    encoded = tokenizer(list(sentences), add_special_tokens=False, verbose=False)
     rows = [
-        torch.tensor([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=torch.long)
+        torch.tensor([tokenizer.bos_token_id, *ids[: max_length - 2], tokenizer.eos_token_id], dtype=torch.long)
         for ids in encoded.input_ids
     ]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)

@@ -12,17 +12,15 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checks import as_texts, check_integer
 from .checks_ldm import check_components
-from .clip_vectors import cut_texts
+from .clip_vectors import text_window
 from .ldm_denoising import LDMCondition
 from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
-
-logger = logging.get_logger(__name__)
+from .tokenization import tokenize_texts, warn_of_cuts
 
 
 class LDMTextPipeline(LDMBasePipeline):
@@ -195,17 +193,12 @@ class LDMTextPipeline(LDMBasePipeline):
     @property
     def text_window(self) -> int:
         """How many tokens the text encoder reads, the first and the last included."""
-        # a tokenizer saved without model_max_length reports 1e30, BERT's own 512
-        return min(int(self.tokenizer.model_max_length), self.bert.config.max_position_embeddings)
+        return text_window(self.tokenizer, self.bert)
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """(n, l, d); padding is attended to, as in the training."""
-        window = self.text_window
-        for cut in cut_texts(self.tokenizer, window, texts):
-            logger.warning(f"The text encoder reads {window} tokens; this part of the prompt was cut off: {cut!r}")
-        tokens = self.tokenizer(
-            texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt", verbose=False
-        ).input_ids
+        tokens, cut = tokenize_texts(self.tokenizer, texts, self.text_window)
+        warn_of_cuts(self, cut, self.text_window)
         vocab_size = self.bert.config.vocab_size
         if int(tokens.max()) >= vocab_size:
             raise ValueError(

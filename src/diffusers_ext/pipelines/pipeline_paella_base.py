@@ -15,7 +15,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -45,8 +44,9 @@ from .checks import (
     check_output_type,
 )
 from .checks_paella import check_components, check_conditions, check_image_components, check_latents, check_size
-from .clip_vectors import cut_texts, image_vectors, text_vectors, text_window
+from .clip_vectors import image_vectors, text_ids
 from .sharing import SharingPipeline
+from .tokenization import warn_of_cuts
 
 Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator] | None
@@ -425,12 +425,9 @@ class PaellaBasePipeline(SharingPipeline):
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """`(n, d)` projected, un-normalised text vectors."""
-        window = text_window(self.tokenizer, self.text_encoder)
-        # the logger of the pipeline that the user called
-        logger = logging.get_logger(type(self).__module__)
-        for cut in cut_texts(self.tokenizer, window, texts):
-            logger.warning(f"The text encoder reads {window} tokens; this part of the prompt was cut off: {cut!r}")
-        return text_vectors(self.tokenizer, self.text_encoder, texts, device)
+        ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
+        warn_of_cuts(self, cut, ids.shape[1])
+        return self.text_encoder(ids.to(device)).text_embeds
 
 
 def _runs_plain_forward(unet: torch.nn.Module) -> bool:

@@ -27,9 +27,11 @@ from ..models.autoencoder_optimus import AutoencoderOptimus
 from ..models.unet_versatile import VersatileUNet
 from .checks import as_texts
 from .checks_versatile import NULL_IMAGES, check_choice, check_parts, check_text_length
+from .clip_vectors import text_ids
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
 from .sharing import SharingPipeline
+from .tokenization import warn_of_cuts
 from .versatile_conditions import Conditions, read_conditions
 from .versatile_contexts import (
     image_context,
@@ -37,7 +39,6 @@ from .versatile_contexts import (
     null_picture,
     prepare_pictures,
     text_context,
-    token_ids,
 )
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -341,7 +342,8 @@ class VersatileBasePipeline(SharingPipeline):
         return [merge_repeated_words(text) for text in texts] if merge_repeats else texts
 
     def _text_tokens(self, texts: list[str], device: torch.device | str) -> Tensor:
-        ids = token_ids(self.tokenizer, self.text_encoder, texts)
+        ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
+        warn_of_cuts(self, cut, ids.shape[1])
         return text_context(self.text_encoder, ids.to(device))
 
     def _image_tokens(self, conditions: Conditions, device: torch.device | str) -> Tensor:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-
-from .clip_vectors import LEGACY_EOS, text_window
 
 # A picture of one grey value that stands for "no picture": mid-grey in the first release, black for texts since.
 NULL_PICTURES = {"grey": 127, "black": 0}
@@ -34,18 +33,24 @@ def image_context(
     Args:
         token_weights: as `mask_to_token_weights` gives them; what they leave out is neither read nor passed on.
     """
-    tower = image_encoder.vision_model
     if token_weights is None:
         hidden_states = image_encoder(pixel_values).last_hidden_state
-    else:  # through the whole encoder as well, which may have been offloaded; the hook is gone afterwards
-        hook = tower.embeddings.register_forward_hook(lambda module, args, out: out * token_weights.to(out))
-        try:
-            hidden_states = image_encoder(pixel_values).last_hidden_state
-        finally:
-            hook.remove()
-    tokens = image_encoder.visual_projection(tower.post_layernorm(hidden_states))
+    else:
+        hidden_states = _masked_hidden_states(image_encoder, pixel_values, token_weights)
+    tokens = image_encoder.visual_projection(image_encoder.vision_model.post_layernorm(hidden_states))
     tokens = tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
     return tokens if token_weights is None else tokens * token_weights.to(tokens)
+
+
+@apply_forward_hook  # it stands for the encoder's forward, so what was offloaded comes back for it
+def _masked_hidden_states(image_encoder: Any, pixel_values: Tensor, token_weights: Tensor) -> Tensor:
+    """The last hidden states of pictures whose embedded tokens are weighted, before the first layer reads them.
+
+    Written out, since a hook on the encoder would also mask what another thread reads with it.
+    """
+    tower = image_encoder.vision_model
+    embedded = tower.embeddings(pixel_values)
+    return tower.encoder(inputs_embeds=tower.pre_layrnorm(embedded * token_weights.to(embedded))).last_hidden_state
 
 
 def mask_to_token_weights(mask: Tensor, image_size: int, patch_size: int) -> Tensor:
@@ -56,24 +61,6 @@ def mask_to_token_weights(mask: Tensor, image_size: int, patch_size: int) -> Ten
     mask = F.interpolate(mask.float().clamp(0, 1), size=(image_size, image_size), mode="bilinear")
     patches = F.avg_pool2d(mask, patch_size).flatten(2).transpose(1, 2)  # (n, patches, 1)
     return torch.cat([mask.mean(dim=(2, 3))[:, None], patches], dim=1)
-
-
-def token_ids(tokenizer: Any, text_encoder: CLIPTextModelWithProjection, texts: list[str]) -> Tensor:
-    """(n, l), padded and cut to what the text encoder reads.
-
-    Raises:
-        ValueError: The tokenizer is not the one that the text encoder was trained with.
-    """
-    window = text_window(tokenizer, text_encoder)
-    ids = tokenizer(texts, padding="max_length", max_length=window, truncation=True, return_tensors="pt").input_ids
-    vocab_size, eos = text_encoder.config.vocab_size, text_encoder.config.eos_token_id
-    pooled = eos == LEGACY_EOS or bool((ids == eos).any(dim=1).all())
-    if int(ids.max()) >= vocab_size or not pooled:
-        raise ValueError(
-            f"The tokenizer gives tokens up to {int(ids.max())} and ends texts with {tokenizer.eos_token_id}, the text"
-            f" encoder knows {vocab_size} and pools at {eos}: use the tokenizer that it was trained with."
-        )
-    return ids
 
 
 def prepare_pictures(feature_extractor: Any, images: list[Tensor], side: int) -> Tensor:
