@@ -2,13 +2,15 @@
 
     accelerate launch training/train_clip.py training/presets/clip-scenes-64.yaml
 
-Paper: arXiv 2103.00020 (symmetric cross-entropy over the batch); wrong captions as extra negatives: NegCLIP,
-arXiv 2210.01936; captions of the same picture drawn together: the text contrast of SimCSE, arXiv 2104.08821, with
-paraphrases as pairs; a caption written from the picture beside the contrast: CoCa, arXiv 2205.01917. It makes the
-text-conditional families trainable without any download and scores their samples.
+Paper: arXiv 2103.00020 (symmetric cross-entropy over the batch); equal captions share the target, as in SupCon, arXiv
+2004.11362; wrong captions as extra negatives: NegCLIP, arXiv 2210.01936; captions of the same picture drawn together:
+the text contrast of SimCSE, arXiv 2104.08821, with paraphrases as pairs; a caption written from the picture beside the
+contrast: CoCa, arXiv 2205.01917. It makes the text-conditional families trainable without any download and scores
+their samples.
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -44,6 +46,10 @@ clip, tokenizer = CLIPModel.from_pretrained("{folder}"), AutoTokenizer.from_pret
 """
 
 SMALLEST_VOCABULARY = 259
+ONE_PICTURE = (
+    "a contrast needs two different captions in the micro-batch of a process, else its loss is 0 from the start."
+)
+LARGEST_LOGIT_SCALE = math.log(100.0)
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)  # pixels in [-1, 1], as for the other networks
 
 
@@ -115,6 +121,11 @@ class ClipArgs:
                     f"{self.num_attention_heads}."
                 )
 
+    @property
+    def has_other_losses(self) -> bool:
+        """Whether a single picture with its caption has something to learn from."""
+        return bool(self.negative_caption_column) or self.caption_weight > 0
+
 
 def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, TrainArgs]:
     args, data, train = parse((ClipArgs, DataArgs, TrainArgs), argv)
@@ -122,6 +133,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, Train
         raise ValueError(
             f"--resolution={data.resolution} is no multiple of --patch_size={args.patch_size}: the rest would be cut "
             "off silently."
+        )
+    if train.train_batch_size == 1 and not args.has_other_losses:
+        raise ValueError(
+            f"--train_batch_size=1: {ONE_PICTURE} Raise --train_batch_size (accumulated micro-batches are not "
+            "contrasted with each other), or pass --negative_caption_column or --caption_weight."
         )
     return args, data, train
 
@@ -156,6 +172,21 @@ def read_captions(dataset, column: str, limit: int = 20_000) -> list[str]:
     rows = dataset.select_columns([column]).select(range(min(len(dataset), limit)))
     values = (row[column] for row in rows)
     return [text for value in values for text in ([value] if isinstance(value, str) else value)]
+
+
+def check_captions(captions: list[str], args: ClipArgs) -> None:
+    """Says how many captions differ; with a single one there is nothing to tell apart.
+
+    Raises:
+        ValueError: all are equal, and no other loss was asked for.
+    """
+    distinct = len(set(captions))
+    logger.info("%d distinct captions among %d; equal ones count as one", distinct, len(captions))
+    if distinct < 2 and not args.has_other_losses:
+        raise ValueError(
+            f"The training pictures have {len(captions)} captions, of which {distinct} differ: {ONE_PICTURE} Caption "
+            "them apart, or pass --negative_caption_column or --caption_weight."
+        )
 
 
 def build_clip(args: ClipArgs, tokenizer: PreTrainedTokenizerFast, resolution: int) -> CLIPModel:
@@ -216,17 +247,51 @@ def build_captioner(clip: CLIPModel) -> GPT2LMHeadModel:
     )
 
 
-def contrastive_losses(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Symmetric cross-entropy of unit vectors; texts beyond the number of images are extra negatives of the images.
+def contrastive_losses(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    scale: Tensor,
+    positives: Tensor | None = None,
+    counted: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Symmetric cross-entropy of vectors; texts beyond the number of images are extra negatives of the images.
 
     The "images" may be texts as well: then captions find their paraphrases.
+
+    Args:
+        image_embeds: (b, d); text_embeds: (n, d) with n >= b, of which text i belongs to image i.
+        positives: (b, n), which texts are true of an image; they share its target. Each its own one when unset.
+        counted: (n,), which texts take part: the first of each, to contrast with distinct texts. All when unset.
     """
     image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
-    logits = scale.float() * image_embeds @ text_embeds.T  # (images, texts)
+    logits = scale.float() * image_embeds @ text_embeds.T  # (b, n)
     count = len(image_embeds)
-    target = torch.arange(count, device=logits.device)
-    loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target))
-    return {"loss": loss, "accuracy": (logits.argmax(1) == target).float().mean()}
+    if positives is None:
+        positives = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
+    of_texts = _shared_target_loss(logits[:, :count].T, positives[:, :count].T)
+    if counted is None:
+        text_loss = of_texts.mean()
+    else:
+        logits, positives = logits.masked_fill(~counted, -torch.inf), positives & counted
+        text_loss = of_texts[counted[:count]].mean()
+    loss = 0.5 * (_shared_target_loss(logits, positives).mean() + text_loss)
+    hits = positives.gather(1, logits.argmax(1, keepdim=True))
+    return {"loss": loss, "accuracy": hits.float().mean()}
+
+
+def _shared_target_loss(logits: Tensor, positives: Tensor) -> Tensor:
+    """Cross-entropy (b,) of each row of logits (b, n), the target divided evenly among its positives."""
+    return -torch.where(positives, logits.log_softmax(1), 0.0).sum(1) / positives.sum(1)
+
+
+def equal_texts(ids: Tensor, others: Tensor) -> Tensor:
+    """(a, b): which of the token ids (a, l) and (b, l) are the same text as far as the text tower reads it."""
+    return (ids[:, None] == others[None]).all(dim=2)
+
+
+def is_first(texts: Tensor) -> Tensor:
+    """(n,): no earlier row of token ids (n, l) is equal to this one."""
+    return equal_texts(texts, texts).int().argmax(1) == torch.arange(len(texts), device=texts.device)
 
 
 # At module level, so that loader processes can be started with them on every platform.
@@ -250,7 +315,10 @@ def collate_samples(samples: list, tokenizer: PreTrainedTokenizerFast) -> dict[s
 
 
 class ClipObjective(nn.Module):
-    """Picture and texts in, losses out. Each process contrasts its own micro-batch."""
+    """Picture and texts in, losses out. Each process contrasts its own micro-batch.
+
+    Equal captions are positives of each other. In evaluation mode a picture is contrasted with the distinct texts.
+    """
 
     def __init__(self, clip: CLIPModel, has_paraphrases: bool, patch_weight: float = 0.0, caption_weight: float = 0.0):
         super().__init__()
@@ -268,17 +336,25 @@ class ClipObjective(nn.Module):
         # the patch tokens are normalised and projected as the class token is, the first of them: (b, 1 + n, d)
         tokens = clip.visual_projection(clip.vision_model.post_layernorm(seen))
         texts = clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
-        scale = clip.logit_scale.exp().clamp(max=100.0)
+        scale = self.scale()
         captions, others = texts[:count], texts[count:]
+        ids = input_ids.masked_fill(attention_mask == 0, -1)
+        own, other_ids = ids[:count], ids[count:]
         if self.has_paraphrases:
-            texts = torch.cat([captions, others[count:]])  # captions and negatives
-        losses = contrastive_losses(tokens[:, 0], texts, scale)
+            texts, ids = torch.cat([captions, others[count:]]), torch.cat([own, other_ids[count:]])
+        shared = {"positives": equal_texts(own, ids), "counted": None if self.training else is_first(ids)}
+        losses = contrastive_losses(tokens[:, 0], texts, scale, **shared)
         if self.has_paraphrases:
-            among_texts = contrastive_losses(captions, others, scale)
+            # the paraphrases of an equal caption are true as well, and so is a text that equals caption or paraphrase
+            true = equal_texts(own, other_ids) | equal_texts(other_ids[:count], other_ids)
+            true[:, :count] |= equal_texts(own, own)
+            among_texts = contrastive_losses(
+                captions, others, scale, true, None if self.training else is_first(other_ids)
+            )
             losses |= {f"text_{name}": value for name, value in among_texts.items()}
             losses["loss"] = losses["loss"] + losses["text_loss"]
         if self.patch_weight > 0:
-            of_patches = contrastive_losses(tokens[:, 1:].mean(dim=1), texts, scale)
+            of_patches = contrastive_losses(tokens[:, 1:].mean(dim=1), texts, scale, **shared)
             losses |= {f"patch_{name}": value for name, value in of_patches.items()}
             losses["loss"] = losses["loss"] + self.patch_weight * losses["patch_loss"]
         if self.captioner is not None:
@@ -286,6 +362,17 @@ class ClipObjective(nn.Module):
             losses["caption_loss"] = self.caption_loss(tokens, input_ids[written], attention_mask[written])
             losses["loss"] = losses["loss"] + self.caption_weight * losses["caption_loss"]
         return losses
+
+    def scale(self) -> Tensor:
+        """The factor of the cosines: at most 100 (the paper's bound), in the weight itself as well.
+
+        A weight beyond the bound would get no gradient and stay there.
+        """
+        if not self.training:
+            return self.clip.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+        return self.clip.logit_scale.exp()
 
     def caption_loss(self, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Cross-entropy (nats a token) of captions (b, l) by the decoder, from the mean of the tokens (b, n, d)."""
@@ -302,11 +389,13 @@ def main(argv: list[str] | None = None) -> None:
     negatives = [args.negative_caption_column] * args.num_negative_captions
     columns = [column for column in (data.caption_column, args.paraphrase_column, *negatives) if column]
     train_set, validation_set = load_pictures(data, columns=tuple(columns))
+    captions = read_captions(train_set, data.caption_column)
+    check_captions(captions, args)
     if args.pretrained_model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path)
         clip = load_clip(args.pretrained_model_name_or_path, data.resolution)
     else:
-        tokenizer = train_tokenizer(read_captions(train_set, data.caption_column), args)
+        tokenizer = train_tokenizer(captions, args)
         clip = build_clip(args, tokenizer, data.resolution)
     if train.gradient_checkpointing:
         clip.gradient_checkpointing_enable({"use_reentrant": False})
@@ -330,6 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=data.dataloader_num_workers, on_validate=validate,
     )  # fmt: skip
     if finished and accelerator.is_main_process:
+        clip.logit_scale.data.clamp_(max=LARGEST_LOGIT_SCALE)  # the last step may have gone beyond
         clip.save_pretrained(train.output_dir)
         tokenizer.save_pretrained(train.output_dir)
         side = {"height": data.resolution, "width": data.resolution}
