@@ -3,8 +3,84 @@
 Classifier-free guidance: Ho and Salimans 2022, arXiv 2207.12598.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
+
+Mix: TypeAlias = Callable[[Tensor, Tensor, float | Tensor], Tensor]  # (conditional, unconditional, scale) -> mixed
+Inputs: TypeAlias = Sequence[Any]  # tensors of one batch size, lists of such tensors, or None
+
+
+def both_branches(
+    run: Callable[..., Tensor], cond: Inputs, uncond: Inputs | None, guidance_scale: float | Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Runs a network on the conditional and on the unconditional inputs, as often as the scale needs.
+
+    A scale of 1 needs only the conditional branch, a scale of 0 only the other one. Both run in one doubled batch
+    where the shapes agree, the unconditional half first, and one after the other where they do not (contexts of
+    different lengths).
+
+    Args:
+        run: `run(*inputs) -> prediction`, with the samples along the first dimension.
+        cond: its inputs under the condition. Each is a tensor (b, ...), a list of such tensors, or None.
+        uncond: the same under the null condition; None where there is nothing to be guided away from.
+        guidance_scale: one number, or a tensor of scales.
+
+    Returns:
+        The conditional and the unconditional prediction; None for the one that did not run.
+    """
+    if uncond is None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1):
+        return run(*cond), None
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 0:
+        return None, run(*uncond)
+    if not all(_stackable(no, yes) for no, yes in zip(uncond, cond, strict=True)):
+        return run(*cond), run(*uncond)
+    halves = run(*(_stack(no, yes) for no, yes in zip(uncond, cond, strict=True))).chunk(2)
+    return halves[1], halves[0]
+
+
+def guide(
+    cond: Tensor | None,
+    uncond: Tensor | None,
+    guidance_scale: float | Tensor,
+    *,
+    mix: Mix | None = None,
+    channels: int | None = None,
+) -> Tensor:
+    """The guided prediction from what `both_branches` returned; a branch that ran alone is the answer.
+
+    Args:
+        cond, uncond: predictions (b, c, ...); not both None.
+        guidance_scale: as for `both_branches`.
+        mix: the rule, by default `classifier_free_guidance`.
+        channels: mixes only the first ones. The others, a learned variance, stay those of the conditional prediction
+            (GLIDE, openai/glide-text2im@69b5307).
+    """
+    if cond is None or uncond is None:
+        only = cond if uncond is None else uncond
+        assert only is not None, "at least one branch has run"
+        return only
+    mix = classifier_free_guidance if mix is None else mix
+    if channels is None:
+        return mix(cond, uncond, guidance_scale)
+    return torch.cat([mix(cond[:, :channels], uncond[:, :channels], guidance_scale), cond[:, channels:]], dim=1)
+
+
+def _stackable(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_stackable, one, other))
+    return one is other  # None on both sides
+
+
+def _stack(one: Any, other: Any) -> Any:
+    """Both batches as one, or lists of them."""
+    if isinstance(one, Tensor):
+        return torch.cat([one, other])
+    return None if one is None else list(map(_stack, one, other))
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
