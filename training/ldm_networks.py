@@ -269,7 +269,7 @@ def model_labels(pipe: LDMBasePipeline, task: str) -> int | None:
         config = pipe.class_embedder.config
         return config["num_class_embeds"] - (config["null_class"] is not None)
     if task == "layout":
-        return pipe.config["num_classes"] or len(pipe.config["class_names"] or ()) or None
+        return pipe.config["num_classes"] or len(pipe.class_names or ()) or None
     return pipe.spatial_rescaler.config["in_channels"] if task == "semantic" else None
 
 
@@ -285,6 +285,6 @@ def sample_format(pipe: LDMBasePipeline, args: LDMArgs) -> SampleFormat:
     layout, categories, count = None, None, model_labels(pipe, args.task)
     if args.task == "layout":
         layout = pipe.layout_tokenizer
-        names: Iterable[str | int] = pipe.config["class_names"] or range(layout.num_classes)
+        names: Iterable[str | int] = pipe.class_names or range(layout.num_classes)
         categories = {name: number for number, name in enumerate(names)}
     return SampleFormat(pipe.vae_scale_factor, count, layout, categories)

@@ -107,7 +107,7 @@ class Validation:
     def shown(self, batch: dict[str, Any]) -> Tensor | None:
         """The conditions as pictures (b, 3, h, w) in [-1, 1], where they are any."""
         if self.args.task == "semantic":
-            palette = self.pipe.config["label_palette"] or arbitrary_palette(self.sample_format.num_labels or 0)
+            palette = self.pipe.label_palette or arbitrary_palette(self.sample_format.num_labels or 0)
             colors = torch.tensor(palette, device=self.device)[batch["map"]]  # (b, h, w, 3)
             return colors.permute(0, 3, 1, 2) / 127.5 - 1
         if self.args.task == "super_resolution":
@@ -117,7 +117,7 @@ class Validation:
 
 def with_boxes(pipe: LDMBasePipeline, images: Tensor, condition: dict[str, Any]) -> Tensor:
     """Pictures (b, 3, h, w) in [-1, 1] with the boxes that they were to follow."""
-    names = pipe.config["class_names"]
+    names = pipe.class_names
     labels = [[names[i] if names else str(i) for i in row] for row in condition["names"]]
     pictures = pipe.draw_boxes(pipe.image_processor.postprocess(images), condition["boxes"], labels)
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1

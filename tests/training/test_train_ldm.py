@@ -155,7 +155,7 @@ def test_a_folder_of_ones_own(task, more, scenes_folder, tmp_path):
     assert len(logged(folder, "loss")) == 2
     if task == "layout":  # the categories are the names in the data
         names = {name for row in load_scenes(12, columns=("box_names",)) for name in row["box_names"]}
-        assert load(task, folder).config["class_names"] == sorted(names)
+        assert load(task, folder).class_names == sorted(names)
 
 
 def test_resuming_is_exact_with_encoder_average_and_accumulation(tmp_path):

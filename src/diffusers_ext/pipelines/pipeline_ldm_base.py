@@ -46,6 +46,7 @@ from .ldm_first_stage import (
 )
 from .ldm_guidance import GuidanceFn, guide_prediction, split_prediction
 from .ldm_tiling import Tiles
+from .listed_options import read_option, record_option
 from .sharing import SharingPipeline
 
 Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
@@ -77,7 +78,7 @@ class LDMBasePipeline(SharingPipeline):
     def __init__(self, components: dict[str, Any], options: dict[str, Any]):
         super().__init__()
         self.register_modules(**components)
-        self.register_to_config(**options)
+        self.register_to_config(**{name: record_option(name, value) for name, value in options.items()})
         vqvae: Any = components["vqvae"]
         self.vae_scale_factor = 8 if vqvae is None else first_stage_factor(vqvae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -230,7 +231,7 @@ class LDMBasePipeline(SharingPipeline):
 
     def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
         """Fills in the sizes that the caller left out; checks nothing else."""
-        sides = self.config.get("default_sample_size")
+        sides = read_option(self.config.get("default_sample_size"))
         sides = self.unet.config["sample_size"] if sides is None else sides
         if isinstance(latents, Tensor) and latents.ndim == 4:
             sides = tuple(latents.shape[-2:])

@@ -19,6 +19,7 @@ from ..models.encoders_ldm import LDMClassEmbedder
 from .checks import check_integer
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
+from .listed_options import read_option
 from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
 
 
@@ -32,7 +33,8 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
     Args:
         vqvae, unet, scheduler, latent_scale, default_sample_size, default_guidance_scale: see `LDMBasePipeline`.
         class_embedder: one token a class; guidance needs its `null_class`.
-        class_names: names of the classes 0, 1, ... (without the null class), so that they may be asked for by name.
+        class_names: names of the classes 0, 1, ... (without the null class), so that they may be asked for by name; a
+            list, or a dict by number, which is how the config holds them.
     """
 
     model_cpu_offload_seq = "class_embedder->unet->vqvae"
@@ -46,7 +48,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         unet: UNet2DConditionModel,
         scheduler: Any,
         class_embedder: LDMClassEmbedder,
-        class_names: list[str] | None = None,
+        class_names: list[str] | dict[int, str] | None = None,
         latent_scale: float | None = None,
         default_sample_size: int | None = None,
         default_guidance_scale: float | None = None,
@@ -60,6 +62,11 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
                 "default_guidance_scale": default_guidance_scale,
             },
         )
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes 0, 1, ..."""
+        return read_option(self.config["class_names"])
 
     @property
     def has_null_condition(self) -> bool:
@@ -175,7 +182,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
         if not labels:
             raise ValueError("`class_labels` is empty; pass at least one class.")
-        num_classes, names = self.class_embedder.config["num_class_embeds"], self.config["class_names"]
+        num_classes, names = self.class_embedder.config["num_class_embeds"], self.class_names
         return [find_class(label, num_classes, names, "class_labels") for label in labels]
 
     def encode_labels(

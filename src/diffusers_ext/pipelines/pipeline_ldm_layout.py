@@ -22,6 +22,7 @@ from .checks import check_integer
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
 from .ldm_tiling import Tiles
+from .listed_options import read_option
 from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
 
 
@@ -39,7 +40,8 @@ class LDMLayoutPipeline(LDMBasePipeline):
     Args:
         vqvae, unet, scheduler, latent_scale, default_sample_size, default_guidance_scale: see `LDMBasePipeline`.
         layout_encoder: layout tokens to context; the last token of its vocabulary means "none".
-        class_names: names of the categories 0, 1, ..., so that they may be asked for by name.
+        class_names: names of the categories 0, 1, ..., so that they may be asked for by name; a list, or a
+            dict by number, which is how the config holds them.
         num_classes: number of categories; by default that of `class_names`.
         max_objects, encode_crop, use_group_flag, use_other_flags: the tokens' format, see
             `conditions.layout.LayoutTokenizer`.
@@ -56,7 +58,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
         unet: UNet2DConditionModel,
         scheduler: Any,
         layout_encoder: LDMLayoutEncoder,
-        class_names: list[str] | None = None,
+        class_names: list[str] | dict[int, str] | None = None,
         num_classes: int | None = None,
         max_objects: int = 30,
         encode_crop: bool = True,
@@ -84,13 +86,18 @@ class LDMLayoutPipeline(LDMBasePipeline):
         )
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Names of the categories 0, 1, ..."""
+        return read_option(self.config["class_names"])
+
+    @property
     def layout_tokenizer(self) -> LayoutTokenizer:
         """Boxes to tokens, in the format that the network was trained with.
 
         Raises:
             ValueError: if nothing says how many categories there are, or they do not fit the encoder.
         """
-        names, num_classes = self.config["class_names"], self.config["num_classes"]
+        names, num_classes = self.class_names, self.config["num_classes"]
         if num_classes is None and names is None:
             raise ValueError("The pipeline knows neither `class_names` nor `num_classes`: build it with one of them.")
         tokenizer = LayoutTokenizer(
@@ -188,7 +195,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
             boxes,
             names,
             num_classes=tokenizer.num_classes,
-            class_names=self.config["class_names"],
+            class_names=self.class_names,
             max_objects=tokenizer.max_objects,
         )
 

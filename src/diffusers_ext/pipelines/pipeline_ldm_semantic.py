@@ -20,6 +20,7 @@ from .checks import check_integer
 from .checks_ldm import check_components, check_rescaler
 from .ldm_denoising import LDMCondition
 from .ldm_tiling import TileGrid, Tiles
+from .listed_options import read_option
 from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
 
 
@@ -34,8 +35,8 @@ class LDMSemanticPipeline(LDMBasePipeline):
     Args:
         vqvae, unet, scheduler, latent_scale, default_guidance_scale: see `LDMBasePipeline`.
         spatial_rescaler: label maps to channels at latent size; its `in_channels` is the number of labels.
-        label_names: names of the labels 0, 1, ...
-        label_palette: (r, g, b) of each label, 0 to 255: then maps may be drawn in these colours.
+        label_names: names of the labels 0, 1, ...; a list, or a dict by number, which is how the config holds them.
+        label_palette: (r, g, b) of each label, 0 to 255: then maps may be drawn in these colours. Held alike.
         null_condition: whether the network also learnt maps of zeros behind the rescaler, which guidance needs.
     """
 
@@ -49,8 +50,8 @@ class LDMSemanticPipeline(LDMBasePipeline):
         unet: UNet2DModel | LDMUNet,
         scheduler: Any,
         spatial_rescaler: LDMSpatialRescaler,
-        label_names: list[str] | None = None,
-        label_palette: list[list[int]] | None = None,
+        label_names: list[str] | dict[int, str] | None = None,
+        label_palette: list[list[int]] | dict[int, list[int]] | None = None,
         null_condition: bool = False,
         latent_scale: float | None = None,
         default_guidance_scale: float | None = None,
@@ -65,6 +66,16 @@ class LDMSemanticPipeline(LDMBasePipeline):
                 "default_guidance_scale": default_guidance_scale,
             },
         )
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the labels 0, 1, ..."""
+        return read_option(self.config["label_names"])
+
+    @property
+    def label_palette(self) -> list[list[int]] | None:
+        """(r, g, b) of the labels 0, 1, ..."""
+        return read_option(self.config["label_palette"])
 
     @torch.no_grad()
     def __call__(
@@ -101,7 +112,7 @@ class LDMSemanticPipeline(LDMBasePipeline):
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
         check_rescaler(self)
         check_components(self, concat_channels=self._channels())
-        labels = label_batch(label_map, self.num_labels, palette=self.config["label_palette"])
+        labels = label_batch(label_map, self.num_labels, palette=self.label_palette)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         batch_size = len(labels) * num_images_per_prompt
         own = height is None and width is None

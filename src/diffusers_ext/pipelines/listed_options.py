@@ -1,0 +1,35 @@
+"""Options of a pipeline that are lists: how `model_index.json` holds them.
+
+diffusers takes every list there for `[library, class]` of a component, on the Hub even before it looks at the pipeline
+class. So a list is recorded as a dict from its places, as in `DiTPipeline`: `{"0": "circle", "1": "square"}`. Folders
+from before that hold lists, which load from disk; both are read here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def record_option(name: str, value: Any) -> Any:
+    """An option as it is recorded: lists, tuples and dicts by number become dicts by the number's text.
+
+    Raises:
+        ValueError: for a dict whose keys are not 0, 1, ... up to its length.
+    """
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return value
+    by_place = {str(place): item for place, item in value.items()}
+    wanted = [str(place) for place in range(len(value))]
+    if sorted(by_place) != sorted(wanted):
+        raise ValueError(
+            f"`{name}` has the keys {list(value)}; expected are the numbers 0 to {len(value) - 1}, or a list."
+        )
+    return {place: by_place[place] for place in wanted}
+
+
+def read_option(value: Any) -> Any:
+    """A recorded option as a list, whichever way it was recorded; anything else as it is."""
+    if isinstance(value, Mapping):
+        return [value[str(place)] for place in range(len(value))]
+    return list(value) if isinstance(value, tuple) else value
