@@ -61,6 +61,9 @@ LAW = {
     "conversion": {"models", "schedulers", "pipelines"},
     "registration": set(),
 }
+CONTAINS = {
+    *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
+}  # (module of a system, module of a part of it), both of conversion/
 PARENTS: set[tuple[str, str]] = set()  # (derived model, its parent), both modules of models/
 OPTIONAL = {"datasets", "lpips", "matplotlib", "open_clip", "skimage", "tensorboard", "torchmetrics", "torchvision"}
 TOP_LEVEL = {"benchmarks", "pipelines", "tests", "training"}  # nothing in the package imports these
@@ -123,7 +126,9 @@ def breaches(path: Path) -> list[str]:
         elif unit == "models":
             allowed = not rest or rest[0] == "blocks" or (inner[0], rest[0]) in PARENTS
         elif unit == "conversion":
-            allowed = not rest or rest[0] == "keys"
+            # the module of a system may use that of a system which it contains, the catalogue all of them
+            shared = {"keys", "adm", "taming"}
+            allowed = not rest or rest[0] in shared or inner == ["catalogue"] or (inner[0], rest[0]) in CONTAINS
         else:
             allowed = True
         if not allowed:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from .conversion.keys import load_original
-from .conversion.ldm import convert_ldm_schedule, split_ldm_checkpoint
-from .conversion.ldm_autoencoder import convert_ldm_first_stage
-from .conversion.ldm_encoders import convert_ldm_conditioner
-from .conversion.ldm_pipeline import (
-    LDM_TASKS,
-    RELEASES,
-    assemble_ldm_pipeline,
-    latent_side,
-    ldm_settings,
-    load_bert_tokenizer,
-)
-from .conversion.ldm_unet import convert_ldm_unet
+from .conversion.ldm_pipeline import convert_ldm_pipeline, take_ldm_first_stage
+from .conversion.ldm_releases import RELEASES, TASKS
 from .conversion.open_clip import build_open_clip_processors, convert_open_clip
 from .conversion.optimus import build_optimus_tokenizers, convert_optimus
 from .conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
@@ -31,72 +21,6 @@ from .models.unet_versatile import CONTEXT_TYPES
 from .training_utils import hub
 
 LDM_OPTIONS = ("num_heads", "num_head_channels", "resolution", "scale_factor", "null_class", "num_classes")
-
-
-def convert_first_stage(
-    state_dict: Mapping[str, Any],
-    *,
-    resolution: int = 256,
-    scale_factor: float | None = None,
-    use_ema: bool | None = None,
-) -> Any:
-    """The first stage of a latent-diffusion checkpoint, or one alone, as `AutoencoderKL` or `VQModel`."""
-    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
-    measured = 1.0 if parts.scale_factor is None else parts.scale_factor
-    scale = measured if scale_factor is None else scale_factor
-    return convert_ldm_first_stage(parts.first_stage, scale_factor=scale, sample_size=resolution)
-
-
-def convert_ldm_pipeline(
-    state_dict: Mapping[str, Any],
-    task: str | None = None,
-    *,
-    release: str | None = None,
-    tokenizer: str | None = None,
-    use_ema: bool | None = None,
-    **settings: Any,
-) -> DiffusionPipeline:
-    """A latent-diffusion checkpoint with all its parts as the pipeline of its task.
-
-    It stands here, since converters do not know each other.
-
-    Args:
-        state_dict: original weights, flat or under `"state_dict"`.
-        task, release, settings: see `ldm_settings`. A measured scale in the file counts more than the release's.
-        tokenizer: of a text model, a folder or a name on the Hub.
-        use_ema: see `split_ldm_checkpoint`.
-
-    Raises:
-        ValueError: for settings or a checkpoint that do not fit, listing the keys.
-    """
-    model = ldm_settings(task, release, **settings)
-    if tokenizer is not None and model.task != "text":
-        raise ValueError(f"`tokenizer` is {tokenizer!r}, but only models for 'text' have one, not {model.task!r}.")
-    words = load_bert_tokenizer(tokenizer) if model.task == "text" else None  # first, as it may be missing
-    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
-    given = (settings.get("scale_factor"), parts.scale_factor, model.scale_factor, 1.0)
-    vqvae = convert_ldm_first_stage(
-        parts.first_stage,
-        scale_factor=next(scale for scale in given if scale is not None),
-        sample_size=model.resolution,
-    )
-    side = latent_side(model, vqvae)
-    return assemble_ldm_pipeline(
-        model,
-        vqvae=vqvae,
-        unet=convert_ldm_unet(
-            parts.unet, num_heads=model.num_heads, num_head_channels=model.num_head_channels, sample_size=side
-        ),
-        scheduler=convert_ldm_schedule(parts.betas, model.betas),
-        conditioner=convert_ldm_conditioner(
-            parts.cond_stage,
-            model.task,
-            null_class=model.null_class,
-            num_stages=(model.resolution // side).bit_length() - 1,
-            first_stage=parts.first_stage,
-        ),
-        tokenizer=words,
-    )
 
 
 def clip_processors(model: Any) -> list[tuple[str, Any]]:
@@ -124,7 +48,7 @@ CONVERTERS = {
     "paella-vqgan-f4": (convert_paella_vqgan, ()),
     "open-clip": (convert_open_clip, ("vision_heads", "text_heads", "quick_gelu")),
     "ldm": (convert_ldm_pipeline, ("task", "release", "tokenizer", "use_ema", *LDM_OPTIONS)),
-    "ldm-first-stage": (convert_first_stage, ("resolution", "scale_factor", "use_ema")),
+    "ldm-first-stage": (take_ldm_first_stage, ("resolution", "scale_factor", "use_ema")),
     "versatile-unet": (convert_versatile_unet, ("num_heads", "attention_levels")),
     "versatile-start": (convert_stable_diffusion_unet, ("num_heads", "context_type")),
     "optimus": (convert_optimus, ("encoder_heads", "decoder_heads")),
@@ -164,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--quick_gelu", action="store_true", default=None, help="open-clip: for OpenAI's weights and ...-quickgelu"
     )
     convert.add_argument("--release", choices=RELEASES, metavar="NAME", help=f"ldm: {', '.join(RELEASES)}")
-    convert.add_argument("--task", choices=LDM_TASKS, help="ldm: of a model that is no released one")
+    convert.add_argument("--task", choices=TASKS, help="ldm: of a model that is no released one")
     convert.add_argument(
         "--num_heads", type=int, help="ldm: of the U-Net's config; this ...; versatile-unet, versatile-start: if not 8"
     )

@@ -135,8 +135,8 @@ def test_stock_class_wherever_it_is_enough():
     [
         (PLAIN, {}, None, r"`num_heads` is None and `num_head_channels` None: pass the one"),
         (PLAIN, {"num_heads": 4, "num_head_channels": 8}, None, r"`num_heads` is 4 and `num_head_channels` 8"),
-        (PLAIN, {"num_heads": 5}, None, r"`num_heads` is 5, but a level has 32 channels"),
-        (PLAIN, {"num_head_channels": 0}, None, r"`num_head_channels` is 0, but a level has 32"),
+        (PLAIN, {"num_heads": 5}, None, r"`num_heads` is 5, but the attention is 32 wide"),
+        (PLAIN, {"num_head_channels": 0}, None, r"`num_head_channels` is 0, but the attention is 32 wide"),
         (PLAIN, {"num_heads": 4}, lambda w: w.pop("middle_block.1.norm.weight"), r"not a latent-diffusion U-Net: it"),
         (PLAIN, {"num_heads": 4}, lambda w: w.pop("output_blocks.1.2.conv.bias"), r"missing: up_blocks\.0\.upsampl"),
         (PLAIN, {"num_heads": 4}, lambda w: w.pop("input_blocks.3.1.qkv.bias"), r"missing: down_blocks\.1\.attenti"),

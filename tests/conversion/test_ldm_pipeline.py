@@ -13,7 +13,8 @@ from transformers import BertTokenizer
 
 import diffusers_ext
 from diffusers_ext import cli
-from diffusers_ext.conversion.ldm_pipeline import LDM_TASKS, RELEASES, ldm_settings
+from diffusers_ext.conversion.ldm_pipeline import LDM_TASKS, convert_ldm_pipeline, take_ldm_first_stage
+from diffusers_ext.conversion.ldm_releases import RELEASES, TASKS, ldm_settings
 
 PLAIN = {"ch": 32, "mult": (1, 2), "layers": 1, "attention": (2,)}
 CROSS = {**PLAIN, "context": 12}
@@ -87,6 +88,7 @@ def original(sizes: dict, **parts) -> tuple[dict, dict]:
 
 def test_every_release_and_every_task_has_a_case():
     assert CASES.keys() == RELEASES.keys()
+    assert LDM_TASKS.keys() == set(TASKS)
     assert {settings.task for settings in RELEASES.values()} == LDM_TASKS.keys()
 
 
@@ -120,6 +122,22 @@ def test_a_released_file_becomes_a_pipeline_that_samples(name, tmp_path, vocabul
     pipe.set_progress_bar_config(disable=True)
     images = call(partial(pipe, num_inference_steps=1, output_type="pt")).images
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all() and images.std() > 0
+
+
+@torch.no_grad()
+def test_in_python_as_by_the_command_line(tmp_path):
+    sizes, parts, call = CASES["cin256-v2"]
+    _, file = original(sizes, **parts)
+    pipe = convert_ldm_pipeline(file, release="cin256-v2", resolution=16)
+    assert convert(file, tmp_path, "--release", "cin256-v2", "--resolution", "16") == 0
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    for each in (pipe, saved):
+        each.set_progress_bar_config(disable=True)
+    draw = {"num_inference_steps": 1, "output_type": "pt"}
+    images = [call(partial(p, generator=torch.Generator().manual_seed(0), **draw)).images for p in (pipe, saved)]
+    assert torch.equal(*images)
+    first_stage = take_ldm_first_stage(file, resolution=16).state_dict()
+    assert all(torch.equal(value, first_stage[key]) for key, value in saved.vqvae.state_dict().items())
 
 
 def test_what_the_releases_know(tmp_path, vocabulary, capsys):

@@ -138,7 +138,10 @@ def test_conversion_is_strict(change, message):
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"text_heads": 5}, r"`vision_heads` is None, but the tower's width is 24: pass a number that divides it"),
+        (
+            {"text_heads": 5},
+            r"`vision_heads` is None, but the attention is 24 wide, which is no multiple of 64",
+        ),
         ({"text_heads": 5, "vision_heads": 5}, r"`vision_heads` is 5, .* 24"),
         ({"vision_heads": 3}, r"`text_heads` is None, .* 20"),
         ({"vision_heads": 3, "text_heads": 0}, r"`text_heads` is 0, .* 20"),

@@ -187,8 +187,14 @@ def test_it_is_converted_strictly(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "`encoder_heads` is None, but the network is 8 wide: pass the number"),
-        ({"encoder_heads": 2, "decoder_heads": 5}, "`decoder_heads` is 5, but the network is 12 wide"),
+        (
+            {},
+            "`encoder_heads` is None, but the attention is 8 wide, which is no multiple of 64",
+        ),
+        (
+            {"encoder_heads": 2, "decoder_heads": 5},
+            "`decoder_heads` is 5, but the attention is 12 wide: pass a divisor",
+        ),
         ({"encoder_heads": 0, "decoder_heads": 3}, "`encoder_heads` is 0"),
         ({**HEADS, "encoder_pad_token_id": 20}, "`encoder_pad_token_id` is 20, but `encoder_vocab_size` is 20"),
     ],

@@ -326,7 +326,7 @@ def test_clip_of_the_first_release():
         changed = {key: value for key, value in (weights | change).items() if value is not None}
         with pytest.raises(ValueError, match=message):
             convert_versatile_clip(changed, text_heads=2, vision_heads=2)
-    with pytest.raises(ValueError, match=r"`text_heads` is 3, but the tower is 16 wide"):
+    with pytest.raises(ValueError, match=r"`text_heads` is 3, but the attention is 16 wide"):
         convert_versatile_clip(weights, text_heads=3, vision_heads=2)
 
 

@@ -17,7 +17,7 @@ from pipelines.tiny_ldm import tiny_bert, tiny_first_stage, tiny_unet
 from transformers import BertTokenizer
 
 from diffusers_ext import LDMTextPipeline, LDMUnconditionalPipeline, LDMUpscalePipeline, cli
-from diffusers_ext.conversion.ldm_pipeline import RELEASES
+from diffusers_ext.conversion.ldm_releases import RELEASES
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights_ldm.md"
 

@@ -7,8 +7,6 @@ rest of the key; the target takes them over in the same order:
 
 Nothing is passed over in silence: a key that no pattern knows, a weight that is missing, misshaped or not finite is an
 error that lists the keys.
-
-The autoencoders of taming-transformers, which several families build on, are here too.
 """
 
 import argparse
@@ -32,21 +30,19 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 _LISTED = 20  # keys that an error message names before it counts the rest
 
-# Encoder and decoder of CompVis/taming-transformers@3ba01b2:taming/modules/diffusionmodules/model.py (MIT)
-_TAMING_RESNET: Rules = [
-    ("norm1.*", "norm1.*"),
-    ("conv1.*", "conv1.*"),
-    ("norm2.*", "norm2.*"),
-    ("conv2.*", "conv2.*"),
-    ("nin_shortcut.*", "conv_shortcut.*"),
-]
-_TAMING_ATTENTION: Rules = [
+# The attention of Ho's DDPM code, from which taming-transformers and (once its `qkv` is split) ADM have theirs.
+ATTENTION: Rules = [
     ("norm.*", "group_norm.*"),
     ("q.*", "to_q.*"),
     ("k.*", "to_k.*"),
     ("v.*", "to_v.*"),
     ("proj_out.*", "to_out.0.*"),
 ]
+# Tables of a noise schedule that lie beside the weights of a whole model.
+SCHEDULE_BUFFERS = re.compile(
+    r"betas|alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod|"
+    r"sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar"
+)
 
 
 class _Placeholder:
@@ -120,7 +116,7 @@ def unwrap_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     strangers = [key for key, value in weights.items() if not isinstance(value, Tensor)]
     if strangers or not weights:
         raise ValueError(
-            f"`state_dict` holds {_listing(strangers) if strangers else 'nothing'}: expected tensors by name, or a "
+            f"`state_dict` holds {listing(strangers) if strangers else 'nothing'}: expected tensors by name, or a "
             "dict with them under 'state_dict'."
         )
     return dict(weights)
@@ -146,8 +142,30 @@ def count_keys(weights: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
     return sum(pattern.fullmatch(key) is not None for key in weights)
 
 
+def count_heads(name: str, width: int, heads: int | None, head_width: int = 64) -> int:
+    """The number of heads of an attention, which no shape tells.
+
+    Args:
+        name: of the argument that a user gives it by.
+        width: of all heads together.
+        heads: the user's number. When it is None, each head is `head_width` wide.
+
+    Raises:
+        ValueError: if the heads do not divide the width.
+    """
+    if heads is None and width % head_width == 0:
+        return width // head_width
+    if heads is None or heads < 1 or width % heads:
+        unfit = f", which is no multiple of {head_width}" if heads is None else ""
+        raise ValueError(
+            f"`{name}` is {heads}, but the attention is {width} wide{unfit}: pass a divisor of the width, as the "
+            "original's config has it."
+        )
+    return heads
+
+
 def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Renames every key by the first rule that fits it.
+    """Renames every key that is not left out by the first rule that fits it.
 
     Args:
         state_dict: original weights.
@@ -162,6 +180,8 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Itera
     renamed: dict[str, Tensor] = {}
     unknown, clashes = [], []
     for key, value in state_dict.items():
+        if any(pattern.fullmatch(key) for pattern in ignored):
+            continue
         for pattern, target in compiled:
             if match := pattern.fullmatch(key):
                 new_key = target.replace("*", "{}").format(*match.groups())
@@ -170,57 +190,18 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Itera
                 renamed[new_key] = value
                 break
         else:
-            if not any(pattern.fullmatch(key) for pattern in ignored):
-                unknown.append(key)
+            unknown.append(key)
     if unknown:
-        raise ValueError(f"The checkpoint holds keys that this converter does not know: {_listing(unknown)}.")
+        raise ValueError(f"The checkpoint holds keys that this converter does not know: {listing(unknown)}.")
     if clashes:
-        raise ValueError(f"Keys of the checkpoint would overwrite others: {_listing(clashes)}.")
+        raise ValueError(f"Keys of the checkpoint would overwrite others: {listing(clashes)}.")
     return renamed
 
 
-def taming_autoencoder(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Sizes and key names of a taming-transformers encoder and decoder, as diffusers' `VQModel` has them.
-
-    Args:
-        weights: original ones, flat; all sizes are read off their shapes.
-
-    Returns:
-        What the config of a `VQModel` or `AutoencoderKL` says about both, and the rules for their keys; those of the
-        bottleneck between the two 1x1 convolutions are the caller's.
-
-    Raises:
-        ValueError: for a first level that is wider than the first convolution, which diffusers cannot express.
-    """
-    num_levels = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.down."))
-    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
-    if weights["encoder.conv_in.weight"].shape[0] != widths[0]:
-        raise ValueError(
-            f"The encoder starts with {weights['encoder.conv_in.weight'].shape[0]} channels and its first level has "
-            f"{widths[0]}: diffusers needs the same, that is a `ch_mult` that starts with 1."
-        )
-    has_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in range(num_levels)]
-    config = {
-        "in_channels": weights["encoder.conv_in.weight"].shape[1],
-        "out_channels": weights["decoder.conv_out.weight"].shape[0],
-        "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in has_attention),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(has_attention)),
-        "block_out_channels": tuple(widths),
-        "layers_per_block": count_keys(weights, "encoder.down.0.block.", ".conv1.weight"),
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
-    }
-    rules = [("quant_conv.*", "quant_conv.*"), ("post_quant_conv.*", "post_quant_conv.*")]
-    for half in ("encoder.", "decoder."):
-        rules += [(half + f"{name}.*", half + f"{name}.*") for name in ("conv_in", "conv_out")]
-        rules += [(half + "norm_out.*", half + "conv_norm_out.*")]
-        rules += under(half + "mid.block_1.", half + "mid_block.resnets.0.", _TAMING_RESNET)
-        rules += under(half + "mid.attn_1.", half + "mid_block.attentions.0.", _TAMING_ATTENTION)
-        rules += under(half + "mid.block_2.", half + "mid_block.resnets.1.", _TAMING_RESNET)
-    rules += _taming_level("encoder.down.{}.", "encoder.down_blocks.{}.", "downsample")
-    for level in range(num_levels):  # the original counts upward levels from the finest, diffusers from the deepest
-        source, target = f"decoder.up.{level}.", f"decoder.up_blocks.{num_levels - 1 - level}."
-        rules += _taming_level(source, target, "upsample")
-    return config, rules
+def listing(keys: Sequence[str]) -> str:
+    """Keys for an error message: the first 20 by name, the others by number."""
+    rest = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + rest
 
 
 def build_empty(model_class: type[ModuleType], **config: Any) -> ModuleType:
@@ -254,7 +235,7 @@ def load_strict(model: ModuleType, state_dict: Mapping[str, Tensor]) -> ModuleTy
         "not finite": not_finite,
     }
     if any(problems.values()):
-        lists = "; ".join(f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys)
+        lists = "; ".join(f"{name}: {listing(keys)}" for name, keys in problems.items() if keys)
         raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {lists}.")
     uses = collections.Counter(value.untyped_storage().data_ptr() for value in state_dict.values())
 
@@ -268,15 +249,6 @@ def load_strict(model: ModuleType, state_dict: Mapping[str, Tensor]) -> ModuleTy
     return model.eval()
 
 
-def _taming_level(source: str, target: str, resample: str) -> Rules:
-    """One level (or all, with an index in both prefixes): residual blocks, attention and resampling."""
-    return [
-        *under(source + "block.{}.", target + "resnets.{}.", _TAMING_RESNET),
-        *under(source + "attn.{}.", target + "attentions.{}.", _TAMING_ATTENTION),
-        (source + f"{resample}.conv.*", target + f"{resample}rs.0.conv.*"),
-    ]
-
-
 def _compile(pattern: str) -> re.Pattern[str]:
     escaped = re.escape(pattern).replace(r"\{\}", r"(\d+)")
     if escaped.endswith(r"\*"):
@@ -286,8 +258,3 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 def _without_ones(tensor: Tensor) -> list[int]:
     return [size for size in tensor.shape if size != 1]
-
-
-def _listing(keys: Sequence[str]) -> str:
-    rest = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + rest

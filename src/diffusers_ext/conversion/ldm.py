@@ -2,10 +2,9 @@
 
 Rombach et al., arXiv 2112.10752; CompVis/latent-diffusion@a506df5 (code and weights MIT). A `.ckpt` of the original
 holds several networks: `split_ldm_checkpoint` takes them apart, then each goes to its converter, in `ldm_unet.py`,
-`ldm_autoencoder.py` and `ldm_encoders.py`. `diffusers-ext convert ldm` does it all.
+`ldm_autoencoder.py` and `ldm_encoders.py`. `convert_ldm_pipeline` (`diffusers-ext convert ldm`) does it all.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from ..pipelines.ldm_denoising import ldm_scheduler
-from .keys import unwrap_state_dict
+from .keys import SCHEDULE_BUFFERS, listing, unwrap_state_dict
 
-_SCHEDULE_BUFFERS = re.compile(
-    r"alphas_cumprod(_prev)?|sqrt_(one_minus_)?alphas_cumprod|log_one_minus_alphas_cumprod|"
-    r"sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar"
-)
 _EMA_COUNTERS = ("decay", "num_updates")
 
 
@@ -65,7 +60,7 @@ def split_ldm_checkpoint(state_dict: Mapping[str, Any], *, use_ema: bool | None 
             parts["model"][key] = value
         elif key in ("betas", "scale_factor"):
             buffers[key] = value
-        elif not _SCHEDULE_BUFFERS.fullmatch(key):
+        elif not SCHEDULE_BUFFERS.fullmatch(key):
             unknown.append(key)
     if not any(key.startswith("diffusion_model.") for key in parts["model"]):
         raise ValueError(
@@ -73,7 +68,7 @@ def split_ldm_checkpoint(state_dict: Mapping[str, Any], *, use_ema: bool | None 
             f"with {list(weights)[:3]}."
         )
     if unknown:
-        raise ValueError(f"The checkpoint holds keys of no known part: {', '.join(unknown)}.")
+        raise ValueError(f"The checkpoint holds keys of no known part: {listing(unknown)}.")
     model = _choose_average(parts["model"], use_ema)
     rest = [_choose_average(parts[name], None if use_ema else use_ema) for name in list(parts)[1:]]
     scale = buffers.get("scale_factor")
@@ -125,7 +120,7 @@ def _choose_average(weights: dict[str, Tensor], use_ema: bool | None) -> dict[st
     strangers = sorted(averaged.keys() - set(names.values()) - set(_EMA_COUNTERS))
     if missing or strangers:
         raise ValueError(
-            f"The averaged weights do not fit the others. Without an average: {', '.join(missing) or 'none'}; "
-            f"averages of nothing: {', '.join(strangers) or 'none'}. Pass use_ema=False to take the others."
+            f"The averaged weights do not fit the others. Without an average: {listing(missing) or 'none'}; "
+            f"averages of nothing: {listing(strangers) or 'none'}. Pass use_ema=False to take the others."
         )
     return {key: averaged.get(name, own[key]) for key, name in names.items()}

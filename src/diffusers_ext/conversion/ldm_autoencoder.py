@@ -12,7 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor
 
-from .keys import build_empty, load_strict, rename_keys, require, taming_autoencoder, unwrap_state_dict
+from .keys import build_empty, load_strict, rename_keys, require, unwrap_state_dict
+from .taming import taming_autoencoder
 
 
 def convert_ldm_autoencoder_kl(

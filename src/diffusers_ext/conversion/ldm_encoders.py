@@ -12,7 +12,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from torch import Tensor
 
 from ..models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
-from .keys import Rules, build_empty, load_strict, rename_keys, require, unwrap_state_dict
+from .keys import Rules, build_empty, count_heads, load_strict, rename_keys, require, unwrap_state_dict
 
 
 def convert_ldm_bert(state_dict: Mapping[str, Any], *, num_heads: int = 8) -> LDMBertModel:
@@ -39,11 +39,15 @@ def convert_ldm_bert(state_dict: Mapping[str, Any], *, num_heads: int = 8) -> LD
             sizes["layers"],
             "model.layers.{}.",
             norms=("self_attn_layer_norm", "final_layer_norm"),
-            attention={"to_q": "self_attn.q_proj", "to_k": "self_attn.k_proj", "to_v": "self_attn.v_proj",
-                       "to_out": "self_attn.out_proj"},
+            attention={
+                "to_q": "self_attn.q_proj",
+                "to_k": "self_attn.k_proj",
+                "to_v": "self_attn.v_proj",
+                "to_out": "self_attn.out_proj",
+            },
             mlp=("fc1", "fc2"),
         ),
-    ]  # fmt: skip
+    ]
     config = LDMBertConfig(
         vocab_size=sizes["vocab"],
         max_position_embeddings=sizes["length"],
@@ -174,20 +178,16 @@ def _transformer(state_dict: Mapping[str, Any], num_heads: int) -> tuple[dict[st
     """The weights of a `BERTEmbedder` and its sizes."""
     weights = unwrap_state_dict(state_dict)
     layer = "transformer.attn_layers.layers."
-    require(
-        weights, "a BERTEmbedder", "transformer.token_emb.weight", "transformer.pos_emb.emb.weight",
-        layer + "0.1.to_q.weight", layer + "1.1.net.2.weight",
-    )  # fmt: skip
+    embeddings = ("transformer.token_emb.weight", "transformer.pos_emb.emb.weight")
+    require(weights, "a BERTEmbedder", *embeddings, layer + "0.1.to_q.weight", layer + "1.1.net.2.weight")
     vocab, width = weights["transformer.token_emb.weight"].shape
     inner = weights[layer + "0.1.to_q.weight"].shape[0]
-    if num_heads < 1 or inner % num_heads:
-        raise ValueError(f"`num_heads` is {num_heads}, but the attention is {inner} wide, which it does not divide.")
     sizes = {
         "vocab": vocab,
         "width": width,
         "length": weights["transformer.pos_emb.emb.weight"].shape[0],
         "mlp": weights[layer + "1.1.net.2.weight"].shape[1],
-        "head_dim": inner // num_heads,
+        "head_dim": inner // count_heads("num_heads", inner, num_heads),
         "layers": (1 + max(int(key.split(".")[3]) for key in weights if key.startswith(layer))) // 2,
     }
     return weights, sizes

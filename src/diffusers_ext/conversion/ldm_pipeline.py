@@ -1,14 +1,15 @@
-"""What a latent-diffusion checkpoint does not tell, and the pipeline that its converted parts make.
+"""A latent-diffusion checkpoint with all its parts as a pipeline.
 
-Rombach et al., arXiv 2112.10752, tables 12 to 15; CompVis/latent-diffusion@a506df5:models/ldm and configs (code and
-weights MIT). Sizes, noise levels and a measured scale of the latents are read off a checkpoint. The rest stands in
-its config: for the released models in `RELEASES`, for others a user names it. `diffusers-ext convert ldm` runs the
-converters of all parts (`ldm.py`, `ldm_unet.py`, `ldm_autoencoder.py`, `ldm_encoders.py`) and then this.
+Rombach et al., arXiv 2112.10752; CompVis/latent-diffusion@a506df5 (code and weights MIT). `convert_ldm_pipeline` takes
+a checkpoint apart, converts the parts (`ldm.py`, `ldm_unet.py`, `ldm_autoencoder.py`, `ldm_encoders.py`) and makes the
+pipeline of their task. What the weights do not tell is in `ldm_releases.py`.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from typing import Any
 
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..pipelines.ldm_first_stage import first_stage_factor
@@ -20,6 +21,11 @@ from ..pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
 from ..pipelines.pipeline_ldm_text import LDMTextPipeline
 from ..pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
 from ..pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
+from .ldm import convert_ldm_schedule, split_ldm_checkpoint
+from .ldm_autoencoder import convert_ldm_first_stage
+from .ldm_encoders import convert_ldm_conditioner
+from .ldm_releases import LDMSettings, ldm_settings
+from .ldm_unet import convert_ldm_unet
 
 BERT_TOKENIZER = "bert-base-uncased"  # of all text models
 
@@ -35,86 +41,78 @@ LDM_TASKS: dict[str, tuple[type[LDMBasePipeline], str | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class LDMSettings:
-    """What the config of a model says and its weights do not.
+def convert_ldm_pipeline(
+    state_dict: Mapping[str, Any],
+    task: str | None = None,
+    *,
+    release: str | None = None,
+    tokenizer: str | None = None,
+    use_ema: bool | None = None,
+    **settings: Any,
+) -> LDMBasePipeline:
+    """Converts a latent-diffusion checkpoint with all its parts to the pipeline of its task.
 
     Args:
-        task: a name of `LDM_TASKS`.
-        num_heads, num_head_channels: one of the two, of the U-Net.
-        betas: first and last noise variance, for files without them.
-        resolution: side of the training pictures in pixels.
-        scale_factor: by which latents are multiplied before diffusion, unless the file holds a measured one.
-        null_class: the class that means "none"; None: the model was trained without.
-        num_classes: categories of a layout model.
-        options: further arguments of the pipeline.
-    """
-
-    task: str
-    num_heads: int | None = None
-    num_head_channels: int | None = None
-    betas: tuple[float, float] | None = None
-    resolution: int = 256
-    scale_factor: float | None = None
-    null_class: int | None = None
-    num_classes: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-_FACES = LDMSettings("unconditional", num_head_channels=32, betas=(0.0015, 0.0195))
-_LANDSCAPES = LDMSettings("semantic", num_heads=8, betas=(0.0015, 0.0205))
-# by the names of folders and configs in the original repository
-RELEASES = {
-    "celeba256": _FACES,
-    "ffhq256": _FACES,
-    "lsun_beds256": _FACES,
-    "lsun_churches256": LDMSettings("unconditional", num_heads=8, betas=(0.0015, 0.0155)),
-    "cin256": LDMSettings("class", num_head_channels=32, betas=(0.0015, 0.0195)),
-    "cin256-v2": LDMSettings("class", num_heads=1, betas=(0.0015, 0.0195), null_class=1000),
-    "txt2img-1p4B": LDMSettings("text", num_heads=8, betas=(0.00085, 0.012), scale_factor=0.18215),
-    "text2img256": LDMSettings(  # nothing says that it learnt the empty text
-        "text", num_head_channels=32, betas=(0.0015, 0.0195), options={"null_condition": False}
-    ),
-    "layout2img-openimages256": LDMSettings(
-        "layout", num_head_channels=32, betas=(0.0015, 0.0205), num_classes=354, options={"use_other_flags": True}
-    ),
-    "semantic_synthesis256": _LANDSCAPES,
-    "semantic_synthesis512": replace(_LANDSCAPES, resolution=512),
-    "bsr_sr": LDMSettings("super_resolution", num_head_channels=32, betas=(0.0015, 0.0155)),
-    "inpainting_big": LDMSettings("inpainting", num_heads=8, betas=(0.0015, 0.0205)),
-}
-
-
-def ldm_settings(task: str | None = None, release: str | None = None, **replacements: Any) -> LDMSettings:
-    """The settings of a released model, or of one's own.
-
-    Args:
-        task: what the network was trained for; a release tells it, too.
-        release: a name of `RELEASES`.
-        replacements: fields of `LDMSettings`; None leaves them as they are. A number of heads replaces their width.
+        state_dict: original weights, flat or under `"state_dict"`.
+        task, release, settings: see `ldm_settings`. A measured scale in the file counts more than the release's.
+        tokenizer: of a text model, a folder or a name on the Hub.
+        use_ema: see `split_ldm_checkpoint`.
 
     Raises:
-        ValueError: for an unknown task or release, neither of them, a task that is not the release's, or settings that
-            the task does not have.
+        ValueError: for settings or a checkpoint that do not fit, listing the keys.
     """
-    known = {"task": LDM_TASKS, "release": RELEASES}
-    if task is None and release is None:
-        raise ValueError(f"Name a `task` ({', '.join(LDM_TASKS)}) or a `release` ({', '.join(RELEASES)}).")
-    for name, value in (("task", task), ("release", release)):
-        if value is not None and value not in known[name]:
-            raise ValueError(f"`{name}` is {value!r}: it must be one of {', '.join(known[name])}.")
-    settings = LDMSettings(str(task)) if release is None else RELEASES[release]
-    if task not in (None, settings.task):
-        raise ValueError(f"`task` is {task!r}, but {release} is a model for {settings.task!r}: leave `task` out.")
-    given = {name: value for name, value in replacements.items() if value is not None}
-    for name, owner in (("null_class", "class"), ("num_classes", "layout")):
-        if name in given and settings.task != owner:
-            raise ValueError(
-                f"`{name}` is {given[name]}, but only models for {owner!r} have it, not {settings.task!r}."
-            )
-    if given.keys() & {"num_heads", "num_head_channels"}:
-        given = {"num_heads": None, "num_head_channels": None, **given}
-    return replace(settings, **given)
+    model = ldm_settings(task, release, **settings)
+    if tokenizer is not None and model.task != "text":
+        raise ValueError(f"`tokenizer` is {tokenizer!r}, but only models for 'text' have one, not {model.task!r}.")
+    words = load_bert_tokenizer(tokenizer) if model.task == "text" else None  # first, as it may be missing
+    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
+    given = (settings.get("scale_factor"), parts.scale_factor, model.scale_factor, 1.0)
+    vqvae = convert_ldm_first_stage(
+        parts.first_stage,
+        scale_factor=next(scale for scale in given if scale is not None),
+        sample_size=model.resolution,
+    )
+    side = latent_side(model, vqvae)
+    return assemble_ldm_pipeline(
+        model,
+        vqvae=vqvae,
+        unet=convert_ldm_unet(
+            parts.unet, num_heads=model.num_heads, num_head_channels=model.num_head_channels, sample_size=side
+        ),
+        scheduler=convert_ldm_schedule(parts.betas, model.betas),
+        conditioner=convert_ldm_conditioner(
+            parts.cond_stage,
+            model.task,
+            null_class=model.null_class,
+            num_stages=(model.resolution // side).bit_length() - 1,
+            first_stage=parts.first_stage,
+        ),
+        tokenizer=words,
+    )
+
+
+def take_ldm_first_stage(
+    state_dict: Mapping[str, Any],
+    *,
+    resolution: int = 256,
+    scale_factor: float | None = None,
+    use_ema: bool | None = None,
+) -> AutoencoderKL | VQModel:
+    """Converts the first stage of a latent-diffusion checkpoint, or one alone.
+
+    Args:
+        state_dict: original weights, flat or under `"state_dict"`.
+        resolution: side of the training pictures in pixels, a note in the config.
+        scale_factor: by which latents are multiplied before diffusion; the measured one of the file when None, or 1.
+        use_ema: see `split_ldm_checkpoint`.
+
+    Raises:
+        ValueError: listing keys that are unknown, missing, misshaped or not finite.
+    """
+    parts = split_ldm_checkpoint(state_dict, use_ema=use_ema)
+    measured = 1.0 if parts.scale_factor is None else parts.scale_factor
+    scale = measured if scale_factor is None else scale_factor
+    return convert_ldm_first_stage(parts.first_stage, scale_factor=scale, sample_size=resolution)
 
 
 def latent_side(settings: LDMSettings, vqvae: Any) -> int:

@@ -18,10 +18,9 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from .keys import Rules, build_empty, load_strict, rename_keys, under, unwrap_state_dict
+from .keys import Rules, build_empty, count_heads, count_keys, load_strict, rename_keys, under, unwrap_state_dict
 
-HEAD_WIDTH = 64  # of a text tower, and of a vision tower whose width is not among these
-VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # ViT-H, ViT-g, ViT-bigG, ViT-e
+VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # ViT-H, ViT-g, ViT-bigG, ViT-e; 64 in the others
 VOCABULARY = 49408  # of the byte pair encoding that CLIP came with
 
 _BLOCK: Rules = [
@@ -129,8 +128,8 @@ def read_config(
             "hidden_size": text_width,
             "intermediate_size": weights["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "projection_dim": projection_dim,
-            "num_hidden_layers": _count_layers(weights, "text_model"),
-            "num_attention_heads": _heads("text_heads", text_width, text_heads, HEAD_WIDTH),
+            "num_hidden_layers": count_keys(weights, "text_model.encoder.layers.", ".mlp.fc1.weight"),
+            "num_attention_heads": count_heads("text_heads", text_width, text_heads),
             "max_position_embeddings": weights["text_model.embeddings.position_embedding.weight"].shape[0],
             "hidden_act": activation,
             # open_clip pools at the highest id: the end of text, the last of the vocabulary. transformers pools at the
@@ -143,9 +142,9 @@ def read_config(
             "hidden_size": vision_width,
             "intermediate_size": weights["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "projection_dim": projection_dim,
-            "num_hidden_layers": _count_layers(weights, "vision_model"),
-            "num_attention_heads": _heads(
-                "vision_heads", vision_width, vision_heads, VISION_HEAD_WIDTHS.get(vision_width, HEAD_WIDTH)
+            "num_hidden_layers": count_keys(weights, "vision_model.encoder.layers.", ".mlp.fc1.weight"),
+            "num_attention_heads": count_heads(
+                "vision_heads", vision_width, vision_heads, VISION_HEAD_WIDTHS.get(vision_width, 64)
             ),
             "num_channels": channels,
             "image_size": grid * patch_size,
@@ -201,18 +200,3 @@ def _take_apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             parts[key] = value
     return parts
-
-
-def _count_layers(weights: Mapping[str, Tensor], tower: str) -> int:
-    return len({match[1] for key in weights if (match := re.match(rf"{tower}\.encoder\.layers\.(\d+)\.", key))})
-
-
-def _heads(name: str, width: int, heads: int | None, head_width: int) -> int:
-    if heads is None and width % head_width == 0:
-        return width // head_width
-    if heads is None or heads < 1 or width % heads:
-        raise ValueError(
-            f"`{name}` is {heads}, but the tower's width is {width}: pass a number that divides it (open_clip's "
-            "configuration of the model has it as `heads`, or as `width` / `head_width`)."
-        )
-    return heads

@@ -8,7 +8,6 @@ The diffusers-format repository of Versatile Diffusion holds no Optimus: diffuse
 `optimus-vae.pth`.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..models.autoencoder_optimus import AutoencoderOptimus
-from .keys import Rules, build_empty, load_strict, rename_keys, unwrap_state_dict
+from .keys import Rules, build_empty, count_heads, count_keys, load_strict, rename_keys, unwrap_state_dict
 
-HEAD_WIDTH = 64  # of BERT-base and GPT-2
 PREFIXES = ("optimus.", "vae.text.")
 SPECIAL_TOKENS = {"pad_token": "<PAD>", "bos_token": "<BOS>", "eos_token": "<EOS>"}  # appended in this order
 
@@ -106,7 +104,7 @@ def convert_optimus(
         ignore.append("decoder.transformer.linear_emb.weight")
     if not latent_as_memory:
         ignore.append("decoder.transformer.linear.weight")
-    renamed = rename_keys(_without(weights, ignore), _RULES)
+    renamed = rename_keys(weights, _RULES, ignore=ignore)
     encoder_vocab_size, encoder_width = weights["encoder.embeddings.word_embeddings.weight"].shape
     model = build_empty(
         AutoencoderOptimus,
@@ -114,13 +112,13 @@ def convert_optimus(
         encoder_vocab_size=encoder_vocab_size,
         encoder_hidden_size=encoder_width,
         encoder_intermediate_size=weights["encoder.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        encoder_num_layers=_count_layers(weights, "encoder.encoder.layer."),
-        encoder_num_attention_heads=_heads("encoder_heads", encoder_width, encoder_heads),
+        encoder_num_layers=count_keys(weights, "encoder.encoder.layer.", ".intermediate.dense.weight"),
+        encoder_num_attention_heads=count_heads("encoder_heads", encoder_width, encoder_heads),
         encoder_max_length=weights["encoder.embeddings.position_embeddings.weight"].shape[0],
         decoder_vocab_size=vocab_size,
         decoder_hidden_size=width,
-        decoder_num_layers=_count_layers(weights, "decoder.transformer.h."),
-        decoder_num_attention_heads=_heads("decoder_heads", width, decoder_heads),
+        decoder_num_layers=count_keys(weights, "decoder.transformer.h.", ".mlp.c_fc.weight"),
+        decoder_num_attention_heads=count_heads("decoder_heads", width, decoder_heads),
         decoder_max_length=weights["decoder.transformer.wpe.weight"].shape[0],
         encoder_pad_token_id=encoder_pad_token_id,
         pad_token_id=vocab_size - 3 if pad_token_id is None else pad_token_id,
@@ -186,24 +184,3 @@ def _check_head(weights: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"`{_TIED_HEAD}` is no copy of `decoder.transformer.wte.weight`: AutoencoderOptimus has one for both."
         )
-
-
-def _without(weights: Mapping[str, Tensor], patterns: list[str]) -> dict[str, Tensor]:
-    """What no pattern fits; a pattern may hold one `{}` for an index."""
-    compiled = [re.compile(re.escape(pattern).replace(r"\{\}", r"\d+")) for pattern in patterns]
-    return {key: value for key, value in weights.items() if not any(p.fullmatch(key) for p in compiled)}
-
-
-def _count_layers(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return len({match[1] for key in weights if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))})
-
-
-def _heads(name: str, width: int, heads: int | None) -> int:
-    if heads is None and width % HEAD_WIDTH == 0:
-        return width // HEAD_WIDTH
-    if heads is None or heads < 1 or width % heads:
-        raise ValueError(
-            f"`{name}` is {heads}, but the network is {width} wide: pass the number of its attention heads, which "
-            "divides the width."
-        )
-    return heads

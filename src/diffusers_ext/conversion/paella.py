@@ -12,17 +12,8 @@ from typing import Any
 
 from ..models.unet_paella import PaellaUNet
 from ..models.vq_paella import GumbelVQModel, PaellaVQModel
-from .keys import (
-    Rules,
-    build_empty,
-    count_keys,
-    load_strict,
-    rename_keys,
-    require,
-    taming_autoencoder,
-    under,
-    unwrap_state_dict,
-)
+from .keys import Rules, build_empty, count_keys, load_strict, rename_keys, require, under, unwrap_state_dict
+from .taming import taming_autoencoder
 
 _PAELLA_BLOCK: Rules = [
     ("gamma", "layer_scale"),

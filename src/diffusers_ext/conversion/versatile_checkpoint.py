@@ -19,7 +19,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from .keys import build_empty, load_strict, require, unwrap_state_dict
+from .keys import (
+    SCHEDULE_BUFFERS,
+    build_empty,
+    count_heads,
+    count_keys,
+    listing,
+    load_strict,
+    require,
+    unwrap_state_dict,
+)
 
 # Where the parts of a checkpoint lie: current layout, first release.
 _PARTS = {
@@ -28,10 +37,6 @@ _PARTS = {
     "optimus": ("vae.text.", "optimus."),
     "clip": ("ctx.image.model.", "ctx.text.model.", "clip.model."),
 }
-_SCHEDULE_BUFFERS = re.compile(
-    r"betas|alphas_cumprod(_prev)?|sqrt_\w*alphas_cumprod|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights|logvar"
-)
-HEAD_WIDTH = 64  # of all towers by OpenAI
 ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's, and that of most CLIPs since
 _NO_WEIGHTS = re.compile(r"logit_scale|(text|vision)_model\.embeddings\.position_ids")
 
@@ -71,10 +76,10 @@ def split_versatile_checkpoint(state_dict: Mapping[str, Any]) -> VersatileCheckp
                 parts[name].setdefault(key if name == "unet" else key.removeprefix(prefix), value)
                 break
         else:
-            if not _SCHEDULE_BUFFERS.fullmatch(key):
+            if not SCHEDULE_BUFFERS.fullmatch(key):
                 unknown.append(key)
     if unknown:
-        raise ValueError(f"The checkpoint holds keys of no known part: {', '.join(sorted(unknown)[:20])}.")
+        raise ValueError(f"The checkpoint holds keys of no known part: {listing(sorted(unknown))}.")
     if not parts["unet"]:
         raise ValueError(
             "`state_dict` is no checkpoint of Versatile Diffusion: nothing lies under 'diffuser.' (current layout) or "
@@ -113,7 +118,7 @@ def convert_versatile_clip(
     text = {key: value for key, value in weights.items() if key.startswith("text_")}
     vision = {key: value for key, value in weights.items() if key.startswith(("vision_", "visual_"))}
     if unknown := sorted(weights.keys() - text.keys() - vision.keys()):
-        raise ValueError(f"The checkpoint holds keys that this converter does not know: {', '.join(unknown[:20])}.")
+        raise ValueError(f"The checkpoint holds keys that this converter does not know: {listing(unknown)}.")
     text_config = _text_config(text, text_heads, eos_token_id, hidden_act)
     vision_config = _vision_config(vision, vision_heads, hidden_act)
     return (
@@ -134,8 +139,8 @@ def _text_config(
         hidden_size=width,
         intermediate_size=weights[mlp].shape[0],
         projection_dim=weights["text_projection.weight"].shape[0],
-        num_hidden_layers=_count_layers(weights),
-        num_attention_heads=_heads("text_heads", width, heads),
+        num_hidden_layers=count_keys(weights, "text_model.encoder.layers.", ".mlp.fc1.weight"),
+        num_attention_heads=count_heads("text_heads", width, heads),
         max_position_embeddings=weights[embeddings[1]].shape[0],
         hidden_act=hidden_act,
         eos_token_id=eos_token_id,
@@ -151,20 +156,9 @@ def _vision_config(weights: Mapping[str, Tensor], heads: int | None, hidden_act:
         hidden_size=width,
         intermediate_size=weights[mlp].shape[0],
         projection_dim=weights["visual_projection.weight"].shape[0],
-        num_hidden_layers=_count_layers(weights),
-        num_attention_heads=_heads("vision_heads", width, heads),
+        num_hidden_layers=count_keys(weights, "vision_model.encoder.layers.", ".mlp.fc1.weight"),
+        num_attention_heads=count_heads("vision_heads", width, heads),
         image_size=math.isqrt(weights[positions].shape[0] - 1) * patch_size,
         patch_size=patch_size,
         hidden_act=hidden_act,
     )
-
-
-def _count_layers(weights: Mapping[str, Tensor]) -> int:
-    return sum(key.endswith(".mlp.fc1.weight") for key in weights)
-
-
-def _heads(name: str, width: int, heads: int | None) -> int:
-    heads = width // HEAD_WIDTH if heads is None else heads
-    if heads < 1 or width % heads:
-        raise ValueError(f"`{name}` is {heads}, but the tower is {width} wide: pass a divisor of that.")
-    return heads
