@@ -203,3 +203,24 @@ def test_indices_carry_no_graph():
 def test_bad_input(kind, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_paella() if kind is PaellaVQModel else tiny(kind))
+
+
+@pytest.mark.parametrize("cls", [VQModel, GumbelVQModel, PaellaVQModel])
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_tokenizer_chooses_the_same_codes(cls, wrap):
+    vqvae = tiny_paella() if cls is PaellaVQModel else tiny(cls)
+    with torch.compiler.set_stance("force_eager"):
+        indices = encode_indices(vqvae, IMAGE)
+        assert len(indices.unique()) > 1
+        assert torch.equal(encode_indices(wrap(vqvae), IMAGE), indices)
+        assert torch.equal(decode_indices(wrap(vqvae), indices), decode_indices(vqvae, indices))
+        assert downsample_factor(wrap(vqvae)) == downsample_factor(vqvae)
+        if cls is GumbelVQModel:
+            noise = -(-torch.rand(2, 20, 6, 8).log()).log()
+            drawn = encode_indices(vqvae, IMAGE, gumbel_noise=noise)
+            assert torch.equal(encode_indices(wrap(vqvae), IMAGE, gumbel_noise=noise), drawn)
+
+
+def test_another_network_is_no_tokenizer():
+    with pytest.raises(TypeError, match="`vqvae` is a Linear: a tokenizer is a VQModel, a GumbelVQModel or a Paella"):
+        downsample_factor(torch.nn.Linear(1, 1))

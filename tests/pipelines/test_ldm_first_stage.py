@@ -83,3 +83,21 @@ def test_what_an_inpainting_model_sees(vqvae):
     black[..., 8:] = -1
     torch.testing.assert_close(condition[:, :3], encode_first_stage(vqvae, black))
     assert condition[:, 3].unique().tolist() == [-1, 1] and (condition[:, 3, :, 2:] == 1).all()
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_first_stage_is_scaled_and_read_like_the_bare_one(wrap):
+    vqvae = tiny_first_stage("vq", scaling_factor=0.18215)
+    assert latent_scale(vqvae) == latent_scale(wrap(vqvae)) == 1.0
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    for first_stage in (vqvae, tiny_first_stage("kl")):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            latents = encode_first_stage(first_stage, picture)
+            assert torch.equal(encode_first_stage(wrap(first_stage), picture), latents)
+            decoded = first_stage.decode(latents).sample  # diffusers' own quantiser
+            assert torch.equal(decode_first_stage(wrap(first_stage), latents), decoded)
+
+
+def test_another_network_is_no_first_stage():
+    with pytest.raises(TypeError, match="`vqvae` is a Linear: a first stage is an AutoencoderKL or a VQModel"):
+        latent_scale(torch.nn.Linear(1, 1))

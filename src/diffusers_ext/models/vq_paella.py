@@ -14,7 +14,9 @@ of a `GumbelVQModel` are the most probable ones by default; Paella's own helper 
 Letters in shape comments: b images, (h, w) the token grid, d latent channels, k codes, n = b*h*w rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,7 +27,20 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from .blocks.wrappers import unwrap
+
 _ROWS_PER_CHUNK = 4096  # bounds the scores to rows x codes floats: 134 MB for 8192 codes
+
+
+class _CodeLogits(nn.Conv2d):
+    """The 1x1 convolution to logits over the codebook."""
+
+    def forward(self, input: Tensor, choose: Callable[..., Tensor] | None = None) -> Tensor:
+        """Logits (b, k, h, w) of latents (b, d, h, w); or what `choose(latents, self)` makes of both.
+
+        The weights are read in here, where whatever was offloaded or cast for storage has come back.
+        """
+        return super().forward(input) if choose is None else choose(input, self)
 
 
 class GumbelVQModel(VQModel):
@@ -33,8 +48,11 @@ class GumbelVQModel(VQModel):
 
     The arguments are those of `diffusers.VQModel`. The released f8 tokenizer has `block_out_channels=(128, 128, 256,
     512)`, attention on the last level (`AttnDownEncoderBlock2D`, `AttnUpDecoderBlock2D`), `layers_per_block=2`,
-    `latent_channels=256`, `num_vq_embeddings=8192`.
+    `latent_channels=256`, `num_vq_embeddings=8192`. As in `VQModel`, `force_upcast` is recorded and changes nothing:
+    the network computes in its own dtype.
     """
+
+    _supports_group_offloading = True  # unlike the parent, which reads its codebook behind the back of the module
 
     @register_to_config
     def __init__(
@@ -76,7 +94,7 @@ class GumbelVQModel(VQModel):
             lookup_from_codebook=lookup_from_codebook,
             force_upcast=force_upcast,
         )
-        self.quantize_proj = nn.Conv2d(self.quantize.vq_embed_dim, num_vq_embeddings, 1)
+        self.quantize_proj = _CodeLogits(self.quantize.vq_embed_dim, num_vq_embeddings, 1)
 
     def encode_indices(
         self,
@@ -104,7 +122,7 @@ class GumbelVQModel(VQModel):
         """Decodes latents (batch, d, h, w) to pictures as `VQModel.decode`, but with the projection's codes."""
         if force_not_quantize:
             return super().decode(h, force_not_quantize=True, return_dict=return_dict, shape=shape)
-        sample = decode_indices(self, most_probable_codes(h, self.quantize_proj))
+        sample = decode_indices(self, self.quantize_proj(h, most_probable_codes))
         commit_loss = sample.new_zeros(h.shape[0])  # nothing to commit to
         if not return_dict:
             return sample, commit_loss  # type: ignore[return-value] # as the parent, whose annotation is wrong
@@ -167,6 +185,8 @@ class PaellaVQModel(ModelMixin, ConfigMixin):
         ValueError: if `embed_dim` cannot be halved for every level.
     """
 
+    _skip_layerwise_casting_patterns = ["vquantizer"]  # as `VQModel`: rounded codes are other codes
+
     @register_to_config
     def __init__(
         self,
@@ -222,8 +242,7 @@ class PaellaVQModel(ModelMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Codes or latents (b, d, h, w), unscaled, to pictures (b, 3, 4h, 4w), nominally in [0, 1]."""
         if not force_not_quantize:
-            weight = self.vquantizer.embedding.weight
-            h = F.embedding(nearest_codes(h, weight), weight).permute(0, 3, 1, 2)
+            h = codebook(self)(nearest_codes(h, codebook_table(self))).permute(0, 3, 1, 2)
         sample = self.out_block(self.up_blocks(h))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -236,13 +255,41 @@ class PaellaVQModel(ModelMixin, ConfigMixin):
 Tokenizer = VQModel | PaellaVQModel  # a GumbelVQModel is a VQModel
 
 
+def bare_tokenizer(vqvae: Any) -> Tokenizer:
+    """The tokenizer without what torch wraps around it: its class decides how codes are chosen.
+
+    Raises:
+        TypeError: for anything else than a `VQModel`, a `GumbelVQModel` or a `PaellaVQModel`.
+    """
+    bare = unwrap(vqvae)
+    if not isinstance(bare, (VQModel, PaellaVQModel)):
+        raise TypeError(
+            f"`vqvae` is a {type(bare).__name__}: a tokenizer is a VQModel, a GumbelVQModel or a PaellaVQModel. If it "
+            "wraps one, pass that."
+        )
+    return bare
+
+
+def codebook(vqvae: Tokenizer) -> nn.Embedding:
+    """The codes as a module: called with indices it gives codes, wherever its weights are kept."""
+    vqvae = bare_tokenizer(vqvae)
+    return (vqvae.vquantizer if isinstance(vqvae, PaellaVQModel) else vqvae.quantize).embedding
+
+
+def codebook_table(vqvae: Tokenizer) -> Tensor:
+    """All codes (k, d), as their module gives them."""
+    embedding, device = codebook(vqvae), bare_tokenizer(vqvae).device
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
 def codebook_weight(vqvae: Tokenizer) -> Tensor:
-    """The codes (k, d)."""
-    return (vqvae.vquantizer if isinstance(vqvae, PaellaVQModel) else vqvae.quantize).embedding.weight
+    """The parameter that holds the codes (k, d), to train or to fill it; `codebook_table` reads offloaded ones too."""
+    return codebook(vqvae).weight
 
 
 def downsample_factor(vqvae: Tokenizer) -> int:
     """How many pixels a side one token stands for."""
+    vqvae = bare_tokenizer(vqvae)
     if isinstance(vqvae, PaellaVQModel):
         return vqvae.config["up_down_scale_factor"] * 2 ** (vqvae.config["levels"] - 1)
     return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
@@ -250,6 +297,7 @@ def downsample_factor(vqvae: Tokenizer) -> int:
 
 def encode_latents(vqvae: Tokenizer, image: Tensor) -> Tensor:
     """Pictures (b, c, height, width) in [-1, 1] to latents (b, d, h, w) before the codes."""
+    vqvae = bare_tokenizer(vqvae)
     if isinstance(vqvae, PaellaVQModel):
         image = image / 2 + 0.5
     return vqvae.encode(image, return_dict=False)[0]
@@ -257,6 +305,7 @@ def encode_latents(vqvae: Tokenizer, image: Tensor) -> Tensor:
 
 def decode_latents(vqvae: Tokenizer, latents: Tensor) -> Tensor:
     """Latents (b, d, h, w), codes or not, to pictures (b, c, height, width), nominally in [-1, 1]."""
+    vqvae = bare_tokenizer(vqvae)
     image = vqvae.decode(latents, force_not_quantize=True, return_dict=False)[0]
     return image * 2 - 1 if isinstance(vqvae, PaellaVQModel) else image
 
@@ -286,6 +335,7 @@ def encode_indices(
     Raises:
         ValueError: for a picture of unfit shape, for `sample` without a `GumbelVQModel`, or a list of unfit length.
     """
+    vqvae = bare_tokenizer(vqvae)
     factor = downsample_factor(vqvae)
     in_channels = vqvae.config["in_channels"]
     if image.ndim != 4 or image.shape[1] != in_channels:
@@ -306,13 +356,12 @@ def encode_indices(
         )
     latents = encode_latents(vqvae, image.to(vqvae.dtype))  # (b, d, h, w)
     if not isinstance(vqvae, GumbelVQModel):
-        return nearest_codes(latents, codebook_weight(vqvae))
+        return nearest_codes(latents, codebook_table(vqvae))
     if not sample:
-        return most_probable_codes(latents, vqvae.quantize_proj)
-    return _draw_codes(latents, vqvae.quantize_proj, gumbel_noise, generator)
+        return vqvae.quantize_proj(latents, most_probable_codes)
+    return vqvae.quantize_proj(latents, partial(_draw_codes, gumbel_noise=gumbel_noise, generator=generator))
 
 
-@apply_forward_hook  # moves an offloaded tokenizer before its codebook is read
 def decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     """Codebook indices to pictures; the grid need not be square.
 
@@ -328,8 +377,13 @@ def decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     """
     if indices.ndim != 3:
         raise ValueError(f"`indices` has shape {tuple(indices.shape)}, the tokenizer takes (batch, h, w).")
+    return _decode_indices(bare_tokenizer(vqvae), indices)
+
+
+@apply_forward_hook  # moves an offloaded tokenizer before its codebook is asked
+def _decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     try:
-        codes = F.embedding(indices, codebook_weight(vqvae)).permute(0, 3, 1, 2)  # (b, d, h, w)
+        codes = codebook(vqvae)(indices).permute(0, 3, 1, 2)  # (b, d, h, w)
     except IndexError as error:
         raise ValueError(
             f"`indices` go from {indices.min().item()} to {indices.max().item()}, the codebook has "
@@ -377,8 +431,8 @@ def most_probable_codes(latents: Tensor, proj: nn.Conv2d) -> Tensor:
 def _draw_codes(
     latents: Tensor,
     proj: nn.Conv2d,
-    gumbel_noise: Tensor | None,
-    generator: Generator | Sequence[Generator] | None,
+    gumbel_noise: Tensor | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
 ) -> Tensor:
     """argmax(logits + Gumbel noise) is distributed as softmax(logits); image by image, so memory stays bounded."""
     batch, _, height, width = latents.shape

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from ..models.blocks.wrappers import unwrap
 from .checks import check_integer, check_side
 from .ldm_first_stage import first_stage_channels
 
@@ -23,11 +24,12 @@ def check_components(pipe: Any, *, concat_channels: int | None = 0, context_widt
     missing = [name for name, part in pipe.components.items() if part is None and name not in optional]
     if missing:
         raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
-    takes_context = isinstance(pipe.unet, UNet2DConditionModel)
+    unet = unwrap(pipe.unet)
+    takes_context = isinstance(unet, UNet2DConditionModel)
     if takes_context != (context_width is not None):
         wanted = "a UNet2DModel" if context_width is None else "a UNet2DConditionModel, for its cross-attention"
         raise ValueError(
-            f"`unet` is a {type(pipe.unet).__name__}, {type(pipe).__name__} needs {wanted}: the checkpoint is that of"
+            f"`unet` is a {type(unet).__name__}, {type(pipe).__name__} needs {wanted}: the checkpoint is that of"
             " another task, load it with that task's pipeline."
         )
     channels, config = first_stage_channels(pipe.vqvae), pipe.unet.config

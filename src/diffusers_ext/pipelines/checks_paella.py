@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.vq_paella import GumbelVQModel
+from ..models.vq_paella import GumbelVQModel, bare_tokenizer
 from .checks import as_texts, check_side
 
 SAMPLE_MODES = ("argmax", "sample")
@@ -129,9 +129,10 @@ def check_strength(strength: Any) -> None:
 def check_sample_mode(pipe: Any, sample_mode: Any) -> None:
     if sample_mode not in SAMPLE_MODES:
         raise ValueError(f"`sample_mode` must be one of {', '.join(SAMPLE_MODES)}; received {sample_mode!r}.")
-    if sample_mode == "sample" and not isinstance(pipe.vqvae, GumbelVQModel):
+    vqvae = bare_tokenizer(pipe.vqvae)
+    if sample_mode == "sample" and not isinstance(vqvae, GumbelVQModel):
         raise ValueError(
-            f"`sample_mode='sample'` needs a GumbelVQModel: a {type(pipe.vqvae).__name__} takes the nearest code and"
+            f"`sample_mode='sample'` needs a GumbelVQModel: a {type(vqvae).__name__} takes the nearest code and"
             " has no probabilities. Use 'argmax'."
         )
 

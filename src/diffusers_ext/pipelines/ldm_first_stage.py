@@ -11,24 +11,43 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from ..conditions.inpainting import latent_mask, masked_image
+from ..models.blocks.wrappers import unwrap
+from ..models.vq_paella import GumbelVQModel, codebook, codebook_table
 from .ldm_tiling import TileGrid
 
 FirstStage = AutoencoderKL | VQModel
 VQ_DEFAULT_SCALE = 0.18215  # of diffusers' VQModel: the text model's KL autoencoder has it, no released VQ model does
 
 
+def bare_first_stage(vqvae: Any) -> FirstStage:
+    """The autoencoder without what torch wraps around it: its class decides how it is called and scaled.
+
+    Raises:
+        TypeError: for anything else than an `AutoencoderKL` or a `VQModel`.
+    """
+    bare = unwrap(vqvae)
+    if not isinstance(bare, (AutoencoderKL, VQModel)):
+        raise TypeError(
+            f"`vqvae` is a {type(bare).__name__}: a first stage is an AutoencoderKL or a VQModel. If it wraps one,"
+            " pass that."
+        )
+    return bare
+
+
 def first_stage_factor(vqvae: FirstStage) -> int:
     """How many pixels a side one latent stands for."""
-    return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
+    return 2 ** (len(bare_first_stage(vqvae).config["block_out_channels"]) - 1)
 
 
 def first_stage_channels(vqvae: FirstStage) -> int:
     """Channels of the latents that diffusion works on."""
-    embedded = vqvae.config.get("vq_embed_dim")
-    return vqvae.config["latent_channels"] if embedded is None else embedded
+    config = bare_first_stage(vqvae).config
+    embedded = config.get("vq_embed_dim")
+    return config["latent_channels"] if embedded is None else embedded
 
 
 def has_unset_scale(vqvae: Any) -> bool:
@@ -37,6 +56,7 @@ def has_unset_scale(vqvae: Any) -> bool:
     A config file without the entry (all VQ repositories of CompVis) and one that was saved again afterwards look the
     same, so the value decides: latents of the released VQ models are not scaled, and a measured scale is another one.
     """
+    vqvae = bare_first_stage(vqvae)
     return isinstance(vqvae, VQModel) and vqvae.config["scaling_factor"] == VQ_DEFAULT_SCALE
 
 
@@ -45,7 +65,7 @@ def latent_scale(vqvae: FirstStage) -> float:
 
     It is 1 for a `VQModel` whose config only holds the class's default (see `has_unset_scale`).
     """
-    return 1.0 if has_unset_scale(vqvae) else float(vqvae.config["scaling_factor"])
+    return 1.0 if has_unset_scale(vqvae) else float(bare_first_stage(vqvae).config["scaling_factor"])
 
 
 def encode_first_stage(
@@ -64,6 +84,7 @@ def encode_first_stage(
         grid: over the pictures, with `down` = the autoencoder's factor: encode tile by tile. Moments are blended
             before a draw.
     """
+    vqvae = bare_first_stage(vqvae)
     images = images.to(vqvae.dtype)
     if isinstance(vqvae, AutoencoderKL):
 
@@ -88,11 +109,31 @@ def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | N
         grid: over the latents, with `up` = the autoencoder's factor: decode tile by tile.
     """
 
+    vqvae = bare_first_stage(vqvae)
+
     def decode(tile: Tensor) -> Tensor:
+        if isinstance(vqvae, VQModel) and not isinstance(vqvae, GumbelVQModel):
+            return _decode_nearest(vqvae, tile)
         return vqvae.decode(tile, return_dict=False)[0]  # type: ignore[arg-type] # any tensor of floats
 
     latents = latents.to(vqvae.dtype)
     return decode(latents) if grid is None else grid.apply(decode, latents)
+
+
+@apply_forward_hook  # moves an offloaded autoencoder before its codebook is asked
+def _decode_nearest(vqvae: VQModel, latents: Tensor) -> Tensor:
+    """What `VQModel.decode` computes, to the bit, without reading the codebook behind the back of its module.
+
+    diffusers' quantiser does, so that hooks on the codebook (offloading) do not see it. Its gradient goes straight
+    through, for `guidance_fn`.
+    """
+    if vqvae.config["lookup_from_codebook"]:  # such a model decodes nothing but indices without its quantiser
+        return vqvae.decode(latents, return_dict=False)[0]  # type: ignore[arg-type]
+    latents = latents.permute(0, 2, 3, 1).contiguous()  # (b, h, w, d)
+    nearest = torch.cdist(latents.flatten(0, 2), codebook_table(vqvae)).argmin(dim=1)
+    codes = codebook(vqvae)(nearest).view(latents.shape)
+    codes = (latents + (codes - latents).detach()).permute(0, 3, 1, 2).contiguous()
+    return vqvae.decode(codes, force_not_quantize=True, return_dict=False)[0]  # type: ignore[arg-type]
 
 
 def encode_masked_image(vqvae: FirstStage, images: Tensor, mask: Tensor, *, grid: TileGrid | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.blocks.wrappers import unwrap
 from .checks import (
     check_callback_tensors,
     check_generator,
@@ -102,9 +103,8 @@ class LDMBasePipeline(SharingPipeline):
     def size_multiple(self) -> int:
         """Valid sides are multiples of this many pixels."""
         # a U-Net with cross-attention resizes on its way up to what it met on its way down
-        halvings = (
-            0 if isinstance(self.unet, UNet2DConditionModel) else len(self.unet.config["block_out_channels"]) - 1
-        )
+        resizes = isinstance(unwrap(self.unet), UNet2DConditionModel)
+        halvings = 0 if resizes else len(self.unet.config["block_out_channels"]) - 1
         return self.vae_scale_factor * 2**halvings
 
     @property
