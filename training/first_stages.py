@@ -11,10 +11,12 @@ loop does not know: its loss, its draws, what it keeps between steps, what it re
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers import AutoencoderKL, VQModel
 from torch import Generator, Tensor, nn
 
@@ -125,6 +127,11 @@ class Objective(nn.Module):
         `record` wants to see."""
         raise NotImplementedError
 
+    @classmethod
+    def starts_with_kmeans(cls, args: "AutoencoderArgs") -> bool:
+        """Whether the first codes are means of the pictures' latents."""
+        return False
+
     def reconstruction_loss(self, error: Tensor, num_elements: int) -> Tensor:
         """The term of the loss that `error`, the mean error of an element, stands for (`--reduction`)."""
         return reconstruction_nll(error, num_elements, reduction=self.args.resolved_reduction)
@@ -201,6 +208,10 @@ class Quantized(CodebookObjective):
         self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
         self.last_restart = round(args.restart_fraction * num_steps)
 
+    @classmethod
+    def starts_with_kmeans(cls, args: "AutoencoderArgs") -> bool:
+        return args.kmeans_samples > 0 and not args.pretrained_model_name_or_path
+
     @property
     def last_weight(self) -> Tensor:
         if isinstance(self.autoencoder, PaellaVQModel):
@@ -226,14 +237,18 @@ class Quantized(CodebookObjective):
     ) -> None:  # fmt: skip
         """Starts the codebook, and gives unused codes the place of a random latent of the batch."""
         weight = codebook_weight(self.autoencoder)
-        starts = self.args.kmeans_samples > 0 and not self.args.pretrained_model_name_or_path
-        if step == self.first_step and starts:
-            latents = torch.cat([self.latents(*batch) for batch in pictures(self.args.kmeans_samples)])
-            weight.copy_(kmeans_codebook(as_rows(latents), weight.shape[0], seed))
+        if step == self.first_step and self.starts_with_kmeans(self.args):
+            if accelerator.is_main_process:
+                with running_statistics_kept(self.autoencoder):
+                    latents = torch.cat([self.latents(*batch) for batch in pictures(self.args.kmeans_samples)])
+                weight.copy_(kmeans_codebook(as_rows(latents), weight.shape[0], seed))
+            # k-means enlarges what rounding makes different, and nothing later makes the processes equal again
+            weight.copy_(broadcast(weight.clone()))
             self.usage.zero_()
         elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
             dead = self.usage == 0
-            latents = encode_latents(self.autoencoder, image).float()
+            with running_statistics_kept(self.autoencoder):
+                latents = encode_latents(self.autoencoder, image).float()
             counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
             parts = accelerator.gather(accelerator.pad_across_processes(latents))
             parts = parts.split(len(parts) // len(counts))
@@ -241,6 +256,19 @@ class Quantized(CodebookObjective):
             rows = torch.randint(len(latents), (int(dead.sum()),), generator=keyed_generator(seed, step))
             weight[dead] = latents[rows.to(latents.device)]
             self.usage.zero_()
+
+
+@contextmanager
+def running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch norms use a batch's own statistics, as in training, but do not add them to what they keep for later."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def as_rows(latents: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusers_ext.pipelines.checks import check_guidance_scale
+
 TaskName = Literal["unconditional", "class", "text", "layout", "semantic", "super_resolution", "inpainting"]
 CONTEXT_TASKS = ("class", "text", "layout")  # conditions for cross-attention; the others are concatenated
 
@@ -62,6 +64,11 @@ class LDMArgs:
     num_labels: int | None = option(
         None, "Classes, categories of boxes, or labels of maps; read from the data where they tell."
     )
+    token_init_std: float = option(
+        1.0,
+        "Text and layout: standard deviation of a new encoder's rows for tokens and for their places (text: 0.5 at "
+        "the most for places). It is 0.02 in the paper, with which small models did not learn colours and places.",
+    )
     pretrained_tokenizer_name_or_path: str | None = option(
         None, "Text: e.g. bert-base-uncased (the paper's); unset: a byte-pair tokenizer learnt from the captions."
     )
@@ -118,6 +125,8 @@ class LDMArgs:
             raise ValueError(
                 f"--cond_dropout_prob={self.cond_dropout_prob}: --task unconditional has no condition to drop."
             )
+        if self.validation_prompts and self.task != "text":
+            raise ValueError(f"--validation_prompts go with --task text, got --task {self.task}.")
         if self.low_column and self.task != "super_resolution":
             raise ValueError(f"--low_column={self.low_column} goes with --task super_resolution, got {self.task}.")
         if self.low_column and self.crop_scale:
@@ -139,7 +148,7 @@ class LDMArgs:
             "num_train_timesteps", "layers_per_block", "attention_head_dim", "num_attention_heads",
             "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups", "num_labels", "encoder_layers",
             "encoder_attention_heads", "encoder_head_dim", "max_objects", "rescaler_channels", "latent_channels",
-            "latent_scale", "lr_decay_steps", "rank", "num_validation_images", "num_inference_steps",
+            "latent_scale", "token_init_std", "lr_decay_steps", "rank", "num_validation_images", "num_inference_steps",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -148,6 +157,8 @@ class LDMArgs:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name} must lie in [0, 1], got {value}.")
+        if self.guidance_scale is not None:
+            check_guidance_scale(self.guidance_scale)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"--beta_start={self.beta_start} and --beta_end={self.beta_end}: 0 < start <= end < 1 is needed."

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from ldm_args import CONTEXT_TASKS, LDMArgs
@@ -125,15 +126,19 @@ def build_conditioner(
         )  # fmt: skip
         bert = LDMBertModel(config)
         # Rows of std 0.02, its own start, are small beside the first attention's output: with them the encoder had not
-        # learnt to tell colours apart after 6000 steps of ldm-scenes-64-text, with these it has after a few hundred
-        nn.init.normal_(bert.model.embed_tokens.weight)
-        nn.init.normal_(bert.model.embed_positions.weight, std=0.5)
+        # learnt to tell colours apart after 6000 steps of ldm-scenes-64-text, with 1 it has after a few hundred
+        nn.init.normal_(bert.model.embed_tokens.weight, std=args.token_init_std)
+        nn.init.normal_(bert.model.embed_positions.weight, std=min(args.token_init_std, 0.5))
         return bert
     if args.task == "layout":
-        return LDMLayoutEncoder(
+        encoder = LDMLayoutEncoder(
             args.layout_vocab_size, 3 * args.max_objects + 2, width, args.encoder_layers,
             args.encoder_attention_heads, args.encoder_head_dim,
         )  # fmt: skip
+        with torch.no_grad():  # both tables are drawn with a standard deviation of 1
+            encoder.token_embedding.weight.mul_(args.token_init_std)
+            encoder.position_embedding.weight.mul_(args.token_init_std)
+        return encoder
     if args.task == "semantic":
         assert count is not None
         return LDMSpatialRescaler(count, args.rescaler_channels, num_stages)

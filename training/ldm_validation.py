@@ -1,5 +1,6 @@
 """What train_ldm.py shows as it runs: the loss of held-out pictures, and samples of the pipeline that is trained."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.conditions.inpainting import masked_image
 from diffusers_ext.evaluation.image_quality import picture_grid, psnr
+from diffusers_ext.pipelines.checks_ldm import check_timesteps
 from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
@@ -35,6 +37,23 @@ class Validation:
     data: DataArgs
     train: TrainArgs
     device: torch.device
+
+    def check(self) -> None:
+        """Refuses before the first step what the pipeline would refuse after it.
+
+        Raises:
+            ValueError: the guidance, the number of steps or eta does not fit the network and its scheduler.
+        """
+        args, side, scheduler = self.args, self.data.resolution, copy.deepcopy(self.pipe.scheduler)
+        default = self.pipe.config.get("default_guidance_scale")
+        scale = next((value for value in (args.guidance_scale, default) if value is not None), 1.0)
+        steps = args.num_inference_steps
+        try:
+            self.pipe.check_inputs(1, side, side, num_inference_steps=steps, guidance_scale=scale, eta=args.eta)
+            scheduler.set_timesteps(steps)
+            check_timesteps(scheduler, steps)
+        except ValueError as error:
+            raise ValueError(f"--guidance_scale, --num_inference_steps or --eta: {error}") from error
 
     def batch(self, indices: range) -> dict[str, Any]:
         """Collated samples of these rows."""

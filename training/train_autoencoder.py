@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
-from first_stages import OBJECTIVES, Objective, build_autoencoder
+from first_stages import OBJECTIVES, Objective, build_autoencoder, running_statistics_kept
 from torch import Generator, Tensor
 
 from diffusers_ext.data.pictures import load_pictures
@@ -173,17 +173,30 @@ def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs
     args, data, train = parse((AutoencoderArgs, DataArgs, TrainArgs), argv)
     if train.gradient_checkpointing and args.model != "kl":
         raise ValueError("--gradient_checkpointing: only AutoencoderKL has it. Lower --train_batch_size instead.")
-    if train.gradient_accumulation_steps > 1 and args.disc_start is not None:
-        raise ValueError(
-            f"--gradient_accumulation_steps={train.gradient_accumulation_steps} with --disc_start: the adaptive "
-            "weight is one of a whole batch. Use a larger --train_batch_size, or no discriminator."
-        )
+    check_accumulation(args, train)
     return args, data, train
+
+
+def check_accumulation(args: AutoencoderArgs, train: TrainArgs) -> None:
+    """Refuses micro-steps with the PatchGAN, also those that `--total_batch_size` makes on this many processes.
+
+    Raises:
+        ValueError: names the batch a process that needs none.
+    """
+    steps, batch = train.gradient_accumulation_steps, train.train_batch_size
+    if steps > 1 and args.disc_start is not None:
+        asked = "--gradient_accumulation_steps" if train.total_batch_size is None else "--total_batch_size"
+        raise ValueError(
+            f"{asked}={getattr(train, asked[2:])} makes {steps} micro-steps of {batch} samples a process, but with "
+            "--disc_start the adaptive weight is one of a whole batch: pass --train_batch_size "
+            f"{steps * batch}, more processes, or --disc_start none."
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
+    check_accumulation(args, train)  # once more, now that the number of processes is known
     autoencoder = build_autoencoder(args, data.resolution)
     if train.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
@@ -276,8 +289,7 @@ def check_sizes(
             "pixels a side."
         )
     num_latents = min(args.kmeans_samples, num_pictures) * (resolution // factor) ** 2
-    starts = args.model == "vq" and args.kmeans_samples > 0 and not args.pretrained_model_name_or_path
-    if starts and num_latents < args.num_vq_embeddings:
+    if OBJECTIVES[args.model].starts_with_kmeans(args) and num_latents < args.num_vq_embeddings:
         raise ValueError(
             f"--num_vq_embeddings={args.num_vq_embeddings} codes cannot start from the {num_latents} latents of "
             f"{min(args.kmeans_samples, num_pictures)} pictures: raise --kmeans_samples, use more pictures, or fewer "
@@ -397,7 +409,7 @@ def fit_autoencoder(
         if adversarial:
             with accelerator.autocast():
                 if args.disc_fresh_forward:
-                    with torch.no_grad():
+                    with torch.no_grad(), running_statistics_kept(objective):
                         reconstruction = model(image, step, generators)[0]  # the generators go on: new draws
                 real, fake = disc(image), disc(reconstruction.detach().float())
                 disc_loss = DISCRIMINATOR_LOSSES[args.disc_loss](real.float(), fake.float())

@@ -49,6 +49,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[LDMArgs, DataArgs, TrainA
             "--cache_dir keeps one set of latents a picture, which excludes augmentation: pass --center_crop and "
             "leave out --random_flip and --crop_scale, or leave out --cache_dir."
         )
+    lr_multiplier(args, train)  # so that a wrong schedule is an error before anything is loaded
     return args, data, train
 
 
@@ -58,7 +59,10 @@ def lr_multiplier(args: LDMArgs, train: TrainArgs) -> WarmupDecay | None:
         return None
     first, peak, last = args.lr_multipliers
     length = args.lr_decay_steps or train.max_train_steps
-    return WarmupDecay(train.lr_warmup_steps, first, peak, last, length, args.lr_decay)
+    try:
+        return WarmupDecay(train.lr_warmup_steps, first, peak, last, length, args.lr_decay)
+    except ValueError as error:
+        raise ValueError(f"--lr_multipliers with --lr_warmup_steps and --lr_decay_steps: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     validation = Validation(
         pipe, compute_loss, validation_set, reading, args, data, train, accelerator.device
     )  # fmt: skip
+    validation.check()
 
     def validate(step: int) -> dict[str, float]:
         pipe.to(accelerator.device)

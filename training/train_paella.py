@@ -29,6 +29,7 @@ from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.losses.discrete import token_cross_entropy
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, downsample_factor, encode_indices
+from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
 from diffusers_ext.pipelines.tokenization import tokenize_texts
@@ -115,6 +116,11 @@ class PaellaArgs:
         for name in ("rank", "num_inference_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
+        check_guidance_scale(self.guidance_scale)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        if self.validation_prompts and self.condition != "text":
+            raise ValueError(f"--validation_prompts go with --condition text, got --condition {self.condition}.")
         if self.train_text_encoder and (self.condition != "text" or self.rank):
             raise ValueError("--train_text_encoder goes with --condition text and without --rank.")
 

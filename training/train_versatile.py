@@ -29,6 +29,8 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text, prepare_image
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.models.unet_versatile import VersatileUNet
+from diffusers_ext.pipelines.checks import check_guidance_scale
+from diffusers_ext.pipelines.checks_ldm import check_steps, check_timesteps
 from diffusers_ext.pipelines.optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
 from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
@@ -139,6 +141,11 @@ class VersatileArgs:
         for name in ("rank", "num_inference_steps", "validation_samples", "text_positions"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
+        check_guidance_scale(self.guidance_scale)
+        scheduler = versatile_scheduler()
+        check_steps(scheduler, self.num_inference_steps)
+        scheduler.set_timesteps(self.num_inference_steps)
+        check_timesteps(scheduler, self.num_inference_steps)
         if self.rank and not (self.pretrained_model_name_or_path or self.pretrained_unet_name_or_path):
             raise ValueError(
                 f"--rank {self.rank} trains matrices beside an existing network: name it with "

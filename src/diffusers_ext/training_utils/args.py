@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
 
@@ -61,6 +62,13 @@ class TrainArgs:
     seed: int = field(default=0, metadata={"help": "All draws are a function of it (and of epoch and sample)."})
     train_batch_size: int = field(default=16, metadata={"help": "Samples per process and micro-step."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-steps per optimizer step."})
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of an optimizer step, all processes together: the micro-steps follow from it, from "
+            "train_batch_size and from the number of processes."
+        },
+    )
     max_train_steps: int = field(default=1000, metadata={"help": "Optimizer steps in all."})
     max_train_minutes: float | None = field(
         default=None,
@@ -73,6 +81,10 @@ class TrainArgs:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
+    weight_decay_matrices_only: bool = field(
+        default=False,
+        metadata={"help": "No weight decay of norms, biases and single numbers such as CLIP's scale of the logits."},
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"help": "Autocast of the forward pass."}
@@ -93,7 +105,13 @@ class TrainArgs:
     logging_steps: int = field(
         default=50, metadata={"help": "Write a line to <output_dir>/log.jsonl every so many steps."}
     )
-    report_to: str | None = field(default=None, metadata={"help": "Tracker of accelerate: tensorboard, wandb, ..."})
+    report_to: str | None = field(
+        default=None,
+        metadata={
+            "help": "Trackers of accelerate: tensorboard, wandb, ...; several with commas between, `all` that are "
+            "installed, or `none`."
+        },
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the final result to the Hub."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "user/name on the Hub; the folder's name when unset."}
@@ -105,11 +123,80 @@ class TrainArgs:
         _positive(
             self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_minutes",
             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_grad_norm",
+            "total_batch_size",
         )  # fmt: skip
         if self.learning_rate < 0:
             raise ValueError(f"--learning_rate must be >= 0, got {self.learning_rate}.")
         if not 0 <= self.ema_decay <= 1:
             raise ValueError(f"--ema_decay must lie in [0, 1], got {self.ema_decay}.")
+        if self.lr_warmup_steps < 0:
+            raise ValueError(f"--lr_warmup_steps must be >= 0, got {self.lr_warmup_steps}.")
+        if self.lr_warmup_steps > self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps={self.lr_warmup_steps} is longer than the run, --max_train_steps="
+                f"{self.max_train_steps}, which would never reach its learning rate: pass --lr_warmup_steps 0, or "
+                "train longer."
+            )
+        self.trackers  # noqa: B018  # so that a missing one is an error before anything is loaded
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of `--report_to`.
+
+        Raises:
+            ValueError: one is unknown.
+            ImportError: one is not installed; accelerate would leave it out without a word.
+        """
+        names = [name.strip() for name in (self.report_to or "none").split(",") if name.strip()]
+        if [name.lower() for name in names] == ["none"]:
+            return []
+        installed = [str(name) for name in get_available_trackers()]
+        if names == ["all"]:
+            return installed
+        for name in names:
+            if name not in LOGGER_TYPE_TO_CLASS:
+                known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+                raise ValueError(
+                    f"--report_to={self.report_to}: {name!r} is unknown; known are {known}, all and none."
+                )
+            if name not in installed:
+                raise ImportError(
+                    f"--report_to={self.report_to} needs the package {name}: run `pip install {name}`, or pass "
+                    "--report_to none."
+                )
+        return names
+
+    def resolve_batch(self, num_processes: int) -> None:
+        """Sets `gradient_accumulation_steps` so that a step has `total_batch_size` samples, if that is set.
+
+        Raises:
+            ValueError: the total is no multiple of what the processes take at a time, or other micro-steps were asked
+                for; names what fits.
+        """
+        total, batch = self.total_batch_size, self.train_batch_size
+        if total is None:
+            return
+        if total % num_processes:
+            fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0 and n <= 4 * num_processes)
+            below = total // num_processes * num_processes
+            nearest = " or ".join(str(size) for size in (below, below + num_processes) if size)
+            raise ValueError(
+                f"--total_batch_size={total} cannot be divided among {num_processes} processes: start {fitting} of "
+                f"them, or pass --total_batch_size {nearest}."
+            )
+        share = total // num_processes
+        if share % batch:
+            fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+            raise ValueError(
+                f"--total_batch_size={total} on {num_processes} process{'es' * (num_processes > 1)} is no multiple of "
+                f"--train_batch_size={batch}: batches a process that fit are {fitting}."
+            )
+        if self.gradient_accumulation_steps not in (1, share // batch):
+            raise ValueError(
+                f"--gradient_accumulation_steps={self.gradient_accumulation_steps}, but --total_batch_size={total} "
+                f"makes it {share // batch}: leave one of them out (`--total_batch_size none`)."
+            )
+        self.gradient_accumulation_steps = share // batch
 
 
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:

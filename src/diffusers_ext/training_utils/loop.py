@@ -219,14 +219,15 @@ class Stopwatch:
 def start(args: TrainArgs) -> Accelerator:
     """The accelerator of a run: `fit` does the accumulation itself, so accelerate is told of none."""
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
+        mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_dir=args.output_dir
     )
+    args.resolve_batch(accelerator.num_processes)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)  # initial weights; every later draw is keyed
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    if args.report_to:
+    if args.trackers:
         accelerator.init_trackers("diffusers_ext")
     return accelerator
 
@@ -242,7 +243,7 @@ def build_optimizer(
     The schedule is never `prepare`d: accelerate would step it once a process.
     """
     optimizer = torch.optim.AdamW(
-        parameters,
+        without_decay_of_vectors(parameters) if args.weight_decay_matrices_only else parameters,
         lr=args.learning_rate if learning_rate is None else learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -257,6 +258,19 @@ def build_optimizer(
         num_training_steps=args.max_train_steps,
     )
     return optimizer, schedule
+
+
+def without_decay_of_vectors(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group (a list of parameters is one) in two: its matrices, then its norms, biases and single numbers, which
+    have fewer than two dimensions and are not decayed."""
+    parameters = list(parameters)
+    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
+    split = []
+    for group in groups:
+        members = list(group["params"])
+        split.append({**group, "params": [p for p in members if p.ndim > 1]})
+        split.append({**group, "params": [p for p in members if p.ndim < 2], "weight_decay": 0.0})
+    return [group for group in split if group["params"]]
 
 
 @contextmanager
