@@ -1,9 +1,15 @@
 """What every public pipeline owes to its users, checked over the table of `contract.py`: one section a promise."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pipelines.contract import CASES, ONE_EACH, assert_alike, equal, sample
+from pipelines.tiny_ldm import tiny_mask
+from pipelines.tiny_paella import quiet, tiny_picture
 
 import diffusers_ext
 
@@ -102,10 +108,105 @@ def test_unknown_wrapper_is_refused_by_name(name):
 # --- threads
 
 
+def _sharing(pipe):
+    """A pipeline with a scheduler of its own on the networks of another."""
+    return quiet(type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config)))
+
+
+@ALL
+def test_threads_that_share_the_networks_get_exact_results(name):
+    alone, shared = CASES[name].build(), CASES[name].build()
+    # prompts of several lengths, so that a setting of the tokenizer that is torn shows
+    changes = [
+        {"prompt": text} if "prompt" in CASES[name].inputs() else {}
+        for text in ("a", "a red star", "a large blue star on the left")
+    ]
+    wanted = [sample(alone, name, seed=seed, **change) for seed, change in enumerate(changes)]
+
+    def run(seed: int):
+        pipe = _sharing(shared)
+        return [sample(pipe, name, seed=seed, **changes[seed]) for _ in range(2)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for found, one in zip(pool.map(run, range(3)), wanted, strict=True):
+            assert all(equal(result, one) for result in found)
+
+
+def test_a_mask_of_one_thread_is_not_seen_by_another():
+    shared = CASES["versatile-image-to-image"].build()
+    picture, mask = tiny_picture(1), tiny_mask()
+    masked, whole = ({"image": [picture] * 8, "image_masks": masks} for masks in ([mask] * 8, None))
+    wanted = [shared.encode_image(**call)[0] for call in (masked, whole)]
+    assert not torch.allclose(*wanted, atol=1e-2)
+
+    def run(k: int):
+        pipe = _sharing(shared)
+        return [pipe.encode_image(**(masked, whole)[k])[0] for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for found, one in zip(pool.map(run, range(2)), wanted, strict=True):
+            assert all(torch.equal(tokens, one) for tokens in found)
+
+
+ENCODERS = pytest.mark.parametrize("name", ["paella", "ldm-text", "versatile-text-to-image"])
+
+
+@ENCODERS
+def test_prompts_of_threads_are_encoded_apart(name, caplog):
+    shared = CASES[name].build()
+    texts = ["a", "a red circle", "a large blue star on the left"]
+    wanted = [shared.encode_prompt(text)[0] for text in texts]
+
+    def run(k: int):
+        pipe = _sharing(shared)
+        return all(torch.equal(pipe.encode_prompt(texts[k])[0], wanted[k]) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, range(3)))
+    assert not caplog.records  # nothing was cut off
+
+
 # --- adapters, saving
 
 
 # --- pictures and masks
+
+
+READS_PICTURES = [name for name, case in CASES.items() if "image" in case.inputs()]
+READS_MASKS = [name for name, case in CASES.items() if "mask_image" in case.inputs()]
+
+
+def _other_forms(picture, form):
+    """The same grey picture or mask, as another file or array would hold it."""
+    grey = np.asarray(picture.convert("L"))
+    return {
+        "alpha": lambda: Image.fromarray(grey).convert("RGBA"),
+        "palette": lambda: Image.fromarray(grey).convert("P"),
+        "16 bits": lambda: Image.fromarray(grey.astype(np.uint16) * 257),
+        "32 bits": lambda: Image.fromarray(grey.astype(np.int32)),
+        "floats": lambda: Image.fromarray(grey.astype(np.float32) / np.float32(254.99995)),
+        "one channel": lambda: grey[..., None],
+    }[form]()
+
+
+@pytest.mark.parametrize("form", ["alpha", "palette", "16 bits", "32 bits", "floats", "one channel"])
+@pytest.mark.parametrize("name", READS_PICTURES)
+def test_pictures_and_masks_of_other_forms_are_the_same_to_the_pipeline(name, form):
+    pipe, call = CASES[name].build(), dict(CASES[name].inputs())
+    call["image"] = call["image"].convert("L")
+    if name == "versatile-image-to-image":
+        call["image_masks"] = tiny_mask()
+    changed = {key: _other_forms(call[key], form) for key in ("image", "mask_image", "image_masks") if key in call}
+    once = {"num_inference_steps": 1}
+    assert_alike(sample(pipe, name, **call, **once), sample(pipe, name, **call | changed, **once), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", READS_MASKS)
+def test_a_brush_on_nothing_is_the_mask_it_shows(name):
+    pipe, call = CASES[name].build(), dict(CASES[name].inputs())
+    brush = np.full((16, 16, 4), 255, dtype=np.uint8)
+    brush[..., 3] = np.asarray(call["mask_image"].convert("L"))
+    assert equal(sample(pipe, name, **call), sample(pipe, name, **call | {"mask_image": Image.fromarray(brush)}))
 
 
 # --- schedulers: wrong kinds, adapters
