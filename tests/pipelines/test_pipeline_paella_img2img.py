@@ -192,7 +192,7 @@ BAD_CALLS = [
     ({"image": None}, ValueError, "`image` is needed"),
     ({"image": 3}, TypeError, "`image` must be a PIL picture.*received int"),
     ({"image": [PICTURE, 3]}, TypeError, "`image` must be a PIL picture.*received int"),
-    ({"image": PICTURE.convert("RGBA")}, ValueError, "mode 'RGBA'"),
+    ({"image": Image.new("LAB", (16, 16))}, ValueError, "mode 'LAB'"),
     ({"image": np.full((16, 16, 3), 255.0)}, ValueError, r"floats in \[0, 1\], received 255 to 255.*uint8"),
     ({"image": np.zeros((0, 16, 3))}, ValueError, "`image` is empty"),
     ({"image": [PICTURE] * 3, "prompt": ["a", "b"]}, ValueError, "`image` holds 3 pictures for 2 prompts"),

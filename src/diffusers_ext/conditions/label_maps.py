@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +44,8 @@ def label_batch(
         values = torch.from_numpy(_read_picture(label_map, palette, name))
     elif isinstance(label_map, (np.ndarray, Tensor)):
         values = torch.as_tensor(label_map)
+        if values.ndim in (3, 4) and values.shape[-1] == 1:  # one channel behind
+            values = values.squeeze(-1)
     else:
         raise TypeError(
             f"`{name}` must be a PIL picture, an integer array or tensor, or a list of them, received"
@@ -66,7 +68,8 @@ def resize_labels(labels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _read_picture(picture: Image.Image, palette: Sequence[Sequence[int]] | None, name: str) -> np.ndarray:
-    if picture.mode in ("L", "P", "I"):
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("L", "P") or picture.mode.startswith("I"):
         return np.array(picture)
     if picture.mode != "RGB":
         raise ValueError(

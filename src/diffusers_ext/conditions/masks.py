@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Generator, Tensor
 
+from .pixels import NEARLY, is_deep, is_transparent, largest_value, read_grey
+
 
 @dataclass(frozen=True)
 class _MaskSetting:
@@ -35,9 +37,7 @@ def mask_batch(mask: Any, name: str = "mask_image") -> Tensor:
     """One mask or several of one size as bool `(b, H, W)`, True where it is white (1: repaint, in diffusers).
 
     Args:
-        mask: A PIL picture (black and white, in any of the modes 1, L and RGB); an array `(H, W)`, `(b, H, W)` or
-            `(b, H, W, 1)`; a tensor `(H, W)`, `(b, H, W)` or `(b, 1, H, W)`; boolean, or 0 and 1, or uint8 0 and 255.
-            Or a list of those.
+        mask: As `mask_values` takes it, black and white: 0 and 1 (or True), 0 and 255, or 0 and 65535.
         name: What messages call it.
 
     Raises:
@@ -45,32 +45,27 @@ def mask_batch(mask: Any, name: str = "mask_image") -> Tensor:
         ValueError: An empty list, another shape or mode, different sizes, or values besides the two.
     """
     if isinstance(mask, (list, tuple)):
-        if len(mask) == 0:
-            raise ValueError(f"`{name}` is an empty list; pass at least one mask.")
-        masks = [mask_batch(entry, name) for entry in mask]
-        sizes = sorted({(entry.shape[2], entry.shape[1]) for entry in masks})
-        if len(sizes) > 1:
-            raise ValueError(f"`{name}` holds masks of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}.")
-        return torch.cat([entry.to(masks[0].device) for entry in masks])
-    if isinstance(mask, Image.Image):
-        if mask.mode not in ("1", "L", "RGB"):
-            raise ValueError(f"`{name}` is a PIL picture of mode {mask.mode!r}; pass `mask.convert('L')`.")
-        values = torch.from_numpy(np.array(mask.convert("L")))
-    elif isinstance(mask, (np.ndarray, Tensor)):
-        values = torch.as_tensor(mask).detach()
-        channel = -1 if isinstance(mask, np.ndarray) else 1
-        if values.ndim == 4 and values.shape[channel] == 1:
-            values = values.squeeze(channel)
-        if values.ndim not in (2, 3) or values.numel() == 0:
-            raise ValueError(
-                f"`{name}` must have shape (H, W), (b, H, W) or that with one channel, received {tuple(mask.shape)}."
-            )
-    else:
-        raise TypeError(
-            f"`{name}` must be a PIL picture, a numpy array, a torch tensor or a list of them, received"
-            f" {type(mask).__name__}."
-        )
-    return _binary(values.reshape(-1, *values.shape[-2:]), name)
+        return _several([mask_batch(entry, name) for entry in mask], name)
+    return _binary(*_single(mask, name), name, _threshold_advice(mask))
+
+
+def mask_values(mask: Any, name: str = "mask_image") -> Tensor:
+    """One mask or several of one size as float32 `(b, H, W)` in [0, 1], 1 where it is white; soft ones too.
+
+    Args:
+        mask: A PIL picture of any mode, see `pixels.read_grey`: upright by its EXIF, transparent parts black. An array
+            `(H, W)`, `(b, H, W)`, or either with one channel behind; a tensor `(H, W)`, `(b, H, W)` or
+            `(b, 1, H, W)`; boolean, floats in [0, 1], or integers up to 1, 255 or 65535, whichever is white. Or a
+            list of those.
+        name: What messages call it.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: An empty list, another shape or mode, different sizes, or values outside the range.
+    """
+    if isinstance(mask, (list, tuple)):
+        return _several([mask_values(entry, name) for entry in mask], name)
+    return _single(mask, name)[0]
 
 
 def mask_to_tokens(mask: Tensor, factor: int) -> Tensor:
@@ -156,16 +151,73 @@ def _integer(bounds: tuple[int, int], generator: Generator) -> int:
     return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator))
 
 
-def _binary(values: Tensor, name: str) -> Tensor:
-    white = 255 if values.dtype == torch.uint8 and int(values.max()) > 1 else 1
-    on = values == white
-    others = ~(on | (values == 0))  # also NaN
+def _several(masks: list[Tensor], name: str) -> Tensor:
+    if len(masks) == 0:
+        raise ValueError(f"`{name}` is an empty list; pass at least one mask.")
+    sizes = sorted({(entry.shape[2], entry.shape[1]) for entry in masks})
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` holds masks of different sizes: {', '.join(f'{w}x{h}' for w, h in sizes)}.")
+    return torch.cat([entry.to(masks[0].device) for entry in masks])
+
+
+def _single(mask: Any, name: str) -> tuple[Tensor, int]:
+    """All that `mask_values` takes but lists, as float32 (b, H, W) in [0, 1], and what stood for white."""
+    if isinstance(mask, Image.Image):
+        values = torch.from_numpy(read_grey(mask, name))
+    elif isinstance(mask, (np.ndarray, Tensor)):
+        values = torch.as_tensor(mask).detach()
+        channel = -1 if isinstance(mask, np.ndarray) or values.ndim == 3 else 1
+        if values.ndim in (3, 4) and values.shape[channel] == 1:  # no mask is one pixel wide
+            values = values.squeeze(channel)
+        colours = isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.shape[-1] in (3, 4) and mask.shape[1] > 4
+        if values.ndim not in (2, 3) or values.numel() == 0 or colours:
+            advice = " Pass one of its channels: `mask[..., 0]`." if colours else ""
+            raise ValueError(
+                f"`{name}` must have shape (H, W), (b, H, W) or that with one channel, received"
+                f" {tuple(mask.shape)}.{advice}"
+            )
+    else:
+        raise TypeError(
+            f"`{name}` must be a PIL picture, a numpy array, a torch tensor or a list of them, received"
+            f" {type(mask).__name__}."
+        )
+    return _to_unit_range(values.reshape(-1, *values.shape[-2:]), name)
+
+
+def _to_unit_range(values: Tensor, name: str) -> tuple[Tensor, int]:
+    if values.dtype == torch.bool:
+        return values.float(), 1
+    exact = values.is_floating_point()
+    values = values.double()
+    low, high = float(values.min()), float(values.max())
+    white = 1 if exact else largest_value(high)
+    if white is None or not (low >= -NEARLY and high <= 1 + NEARLY if exact else low >= 0):  # also refuses NaN
+        raise ValueError(
+            f"`{name}` holds values from {low:.7g} to {high:.7g}: pass floats from 0 to 1, or integers up to 1, 255 or"
+            " 65535, whichever is white."
+        )
+    return (values / white).clamp(0, 1).float(), white
+
+
+def _threshold_advice(mask: Any) -> str:
+    """The expression that makes two values of it."""
+    if not isinstance(mask, Image.Image):
+        return "`mask > middle` with the value between the two as `middle`"
+    if is_deep(mask):
+        return "`np.asarray(mask) > middle` with the value between the two as `middle`"
+    if is_transparent(mask):
+        return "`mask.getchannel('A').point(lambda value: 255 * (value > 127))` where its alpha is the mask"
+    return "`mask.convert('L').point(lambda value: 255 * (value > 127))`"
+
+
+def _binary(values: Tensor, white: int, name: str, advice: str) -> Tensor:
+    on = values >= 1 - NEARLY
+    others = ~(on | (values <= NEARLY))
     if bool(others.any()):
         _, y, x = others.nonzero()[0].tolist()
         found = values[others].unique()
         raise ValueError(
             f"`{name}` must be binary, black (0) to keep and white ({white}) to repaint; received {len(found)} other"
-            f" value(s), {found[0].item():.4g} at x={x}, y={y}. Threshold it, for instance"
-            " `mask.convert('L').point(lambda value: 255 * (value > 127))`."
+            f" value(s), {white * found[0].item():.4g} at x={x}, y={y}. Threshold it, for instance {advice}."
         )
     return on

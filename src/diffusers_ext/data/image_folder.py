@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..conditions.pixels import read_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +45,8 @@ _EMPTY_NAMES = frozenset(("img", "dsc", "dscf", "dscn", "pxl", "image", "picture
 def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Image.Image:
     """A picture from a path, file bytes, the struct of `datasets` (bytes, path), or a PIL picture.
 
-    EXIF orientation is applied. With `rgb`, transparent parts become white, and 16-bit greys are scaled to 8 bits.
+    EXIF orientation is applied. With `rgb` it is read as sampling reads it, see `conditions.pixels.read_rgb`:
+    transparent parts become white, and more than 8 bits are scaled to 8.
 
     Raises:
         ValueError: The picture cannot be read; names `name`, or the path.
@@ -70,14 +72,12 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
         raise ValueError(
             f"Cannot read the picture {name or '(bytes without a name)'}: {error}. Repair or remove it."
         ) from error
-    if not rgb or image.mode == "RGB":
+    if not rgb:
         return image
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image.convert("RGB")
+    try:
+        return read_rgb(image)
+    except ValueError as error:
+        raise ValueError(f"Cannot read the picture {name or '(bytes without a name)'}: {error}") from error
 
 
 def caption_from_file_name(file_name: str | os.PathLike[str]) -> str:

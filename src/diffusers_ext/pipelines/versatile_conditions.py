@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..conditions.images import image_list
+from ..conditions.masks import mask_values
 
 
 @dataclass
@@ -133,23 +133,16 @@ def _one_mask(mask: Any, picture: Tensor) -> Tensor | None:
     """(1, H, W) in [0, 1], of the picture's size."""
     if mask is None:
         return None
-    values = np.array(mask.convert("L")) if isinstance(mask, Image.Image) else mask
-    values = torch.as_tensor(values).detach().squeeze()
-    values = values.float() / 255 if values.dtype == torch.uint8 and values.numel() and values.max() > 1 else values
-    values = values.float()
-    if values.ndim != 2 or values.shape != picture.shape[1:]:
+    values = mask_values(mask, "image_masks")
+    if tuple(values.shape) != (1, *picture.shape[1:]):
+        found = tuple(values.shape[1:] if len(values) == 1 else values.shape)
         raise ValueError(
-            f"`image_masks` holds a mask of shape {tuple(values.shape)} for a picture of {tuple(picture.shape[1:])}"
+            f"`image_masks` holds a mask of shape {found} for a picture of {tuple(picture.shape[1:])}"
             " (rows, columns): a mask has one channel and the size of its picture."
-        )
-    if not bool(((values >= 0) & (values <= 1)).all()):  # also refuses NaN
-        raise ValueError(
-            f"`image_masks` holds values from {float(values.min()):.4g} to {float(values.max()):.4g}: pass uint8, or"
-            " floats from 0 (left out) to 1 (read)."
         )
     if not bool(values.any()):
         raise ValueError("`image_masks` holds a mask that is 0 everywhere: nothing of the picture would be read.")
-    return values[None]
+    return values
 
 
 def _numbers(
