@@ -36,7 +36,7 @@ def image_list(image: Any, name: str = "image") -> list[Tensor]:
                 f"`{name}` must have shape (H, W, 3) or (b, H, W, 3) as an array, received"
                 f" {image.shape}.{_shape_advice(image.ndim, image.shape[-1] == 4)}"
             )
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
+        pixels = torch.from_numpy(np.array(image)).movedim(-1, -3)
     elif isinstance(image, Tensor):
         if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
             raise ValueError(
