@@ -6,7 +6,6 @@ from random import Random
 from typing import Any
 
 import torch
-from datasets import ClassLabel
 from ldm_args import LDMArgs
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,9 +15,9 @@ from diffusers_ext.conditions.masks import random_mask
 from diffusers_ext.conditions.palettes import SCENES_CLASSES, SCENES_PALETTE
 from diffusers_ext.data.annotations import FLAGS, ROW, NamedRows, box_names, check_labels, layout_objects
 from diffusers_ext.data.crops import Crop, draw_crop, draw_patch
+from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text
-from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.degradations.bsr import degrade_bicubic, degrade_bsr
 from diffusers_ext.training_utils.args import DataArgs
 
@@ -76,37 +75,32 @@ def find_names(sets: Sequence[NamedRows], args: LDMArgs, data: DataArgs) -> Name
         sets: training and validation set; what is held out may hold a name that no other picture has.
 
     Raises:
-        ValueError: nothing tells their number; or it is not that of `--num_labels`.
+        ValueError: a label is none, or their number is not that of `--num_labels`.
     """
     if args.task not in ("class", "layout", "semantic"):
         return None
     found = _names_in_data(sets, args, data)
-    if found is None:
-        if args.num_labels is None:
-            raise ValueError(f"--task {args.task} needs --num_labels: the data do not tell the number of classes.")
-        return Names(args.num_labels)
     if args.num_labels is not None and args.num_labels != found.count:
-        if found.names is None and found.count < args.num_labels:  # numbers, of which the data need not hold all
+        # numbers, of which the data need not hold all; `check_rows` names a picture with a label that is too large
+        if found.names is None and (found.count < args.num_labels or args.task == "class"):
             return Names(args.num_labels)
         raise ValueError(f"--num_labels={args.num_labels}, but the data have {found.count} classes.")
     return found
 
 
-def _names_in_data(sets: Sequence[NamedRows], args: LDMArgs, data: DataArgs) -> Names | None:
-    if data.dataset_name == "scenes":
-        if args.task == "semantic":
+def _names_in_data(sets: Sequence[NamedRows], args: LDMArgs, data: DataArgs) -> Names:
+    datasets = [rows.dataset for rows in sets]
+    if args.task == "semantic":
+        if data.dataset_name == "scenes":
             return Names(len(SCENES_CLASSES), list(SCENES_CLASSES), SCENES_PALETTE.tolist())
-        return Names(len(CLASS_NAMES), list(CLASS_NAMES))
-    if args.task == "class":
-        feature = sets[0].dataset.features[data.label_column]
-        return Names(feature.num_classes, list(feature.names)) if isinstance(feature, ClassLabel) else None
-    if args.task == "layout":
+        return Names(args.num_labels or count_map_labels(datasets, args.semantic_column, data))
+    if args.task == "layout" and data.dataset_name != "scenes":
         found = [box_names(rows.dataset, args.box_names_column, data.image_column) for rows in sets]
         names = sorted({name for part in found for name in part}, key=lambda name: (isinstance(name, str), name))
         if all(isinstance(name, int) for name in names):
             return Names(max(map(int, names), default=-1) + 1)
         return Names(len(names), [str(name) for name in names])
-    return None
+    return Names(*find_classes(datasets, data))
 
 
 def check_rows(rows: NamedRows, sample_format: SampleFormat, args: LDMArgs, data: DataArgs) -> None:

@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = loop.start(train)
     negatives = [args.negative_caption_column] * args.num_negative_captions
     columns = [column for column in (data.caption_column, args.paraphrase_column, *negatives) if column]
-    train_set, validation_set = load_pictures(data, columns=tuple(columns))
+    train_set, validation_set = load_pictures(data, text_columns=tuple(columns))
     captions = read_captions(train_set, data.caption_column)
     check_captions(captions, args)
     if args.pretrained_model_name_or_path:

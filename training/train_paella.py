@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from diffusers_ext.data.annotations import check_labels
+from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
 from diffusers_ext.evaluation.image_quality import picture_grid
@@ -67,7 +69,9 @@ class PaellaArgs:
     condition: Literal["text", "image", "class", "semantic"] = field(
         default="text", metadata={"help": "CLIP text vector, CLIP image vector, one-hot class, or one-hot label map."}
     )
-    num_labels: int | None = field(default=None, metadata={"help": "Classes, for --condition class and semantic."})
+    num_labels: int | None = field(
+        default=None, metadata={"help": "Classes, for --condition class and semantic; counted in the data when unset."}
+    )
     semantic_column: str = field(default="semantic", metadata={"help": "Column with the label map (integer picture)."})
     train_text_encoder: bool = field(
         default=False,
@@ -111,9 +115,7 @@ class PaellaArgs:
     def __post_init__(self):
         if not 0 <= self.cond_dropout_prob <= 1:
             raise ValueError(f"--cond_dropout_prob must lie in [0, 1], got {self.cond_dropout_prob}.")
-        if self.condition in ("class", "semantic") and (self.num_labels or 0) < 1:
-            raise ValueError(f"--condition {self.condition} needs --num_labels, the number of classes.")
-        for name in ("rank", "num_inference_steps"):
+        for name in ("rank", "num_inference_steps", "num_labels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
         check_guidance_scale(self.guidance_scale)
@@ -186,6 +188,8 @@ def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
                 f"{args.pretrained_model_name_or_path!r} has no {args.condition}_encoder, which --condition "
                 f"{args.condition} needs."
             )
+        if args.condition not in needed and args.num_labels is None:
+            args.num_labels = width
         if args.condition not in needed and args.num_labels != width:
             raise ValueError(
                 f"{args.pretrained_model_name_or_path!r} takes conditions of width {width}, but "
@@ -233,6 +237,15 @@ def condition_column(args: PaellaArgs, data: DataArgs) -> str:
     """The column of the data set that the condition is read from."""
     columns = {"text": data.caption_column, "class": data.label_column, "semantic": args.semantic_column}
     return columns.get(args.condition, data.image_column)
+
+
+def count_labels(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> int | None:
+    """`--num_labels`, or where it is unset what the data tell; `None` where a pipeline to fine-tune tells."""
+    if args.num_labels is not None or args.pretrained_model_name_or_path:
+        return args.num_labels
+    if args.condition == "class":
+        return find_classes(sets, data)[0]
+    return count_map_labels(sets, args.semantic_column, data) if args.condition == "semantic" else None
 
 
 def read_sample(
@@ -425,8 +438,13 @@ def token_losses(
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
+    train_set, validation_set = load_pictures(data, columns=(condition_column(args, data),))
+    args.num_labels = count_labels((train_set, validation_set), args, data)
     pipe = build_pipeline(args, data.resolution).to(torch.float32)  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
+    if args.condition == "class" and data.dataset_name != "scenes":
+        for rows in (train_set, validation_set):
+            check_labels(rows, data.label_column, data.image_column, args.num_labels or 0)
     unet, scheduler = pipe.unet, pipe.scheduler
     frozen = [pipe.vqvae, pipe.text_encoder, pipe.image_encoder]
     for network in filter(None, frozen):
@@ -443,7 +461,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     if train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    train_set, validation_set = load_pictures(data, columns=(condition_column(args, data),))
     num_trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters", len(train_set), num_trained)
     conditioner = Conditioner(pipe, args, data.resolution, train.train_batch_size)

@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     scheduler, decoder = versatile_scheduler(), parts["decoder_tokenizer"]
     encoders = FlowEncoders(**{name: part for name, part in parts.items() if part is not decoder})
     captions = (data.caption_column, *([args.paraphrase_column] if args.paraphrase_column else []))
-    train_set, validation_set = load_pictures(data, columns=captions)
+    train_set, validation_set = load_pictures(data, text_columns=captions)
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters of %s", len(train_set), trained, ", ".join(args.flows))
     transform = partial(read_sample, args=args, data=data)

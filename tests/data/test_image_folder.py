@@ -119,7 +119,8 @@ def test_class_folders(tmp_path):
         save(tmp_path / "cat" / "2.png", BLUE),
         save(tmp_path / "cat" / "1.png"),
     )
-    dataset = load_image_dataset(tmp_path, columns=("label", "text"))
+    assert load_image_dataset(tmp_path).column_names == ["image", "label"]  # nobody asked for words
+    dataset = load_image_dataset(tmp_path, columns=("label", "text"), captions_from_names=True)
     assert [row["label"] for row in dataset] == [0, 0, 1]
     assert dataset.features["label"].names == ["cat", "golden_retriever"]
     assert dataset[2]["text"] == "golden retriever"
@@ -128,7 +129,7 @@ def test_class_folders(tmp_path):
 def test_plain_folder(tmp_path):
     save(tmp_path / "a_red_house_003.jpg"), save(tmp_path / "two-cats.PNG"), save(tmp_path / ".hidden.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    dataset = load_image_dataset(tmp_path, columns=("text",))
+    dataset = load_image_dataset(tmp_path, columns=("text",), captions_from_names=True)
     assert [row["text"] for row in dataset] == ["a red house", "two cats"]
 
 
@@ -139,8 +140,8 @@ def test_plain_folder_without_captions_serves_pictures_alone(tmp_path):
 
 def test_split_folders(tmp_path):
     save(tmp_path / "train" / "a_house.png"), save(tmp_path / "val" / "a_tree.png")
-    assert load_image_dataset(tmp_path)[0]["text"] == "a house"
-    assert load_image_dataset(tmp_path, split="validation")[0]["text"] == "a tree"
+    assert load_image_dataset(tmp_path, captions_from_names=True)[0]["text"] == "a house"
+    assert load_image_dataset(tmp_path, split="validation", captions_from_names=True)[0]["text"] == "a tree"
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
         load_image_dataset(tmp_path, split="test")
 

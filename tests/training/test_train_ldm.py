@@ -74,12 +74,8 @@ def scenes_folder(tmp_path_factory) -> Path:
 
 def words(task: str, folder: Path | str, *more: str, data: tuple[str, ...] = ()) -> list[str]:
     """The smoke preset of a task, shorter."""
-    preset = [f"--{line.replace(': ', '=', 1)}" for line in Path(SMOKE).read_text().splitlines() if ":" in line]
-    preset = [word for word in preset if not word.startswith(("--#", "# ")) and "[" not in word]
-    shape = ["--block_out_channels", "16", "32", "--attention_levels", "1"]
-    source = [word for word in preset if not (data and word.startswith("--dataset_name"))]
     return [
-        *source, *data, *shape, "--task", task, "--output_dir", str(folder), "--max_train_samples", "12",
+        SMOKE, *data, "--task", task, "--output_dir", str(folder), "--max_train_samples", "12",
         "--pretrained_vqvae_name_or_path", VQVAE, "--max_train_steps", "2", "--logging_steps", "1",
         "--num_inference_steps", "2", "--num_validation_images", "2", *more,
     ]  # fmt: skip
@@ -488,8 +484,8 @@ def edited(folder: Path, to: Path, index: int = 2, **changes) -> tuple[str, str]
     "task, more, change, message",
     [
         ("class", ("--num_labels", "48"), {"label": 48}, "000002.png' .* has the label 48 in 'label'"),
-        ("class", (), {}, "--task class needs --num_labels"),
-        ("semantic", (), {}, "--task semantic needs --num_labels"),
+        ("class", (), {"label": -1}, "000002.png' .* has the label -1 in 'label': expected an integer from 0 on"),
+        ("semantic", (), SWAPPED, "000002.png' .* has a label map of the mode 'RGB'"),
         ("semantic", ("--num_labels", "2"), {}, "png' .*label map in 'semantic' holds 0 to ., but there are 2 labels"),
         ("semantic", ("--num_labels", "7"), SWAPPED, "000002.png' .* mode 'RGB'"),
         ("layout", (), {"boxes": [[0.5, 0.5, 1.2, 0.9]]}, "000002.png' .*(It has 1 boxes, but|leaves its picture)"),

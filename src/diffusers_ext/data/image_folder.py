@@ -2,44 +2,54 @@
 
 Layouts of a folder (see `load_image_dataset`):
 
-    metadata          metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`; its other columns
-                      (captions, labels, boxes ...) become columns; `<name>_file_name` names further pictures
+    metadata          metadata.jsonl, .json (an array), .csv, .tsv or .parquet, in the folder or in subfolders, with a
+                      column `file_name` relative to it; its other columns (captions, labels, boxes ...) become
+                      columns; `<name>_file_name` names further pictures
+    texts beside      a.jpg and a.txt or a.caption: each line is a caption, at any depth
+    class folders     <class>/<any name>.jpg: the folder's name is the label
+    kohya's folders   <repeats>_<name>/a.jpg and a.txt: the name is the label, and a picture counts so often
+    plain             pictures in one folder
     parquet           *.parquet with a picture column (file bytes, or the struct that `datasets` writes)
-    class folders     <class>/<any name>.jpg: the folder's name is the label, and in words the caption
-    plain             pictures in one folder; captions come from the file names: a_red_house_003.jpg -> "a red house"
     save_to_disk      what `Dataset.save_to_disk` wrote
 
-Each of them may lie below a folder `train`, `validation` or `test`.
+Each of them may lie below a folder `train`, `validation` or `test`. Suffixes and `metadata` may have any letter case;
+whatever Pillow reads is a picture. Names of files and folders become captions only with `captions_from_names`, and
+where there are no others: a_red_house_003.jpg -> "a red house", golden_retriever/7.jpg -> "golden retriever".
 """
 
 from __future__ import annotations
 
-import csv
 import io
-import json
+import logging
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..conditions.pixels import read_rgb
+from .annotations import RowName
+from .folder_contents import IMAGE_SUFFIXES, METADATA_NAMES
+from .layouts import SPLIT_FOLDERS, Columns, Rows, caption_from_file_name, read_folder, split_folders
+from .metadata import check_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-# what cameras and tools write before the number says nothing about the picture
-_EMPTY_NAMES = frozenset(("img", "dsc", "dscf", "dscn", "pxl", "image", "picture", "photo", "pic", "screenshot"))
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "METADATA_NAMES",
+    "SPLIT_FOLDERS",
+    "caption_from_file_name",
+    "decode_image",
+    "load_image_dataset",
+    "load_image_splits",
+]
 
 
 def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Image.Image:
@@ -80,18 +90,6 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
         raise ValueError(f"Cannot read the picture {name or '(bytes without a name)'}: {error}") from error
 
 
-def caption_from_file_name(file_name: str | os.PathLike[str]) -> str:
-    """The words of a file name without its number: "a_red_house_003.jpg" -> "a red house".
-
-    Returns:
-        "" for names that say nothing, such as "0017.png" or "IMG_0017.jpg".
-    """
-    words = re.sub(r"[_\-\s]+", " ", Path(file_name).stem).strip()
-    words = re.sub(r"(?:(?<=\w) |^)\(?\d+\)?$", "", words).strip()  # "... 003", "... (3)"
-    plain = re.sub(r"[\d ]+", "", words).lower()
-    return "" if not plain or plain in _EMPTY_NAMES else words
-
-
 @dataclass(frozen=True)
 class _DecodeRows:
     """The data set's transform: picture columns hold paths or file bytes, rows show PIL pictures."""
@@ -118,6 +116,8 @@ def load_image_dataset(
     caption_column: str = "text",
     label_column: str = "label",
     columns: Sequence[str] = (),
+    text_columns: Sequence[str] = (),
+    captions_from_names: bool = False,
     max_samples: int | None = None,
     verify_images: bool = False,
     cache_dir: str | None = None,
@@ -129,77 +129,227 @@ def load_image_dataset(
 
     Args:
         train_data_dir: A folder in one of the layouts above. Either this or `dataset_name`.
-        dataset_name, dataset_config_name: Handed to `datasets.load_dataset`, together with `split`.
+        dataset_name, dataset_config_name: Handed to `datasets.load_dataset`.
         split: Also chooses the subfolder where a folder has `train`, `validation` or `test`.
         image_column, caption_column, label_column: Names that the columns have, or get where the layout has none.
         columns: Columns that are needed beside the picture: each must exist and hold something in every row.
-        max_samples: Keep only the first so many rows.
+        text_columns: Those of them that hold captions besides `caption_column`: a string or a list of strings a row.
+        captions_from_names: Where there are no captions, make them of the names of files or class folders.
+        max_samples: Keep only so many rows, drawn by a fixed permutation, in their order.
         verify_images: Decode every picture once, and list those that cannot be read.
         cache_dir: Where `datasets` keeps what it converts.
 
     Raises:
         ValueError: With the name of the file or column that is wrong, and the way out.
     """
+    wanted = _columns(image_column, caption_column, label_column, columns, text_columns, captions_from_names)
+    source = _open(train_data_dir, dataset_name, dataset_config_name, cache_dir)
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1 or None, but is {max_samples}.")
+    rows = source.read(split, wanted)
+    dataset, repeats = _draw(rows, max_samples)
+    if verify_images:
+        plain = dataset.select_columns([image_column]).with_format(None)
+        _verify(plain, image_column, source.name)
+    return repeat_rows(dataset, repeats)
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """What a training is given: `repeats` tells how often each row of `train` counts (`None`: once).
+
+    `validation` is `None` where the source has neither a split `validation` nor `test`; `validation_split` is its
+    name.
+    """
+
+    train: Dataset
+    repeats: list[int] | None
+    validation: Dataset | None
+    validation_split: str
+
+
+def load_image_splits(
+    train_data_dir: str | os.PathLike[str] | None = None,
+    dataset_name: str | None = None,
+    *,
+    dataset_config_name: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    label_column: str = "label",
+    columns: Sequence[str] = (),
+    text_columns: Sequence[str] = (),
+    captions_from_names: bool = False,
+    max_samples: int | None = None,
+    cache_dir: str | None = None,
+) -> ImageSplits:
+    """The split `train`, and `validation` (or else `test`) where the source has it; see `load_image_dataset`.
+
+    Classes have the numbers that they have in `train`. A validation split from the Hub that lacks what is needed
+    (test sets often come without labels) is left out with a line in the log.
+
+    Raises:
+        ValueError: As `load_image_dataset`; or a folder's validation split has a class that `train` lacks.
+    """
+    wanted = _columns(image_column, caption_column, label_column, columns, text_columns, captions_from_names)
+    source = _open(train_data_dir, dataset_name, dataset_config_name, cache_dir)
+    rows = source.read("train", wanted)
+    dataset, repeats = _draw(rows, max_samples)
+    name = next((name for name in ("validation", "test") if name in source.splits), "")
+    validation = None
+    if name:
+        try:
+            validation = source.read(name, wanted, like=rows.dataset).dataset
+        except ValueError as error:
+            if train_data_dir is not None:
+                raise
+            logger.warning("The split %r of %s is not used: %s", name, source.name, error)
+    return ImageSplits(dataset, repeats, validation, name)
+
+
+def repeat_rows(dataset: Dataset, repeats: Sequence[int] | None) -> Dataset:
+    """Each row as often as `repeats` says, one after the other."""
+    return dataset if repeats is None else dataset.select(np.repeat(np.arange(len(dataset)), repeats))
+
+
+def _columns(image: str, caption: str, label: str, columns: Sequence[str], texts: Sequence[str], names: bool):
+    needed = tuple(dict.fromkeys((image, *columns, *texts)))
+    captions = tuple(dict.fromkeys(name for name in (caption, *texts) if name in needed))
+    return Columns(image, caption, label, needed, captions, names, all=not (columns or texts))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder or a data set of the Hub; `splits` are its parts, "" stands for a folder without splits."""
+
+    name: str
+    splits: dict[str, Any]
+    cache_dir: str | None = None
+
+    def read(self, split: str, columns: Columns, like: Dataset | None = None) -> Rows:
+        """The rows of a split, checked, with the class numbers of `like`."""
+        if split not in self.splits and "" not in self.splits:
+            hint = "" if "train" in self.splits else " Save the right one as a folder, and name that."
+            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(sorted(self.splits))}.{hint}")
+        part = self.splits.get(split, self.splits.get(""))
+        rows = read_folder(part, columns, self.cache_dir) if isinstance(part, Path) else Rows(part)
+        source = self.name if like is None else f"{self.name}, split {split!r}"
+        _check_columns(rows.dataset, columns, source)
+        dataset = _encode_labels(rows.dataset, columns, source, like)
+        return Rows(_show_pictures(dataset, columns.image), rows.repeats)
+
+
+def _open(
+    folder: str | os.PathLike[str] | None, dataset_name: str | None, config: str | None, cache_dir: str | None
+) -> _Source:
     try:
         import datasets
     except ImportError as error:
         raise ImportError('`load_image_dataset` needs datasets: pip install "diffusers_ext[train]"') from error
-    one_source = f"but got {train_data_dir!r} and {dataset_name!r}."
-    both_or_none = f"Exactly one of `train_data_dir` and `dataset_name` is needed, {one_source}"
-    if train_data_dir is not None and dataset_name is not None:
-        raise ValueError(both_or_none)
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1 or None, but is {max_samples}.")
-    needed = tuple(dict.fromkeys((image_column, *columns)))
-    if dataset_name is not None:
-        source = f"the data set {dataset_name!r}"
-        dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-    elif train_data_dir is not None:
-        source = f"the folder {os.fspath(train_data_dir)!r}"
-        dataset = _load_folder(
-            Path(train_data_dir), split, image_column, caption_column, label_column, needed, cache_dir
+    if (folder is None) == (dataset_name is None):
+        raise ValueError(
+            f"Exactly one of `train_data_dir` and `dataset_name` is needed, but got {folder!r} and {dataset_name!r}."
         )
-    else:
-        raise ValueError(both_or_none)
-    _check_columns(dataset, needed, source)
-    if max_samples is not None:
-        dataset = dataset.select(range(min(max_samples, len(dataset))))
-    if label_column in dataset.column_names:
-        dataset = _encode_labels(dataset, label_column)
+    if folder is not None:
+        path = Path(folder)
+        if not path.is_dir():
+            raise ValueError(f"`train_data_dir` must be a folder, but {str(path)!r} is not one.")
+        return _Source(f"the folder {os.fspath(folder)!r}", split_folders(path) or {"": path}, cache_dir)
+    try:
+        splits = datasets.load_dataset(dataset_name, config, cache_dir=cache_dir)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"The data set {dataset_name!r} cannot be read: {error.__cause__ or error}") from error
+    return _Source(f"the data set {dataset_name!r}", dict(splits), cache_dir)
+
+
+def _draw(rows: Rows, count: int | None) -> tuple[Dataset, list[int] | None]:
+    """`count` rows by a fixed permutation, so that sorted data keep all their classes."""
+    size = len(rows.dataset)
+    if count is None or count >= size:
+        return rows.dataset, rows.repeats
+    kept = sorted(np.random.Generator(np.random.Philox(0)).permutation(size)[:count].tolist())
+    return rows.dataset.select(kept), None if rows.repeats is None else [rows.repeats[index] for index in kept]
+
+
+def _show_pictures(dataset: Dataset, image_column: str) -> Dataset:
+    import datasets
+
     pictures = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     for name in pictures:
         dataset = dataset.cast_column(name, datasets.Image(decode=False))
     others = tuple(name for name in pictures if name != image_column)
-    if verify_images:
-        _verify(dataset.select_columns([image_column]), image_column, source)
     return dataset.with_transform(_DecodeRows((image_column,), others))
 
 
-def _check_columns(dataset: Dataset, needed: Sequence[str], source: str) -> None:
+def _check_columns(dataset: Dataset, columns: Columns, source: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"There are no rows in {source}.")
-    missing = [name for name in needed if name not in dataset.column_names]
+    missing = [name for name in columns.needed if name not in dataset.column_names]
     if missing:
         raise ValueError(
             f"There is no column {missing[0]!r} in {source}; its columns are {', '.join(dataset.column_names)}. "
             "Name the right one (`image_column`, `caption_column`, `label_column`) or add it."
         )
-    for name in needed:
+    for name in columns.needed:
         values = dataset.data.column(name)
         if values.null_count:
             row = values.is_null().to_pylist().index(True)
             raise ValueError(f"Row {row} of {source} has nothing in the column {name!r}: fill or remove it.")
+    for name in columns.texts:
+        _check_texts(dataset, name, columns.image, source)
 
 
-def _encode_labels(dataset: Dataset, label_column: str) -> Dataset:
-    """Strings become integers, with the sorted names as the column's `ClassLabel`."""
+def _check_texts(dataset: Dataset, column: str, image_column: str, source: str) -> None:
+    """A column of captions holds a string, or a list of strings, in every row."""
+    import pyarrow
+    import pyarrow.compute
+    from datasets import ClassLabel
+
+    feature, values = dataset.features[column], dataset.data.column(column)
+    if isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The column {column!r} of {source} holds class labels ({', '.join(feature.names[:3])} ...), not captions"
+            ": name a column of texts with --caption_column, or train on classes."
+        )
+    kind = values.type
+
+    def is_text(kind: pyarrow.DataType) -> bool:
+        return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+    if is_text(kind):
+        return
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    if is_list and is_text(kind.value_type):
+        lengths = pyarrow.compute.list_value_length(values)
+        if pyarrow.compute.min(lengths).as_py() > 0 and not pyarrow.compute.list_flatten(values).null_count:
+            return
+    for row, value in enumerate(values.to_pylist()):
+        check_text(value, f"{RowName(dataset, image_column, row)} of {source}", column)
+
+
+def _encode_labels(dataset: Dataset, columns: Columns, source: str, like: Dataset | None) -> Dataset:
+    """Strings become integers, with the sorted names as the column's `ClassLabel`, or with those of `like`."""
     from datasets import ClassLabel, Value
 
-    feature = dataset.features[label_column]
-    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string"):
+    column = columns.label
+    if column not in dataset.column_names:
         return dataset
-    names = sorted(name for name in dataset.unique(label_column) if name is not None)
-    return dataset.cast_column(label_column, ClassLabel(names=names))
+    feature = dataset.features[column]
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        names = sorted(name for name in dataset.unique(column) if name is not None)
+        dataset = dataset.cast_column(column, feature := ClassLabel(names=names))
+    if like is None or column not in columns.needed:
+        return dataset
+    if isinstance(feature, Value) and min(dataset.data.column(column).to_pylist()) < 0:
+        raise ValueError(f"{source} has negative numbers in the column {column!r}.")
+    wanted = like.features[column]
+    if not isinstance(feature, ClassLabel) or not isinstance(wanted, ClassLabel) or feature.names == wanted.names:
+        return dataset
+    unknown = sorted(set(feature.names) - set(wanted.names))
+    if unknown:
+        raise ValueError(f"{source} has the class {unknown[0]!r}, which the training pictures lack.")
+    numbers = [wanted.names.index(name) for name in feature.names]
+    labels = [numbers[label] for label in dataset.data.column(column).to_pylist()]
+    return dataset.remove_columns(column).add_column(column, labels).cast_column(column, wanted)  # type: ignore
 
 
 def _verify(dataset: Dataset, image_column: str, source: str) -> None:
@@ -217,191 +367,3 @@ def _picture_name(value: Any, row: int) -> str:
     if isinstance(value, dict):
         value = value.get("path")
     return value if isinstance(value, str) else f"in row {row}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# folders
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    """Pictures in a fixed order on every file system."""
-    for entry in sorted(folder.iterdir(), key=lambda path: path.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield from _pictures_below(entry)
-        elif _is_picture(entry):
-            yield entry
-
-
-def _load_folder(
-    folder: Path,
-    split: str,
-    image_column: str,
-    caption_column: str,
-    label_column: str,
-    needed: Sequence[str],
-    cache_dir: str | None,
-) -> Dataset:
-    import datasets
-
-    if not folder.is_dir():
-        raise ValueError(f"`train_data_dir` must be a folder, but {str(folder)!r} is not one.")
-    folder = _split_folder(folder, split)
-    if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        return datasets.Dataset.load_from_disk(os.fspath(folder))
-    metadata = [folder / name for name in METADATA_NAMES if (folder / name).exists()]
-    if len(metadata) > 1:
-        raise ValueError(f"{str(folder)!r} has both {metadata[0].name} and {metadata[1].name}: keep one of them.")
-    if metadata:
-        return _from_metadata(metadata[0], image_column, needed)
-    pictures = list(_pictures_below(folder))
-    tables = sorted(folder.rglob("*.parquet"))
-    if tables and pictures:
-        raise ValueError(
-            f"{str(folder)!r} has pictures ({pictures[0].name} ...) beside {tables[0].name}: name the table "
-            "metadata.parquet, with a column `file_name`, or keep the pictures elsewhere."
-        )
-    if tables:
-        files = [os.fspath(path) for path in tables]
-        table = datasets.Dataset.from_parquet(files, cache_dir=cache_dir)  # pyright: ignore[reportArgumentType]
-        return table  # pyright: ignore[reportReturnType]
-    if not pictures:
-        raise ValueError(
-            f"There are no pictures in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)}, "
-            f"{', '.join(METADATA_NAMES)} and *.parquet)."
-        )
-    depths = {len(path.relative_to(folder).parts): path for path in reversed(pictures)}
-    if set(depths) == {1}:
-        return _from_names(pictures, image_column, caption_column, caption_column in needed)
-    if set(depths) == {2}:
-        return _from_class_folders(folder, pictures, image_column, caption_column, label_column)
-    examples = " and ".join(repr(os.fspath(path.relative_to(folder))) for _, path in sorted(depths.items()))
-    raise ValueError(
-        f"{str(folder)!r} has pictures at different depths ({examples}): put all of them into one folder, or all into "
-        "one subfolder a class, or describe them in a metadata.jsonl."
-    )
-
-
-def _split_folder(folder: Path, split: str) -> Path:
-    """The split's own subfolder, where the folder has nothing but subfolders of splits."""
-    known = {name: key for key, names in SPLIT_FOLDERS.items() for name in names}
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    splits = {known[entry.name]: entry for entry in entries if entry.is_dir() and entry.name in known}
-    others = [entry for entry in entries if entry.is_dir() and entry.name not in known or _is_picture(entry)]
-    if not splits or others or any((folder / name).exists() for name in METADATA_NAMES):
-        return folder
-    if split not in splits:
-        raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {', '.join(sorted(splits))}.")
-    return splits[split]
-
-
-def _from_names(pictures: list[Path], image_column: str, caption_column: str, captions_needed: bool) -> Dataset:
-    from datasets import Dataset
-
-    captions = [caption_from_file_name(path) for path in pictures]
-    data: dict[str, list[str]] = {image_column: [os.fspath(path) for path in pictures]}
-    if all(captions):
-        data[caption_column] = captions
-    elif captions_needed:
-        path = pictures[captions.index("")]
-        raise ValueError(
-            f"The picture {str(path)!r} has no caption: its name says nothing, and there is no metadata.jsonl. Name "
-            'it like "a_red_house_003.jpg", or write a metadata.jsonl with lines like '
-            f'{{"file_name": "{path.name}", "{caption_column}": "a red house"}}.'
-        )
-    return Dataset.from_dict(data)
-
-
-def _from_class_folders(
-    folder: Path, pictures: list[Path], image_column: str, caption_column: str, label_column: str
-) -> Dataset:
-    from datasets import ClassLabel, Dataset
-
-    classes = [path.relative_to(folder).parts[0] for path in pictures]
-    names = sorted(set(classes))
-    data = {
-        image_column: [os.fspath(path) for path in pictures],
-        caption_column: [re.sub(r"[_\-\s]+", " ", name).strip() for name in classes],
-        label_column: [names.index(name) for name in classes],
-    }
-    return Dataset.from_dict(data).cast_column(label_column, ClassLabel(names=names))
-
-
-def _read_metadata(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        # CSV has no types: a column of nothing but integers (labels) becomes one of integers
-        for name in {key for row in rows for key in row}:
-            if all(re.fullmatch(r"-?\d+", row.get(name, "0")) for row in rows):
-                rows = [{**row, name: int(row[name])} if name in row else row for row in rows]
-        return rows
-    entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {str(path)!r} is not JSON ({error}): {line[:80]!r}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"Line {number} of {str(path)!r} is no JSON object: {line[:80]!r}")
-        entries.append(entry)
-    return entries
-
-
-def _from_metadata(path: Path, image_column: str, needed: Sequence[str]) -> Dataset:
-    from datasets import Dataset, Image
-
-    entries = _read_metadata(path)
-    if not entries:
-        raise ValueError(f"{str(path)!r} has no entries.")
-    names = list(dict.fromkeys(name for entry in entries for name in entry))
-    # `file_name` holds the picture itself, `<name>_file_name` a picture that becomes the column <name>
-    pictures = {name: name.removesuffix("_file_name") for name in names if name.endswith("_file_name")}
-    pictures["file_name"] = image_column
-    described = set()
-    for number, entry in enumerate(entries, start=1):
-        if not entry.get("file_name"):
-            raise ValueError(f"Entry {number} of {str(path)!r} has no `file_name`: {str(entry)[:120]}")
-        for name in pictures:
-            if not entry.get(name):
-                continue
-            file = path.parent / entry[name]
-            if not file.is_file():
-                raise ValueError(
-                    f"Entry {number} of {str(path)!r} names a picture that does not exist: {entry[name]!r}."
-                )
-            described.add(os.path.normpath(file))
-        for name in needed:
-            if name in names and entry.get(name) in (None, "", []):
-                raise ValueError(
-                    f"The picture {entry['file_name']!r} has no {name!r} in {str(path)!r} (entry {number})."
-                )
-    forgotten = [file for file in _pictures_below(path.parent) if os.path.normpath(file) not in described]
-    if forgotten:
-        raise ValueError(
-            f"{str(path)!r} has no entry for {len(forgotten)} pictures beside it, such as "
-            f"{os.fspath(forgotten[0].relative_to(path.parent))!r}: add entries, or move the pictures away."
-        )
-    data: dict[str, list[Any]] = {}
-    for name in names:
-        values = [entry.get(name) for entry in entries]
-        if name in pictures:
-            values = [None if not value else os.fspath(path.parent / value) for value in values]
-        data[pictures.get(name, name)] = values
-    try:
-        dataset = Dataset.from_dict(data)
-    except (TypeError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise ValueError(f"{str(path)!r} mixes types within a column: {error}") from error
-    for name, column in pictures.items():
-        if name in names and column != image_column:
-            dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset

@@ -1,14 +1,17 @@
 """The training and validation pictures that a recipe's data options name."""
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .image_folder import load_image_dataset
+from .image_folder import load_image_splits, repeat_rows
 from .scenes import COLUMNS, load_scenes
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 SCENES_SAMPLES = 100_000
 VALIDATION_SAMPLES = 256
@@ -28,18 +31,25 @@ class PictureSource(Protocol):
     resolution: int
 
 
-def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tuple["Dataset", "Dataset"]:
+def load_pictures(
+    source: PictureSource, *, columns: tuple[str, ...] = (), text_columns: tuple[str, ...] = ()
+) -> tuple["Dataset", "Dataset"]:
     """Training and validation set, map-style: rows are dictionaries with a PIL picture and what goes with it.
 
     `scenes` has a validation split of its own. Its configurations are words joined by +: grounds (`plain`,
     `plain+gradient` ...; all four by default), and `one` or `two` for pictures of as many objects (`plain+one`).
-    From any other source a tenth, at most 256 pictures, is held out by a fixed permutation.
+    Any other source is validated on its split `validation`, or else `test` (at most 256 pictures of it); where it has
+    neither, a tenth, at most 256 pictures, is held out by a fixed permutation. The log says which.
 
     Args:
-        source: Which data set; see `PictureSource`.
+        source: Which data set; see `PictureSource`. The options `random_flip` and `captions_from_names` count where it
+            has them.
         columns: Columns that the recipe reads beside the picture. They must exist.
+        text_columns: Those of them that hold captions besides `caption_column`.
     """
-    wanted = tuple(dict.fromkeys((source.image_column, *columns)))
+    wanted = tuple(dict.fromkeys((source.image_column, *columns, *text_columns)))
+    if getattr(source, "random_flip", False):
+        logger.info("Half of the pictures are mirrored (--random_flip): wrong where sides or letters count.")
     if source.dataset_name == "scenes":
         unknown = [name for name in wanted if name not in COLUMNS]
         if unknown:
@@ -49,7 +59,7 @@ def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tu
         if source.dataset_config_name:
             options |= _scenes_options(source.dataset_config_name)
         return load_scenes(size, **options), load_scenes(VALIDATION_SAMPLES, split="validation", **options)
-    dataset = load_image_dataset(
+    splits = load_image_splits(
         source.train_data_dir,
         source.dataset_name,
         dataset_config_name=source.dataset_config_name,
@@ -57,13 +67,36 @@ def load_pictures(source: PictureSource, *, columns: tuple[str, ...] = ()) -> tu
         caption_column=source.caption_column,
         label_column=source.label_column,
         columns=wanted,
+        text_columns=text_columns,
+        captions_from_names=getattr(source, "captions_from_names", False),
         max_samples=source.max_train_samples,
     )
-    held_out = min(VALIDATION_SAMPLES, len(dataset) // 10)
-    order = np.random.Generator(np.random.Philox(0)).permutation(len(dataset))
-    if held_out == 0:  # too few pictures to hold any out: validation shows training pictures
-        return dataset, dataset
-    return dataset.select(sorted(order[held_out:])), dataset.select(sorted(order[:held_out]))
+    dataset, validation = splits.train, splits.validation
+    if validation is not None:
+        kept, _ = split_rows(len(validation), min(VALIDATION_SAMPLES, len(validation)))
+        logger.info("Validation: %d of %d rows of the split %r.", len(kept), len(validation), splits.validation_split)
+        return repeat_rows(dataset, splits.repeats), validation.select(kept)
+    held_out, trained = hold_out(len(dataset))
+    if not held_out:
+        return repeat_rows(dataset, splits.repeats), dataset
+    repeats = None if splits.repeats is None else [splits.repeats[index] for index in trained]
+    return repeat_rows(dataset.select(trained), repeats), dataset.select(held_out)
+
+
+def hold_out(count: int) -> tuple[list[int], list[int]]:
+    """Which of `count` rows are for validation (a tenth, at most 256; none of fewer than ten), and the others."""
+    held_out, trained = split_rows(count, min(VALIDATION_SAMPLES, count // 10))
+    if held_out:
+        logger.info("Validation: %d of %d rows are held out, by a fixed permutation.", len(held_out), count)
+    else:
+        logger.info("Validation: with only %d rows none is held out; it shows training rows.", count)
+    return held_out, trained
+
+
+def split_rows(count: int, first: int) -> tuple[list[int], list[int]]:
+    """The first so many of `count` rows in a fixed permutation, and the others, both in order."""
+    order = np.random.Generator(np.random.Philox(0)).permutation(count)
+    return sorted(order[:first].tolist()), sorted(order[first:].tolist())
 
 
 def _scenes_options(configuration: str) -> dict[str, Any]:

@@ -6,10 +6,8 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .image_folder import METADATA_NAMES
-from .pictures import VALIDATION_SAMPLES, PictureSource, load_pictures
+from .folder_contents import is_hidden, read_text, text_lines
+from .pictures import PictureSource, hold_out, load_pictures, split_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,13 +43,13 @@ def load_sentences(source: PictureSource) -> tuple[Dataset, Dataset]:
 def text_files(path: Path) -> list[Path]:
     """The text files that `path` stands for; none for a folder of pictures (whose captions may lie in text files)."""
     if path.is_file():
-        if path.suffix != ".txt":
+        if path.suffix.lower() != ".txt":
             raise ValueError(f"`train_data_dir` is the file {str(path)!r}: a file of sentences must end in .txt.")
         return [path]
-    if not path.is_dir() or any((path / name).exists() for name in METADATA_NAMES):
+    if not path.is_dir():
         return []
-    files = [entry for entry in sorted(path.iterdir()) if entry.is_file() and not entry.name.startswith(".")]
-    return files if all(entry.suffix == ".txt" for entry in files) else []
+    entries = [entry for entry in sorted(path.iterdir()) if not is_hidden(entry.name)]
+    return entries if all(entry.is_file() and entry.suffix.lower() == ".txt" for entry in entries) else []
 
 
 def _read_lines(files: list[Path], column: str, limit: int | None) -> Dataset:
@@ -59,21 +57,14 @@ def _read_lines(files: list[Path], column: str, limit: int | None) -> Dataset:
         from datasets import Dataset
     except ImportError as error:
         raise ImportError('`load_sentences` needs datasets: pip install "diffusers_ext[train]"') from error
-    sentences: list[str] = []
-    for path in files:
-        with path.open(encoding="utf-8") as lines:
-            sentences += [stripped for line in lines if (stripped := line.strip())]
-        if limit is not None and len(sentences) >= limit:
-            break
+    sentences = [stripped for path in files for line in text_lines(read_text(path)) if (stripped := line.strip())]
     if not sentences:
         raise ValueError(f"There are no sentences in {str(files[0])!r}: a text file holds one a line.")
-    return Dataset.from_dict({column: sentences[:limit]})
+    kept, _ = split_rows(len(sentences), len(sentences) if limit is None else limit)
+    return Dataset.from_dict({column: [sentences[index] for index in kept]})
 
 
 def _hold_out(dataset: Dataset) -> tuple[Dataset, Dataset]:
     """As `load_pictures` does it."""
-    held_out = min(VALIDATION_SAMPLES, len(dataset) // 10)
-    if held_out == 0:
-        return dataset, dataset
-    order = np.random.Generator(np.random.Philox(0)).permutation(len(dataset))
-    return dataset.select(sorted(order[held_out:])), dataset.select(sorted(order[:held_out]))
+    held_out, trained = hold_out(len(dataset))
+    return (dataset.select(trained), dataset.select(held_out)) if held_out else (dataset, dataset)

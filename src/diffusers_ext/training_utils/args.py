@@ -2,18 +2,30 @@
 
 A call is `accelerate launch training/train_<recipe>.py [preset.yaml] [--field value ...]`: the flat preset is spliced
 in front of the command line as `--key=value` words, so that the command line wins. (`HfArgumentParser` cannot mix the
-two itself, and its `parse_yaml_file` leaves `1e-4` a string.)
+two itself, and its `parse_yaml_file` leaves `1e-4` a string.) It can also take back what the preset says: another
+source of pictures replaces the preset's, and `--field none` unsets a field.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("dataset_name", "train_data_dir")
+# what a preset says of its own pictures besides their columns; it is not true of others
+OF_THE_SOURCE = (
+    "dataset_config_name", "captions_from_names", "max_train_samples", "num_labels", "num_negative_captions",
+    "cache_dir",
+)  # fmt: skip
 
 
 @dataclass
@@ -27,14 +39,21 @@ class DataArgs:
         default=None, metadata={"help": "Configuration of the Hub data set; the grounds of `scenes`."}
     )
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of pictures: with metadata.jsonl, class folders, or plain."}
+        default=None,
+        metadata={"help": "Folder of pictures: with metadata.jsonl, with text files, class folders, or plain."},
     )
     image_column: str = field(default="image", metadata={"help": "Column that holds the picture."})
     caption_column: str = field(default="text", metadata={"help": "Column that holds the caption or captions."})
     label_column: str = field(default="label", metadata={"help": "Column that holds the integer class label."})
+    captions_from_names: bool = field(
+        default=False,
+        metadata={"help": "Make captions of the names of files, or of class folders, where a folder has no captions."},
+    )
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Use only so many samples (for `scenes`: how many to draw; 100,000 when unset)."},
+        metadata={
+            "help": "Use only so many samples, drawn from all (`scenes`: how many to make; 100,000 when unset)."
+        },
     )
     resolution: int = field(default=64, metadata={"help": "Side of the square training pictures in pixels."})
     center_crop: bool = field(default=False, metadata={"help": "Crop the centre instead of a random place."})
@@ -47,7 +66,8 @@ class DataArgs:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError(
                 f"Exactly one of --dataset_name (got {self.dataset_name!r}) and --train_data_dir (got "
-                f"{self.train_data_dir!r}) is needed; `--dataset_name scenes` is built in."
+                f"{self.train_data_dir!r}) is needed; `--dataset_name scenes` is built in. Either of them on the "
+                "command line replaces the source of a preset."
             )
         _positive(self, "resolution", "max_train_samples")
 
@@ -202,6 +222,10 @@ class TrainArgs:
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """Reads `[preset.yaml] [--field value ...]` into one instance of each dataclass.
 
+    The command line wins over the preset. `--train_data_dir` or `--dataset_name` there replaces the preset's source of
+    pictures, and with it what the preset says of these pictures alone: columns, number of samples and classes, cache.
+    `--field none` (in a preset: `field: null`) unsets a field that may be unset.
+
     Args:
         dataclass_types: The dataclasses, all of whose fields become options.
         argv: The words after the script's name; `sys.argv[1:]` when `None`.
@@ -211,17 +235,80 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
             refuse a value.
         SystemExit: a value of the wrong type (argparse prints the options).
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, optional = list(sys.argv[1:] if argv is None else argv), _optional_fields(dataclass_types)
     if words and not words[0].startswith("-"):
-        words = preset_words(Path(words[0])) + words[1:]
+        preset, words = preset_words(Path(words[0]), optional), words[1:]
+        words = _without_the_source(preset, words) + words
+    words, unset = _take_unset(words, optional)
     parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
+    parser.set_defaults(**dict.fromkeys(unset))  # None, also where the default is something else
     return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
 
 
-def preset_words(path: Path) -> list[str]:
-    """A flat YAML preset as command-line words (`--key=value`; a list becomes `--key value value ...`)."""
+def _optional_fields(dataclass_types: Sequence[type]) -> set[str]:
+    """The fields `X | None`."""
+    hints = [(f.name, get_type_hints(kind)[f.name]) for kind in dataclass_types for f in fields(kind) if f.init]
+    return {name for name, hint in hints if type(None) in get_args(hint)}
+
+
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """The words in groups, (name of the field, the option's words); ("", words) for words before any option."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            name = word[2:].split("=", 1)[0].replace("-", "_") if word.startswith("--") else ""
+            groups.append((name, [word]))
+        else:
+            groups[-1][1].append(word)
+    return groups
+
+
+def _values(option: Sequence[str]) -> list[str]:
+    """What an option's words set: those after the first, or what follows the = in it."""
+    return option[0].split("=", 1)[1:] + list(option[1:])
+
+
+def _is_unset(option: Sequence[str]) -> bool:
+    return [value.lower() for value in _values(option)] == ["none"]
+
+
+def _take_unset(words: Sequence[str], optional: set[str]) -> tuple[list[str], list[str]]:
+    """The words without options whose last value is `none`, and the names of these."""
+    groups = _options(words)
+    unset = [name for name, option in dict(groups).items() if name in optional and _is_unset(option)]
+    kept = [
+        word for name, option in groups if name not in unset and not (name in optional and _is_unset(option))
+        for word in option
+    ]  # fmt: skip
+    return kept, unset
+
+
+def _without_the_source(preset: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The preset's words without its source, and what goes with it, where the command line names another source."""
+    told, ours = dict(_options(words)), dict(_options(preset))
+    new = [name for name in SOURCES if name in told and not _is_unset(told[name])]
+    if not new or all(name in ours and _values(told[name]) == _values(ours[name]) for name in new):
+        return list(preset)
+    dropped = [name for name in ours if name in (*SOURCES, *OF_THE_SOURCE) or name.endswith("_column")]
+    silent = [name for name in dropped if name not in told and name not in SOURCES]
+    if silent and os.environ.get("RANK", "0") == "0":  # one line, not one a process
+        logger.warning(
+            "--%s replaces the preset's data, so what the preset says of them does not count: %s. Name on the command "
+            "line what holds for your data as well.",
+            new[0], ", ".join(f"--{name} {' '.join(_values(ours[name]))}" for name in silent),
+        )  # fmt: skip
+    return [word for name, option in _options(preset) if name not in dropped for word in option]
+
+
+def preset_words(path: Path, optional: set[str]) -> list[str]:
+    """A flat YAML preset as command-line words (`--key=value`; a list becomes `--key value value ...`).
+
+    An empty value (`null`) unsets one of the `optional` fields, and says nothing about others.
+    """
     if not path.is_file() or path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"The preset {str(path)!r} is not a .yaml file; presets lie in training/presets/.")
+        raise ValueError(
+            f"The preset {str(path)!r} is not a .yaml file that exists; presets lie in training/presets/."
+        )
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -236,6 +323,8 @@ def preset_words(path: Path) -> list[str]:
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
             words.append(f"--{key}={value}")
+        elif key in optional:
+            words.append(f"--{key}=none")
     return words
 
 

@@ -1,0 +1,72 @@
+"""How many classes the data have: names where they tell them, else 1 + the largest number in use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..conditions.palettes import SCENES_CLASSES
+from .annotations import RowName, column_values
+from .pictures import PictureSource
+from .scenes import CLASS_NAMES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, list[str] | None]:
+    """Number and names (`None`: they only have numbers) of the classes in the column `source.label_column`.
+
+    Args:
+        sets: Training and validation set of `source`; either may hold a number that the other lacks.
+
+    Raises:
+        ValueError: a label is no integer from 0 on; names the picture.
+    """
+    from datasets import ClassLabel
+
+    if source.dataset_name == "scenes":
+        return len(CLASS_NAMES), list(CLASS_NAMES)
+    column = source.label_column
+    feature = sets[0].features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.num_classes, list(feature.names)
+    count = 0
+    for dataset in sets:
+        for index, label in enumerate(column_values(dataset, column)):
+            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+                raise ValueError(
+                    f"{RowName(dataset, source.image_column, index)} has the label {label!r} in {column!r}: expected "
+                    "an integer from 0 on, or names of classes."
+                )
+            count = max(count, label + 1)
+    logger.info("The largest label in %r is %d: %d classes (--num_labels sets more).", column, count - 1, count)
+    return count, None
+
+
+def count_map_labels(sets: Sequence[Dataset], column: str, source: PictureSource) -> int:
+    """1 + the largest number in the label maps of a column, each of which is read for it.
+
+    Raises:
+        ValueError: a map has several channels; names the picture.
+    """
+    if source.dataset_name == "scenes":
+        return len(SCENES_CLASSES)
+    logger.info("Reading %d label maps to count their labels; --num_labels spares that.", sum(map(len, sets)))
+    count = 0
+    for dataset in sets:
+        for index, row in enumerate(dataset.select_columns([column])):
+            label_map = row[column]  # type: ignore[call-overload]
+            if len(label_map.getbands()) != 1:
+                raise ValueError(
+                    f"{RowName(dataset, source.image_column, index)} has a label map of the mode {label_map.mode!r} "
+                    f"in {column!r}: expected one channel whose pixels are class numbers (mode L, P or I)."
+                )
+            count = max(count, int(np.asarray(label_map).max()) + 1)
+    logger.info("The largest number in the label maps is %d: %d labels.", count - 1, count)
+    return count
