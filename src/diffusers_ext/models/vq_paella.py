@@ -288,8 +288,8 @@ def codebook_weight(vqvae: Tokenizer) -> Tensor:
 
 
 def downsample_factor(vqvae: Tokenizer) -> int:
-    """How many pixels a side one token stands for."""
-    vqvae = bare_tokenizer(vqvae)
+    """How many pixels a side one token stands for, or one latent of another autoencoder (train_autoencoder.py)."""
+    vqvae = unwrap(vqvae)
     if isinstance(vqvae, PaellaVQModel):
         return vqvae.config["up_down_scale_factor"] * 2 ** (vqvae.config["levels"] - 1)
     return 2 ** (len(vqvae.config["block_out_channels"]) - 1)
