@@ -78,6 +78,7 @@ PAPER_PARAMETERS = {
     "ldm-paper-semantic-256.yaml": {"build_unet": 215_229_315, "build_conditioner": 182 * 3},
     "ldm-paper-semantic-512.yaml": {"build_unet": 215_229_315, "build_conditioner": 182 * 3},
     "ldm-paper-super-resolution.yaml": {"build_unet": 113_622_563},
+    "ldm-paper-super-resolution-bsr.yaml": {"build_unet": 113_622_563},
     "ldm-paper-inpainting-big.yaml": {"build_unet": 387_245_827},
     "ldm-paper-inpainting.yaml": {"build_unet": 215_230_467},
     "paella-paper-v1.yaml": {"build_unet": 577_995_184},
