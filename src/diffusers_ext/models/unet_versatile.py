@@ -194,7 +194,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         data_type: str = "image",
         context_type: str | Sequence[str] = "text",
         context_ratios: Sequence[float] | None = None,
-        layer_choices: Sequence[int] | None = None,
+        layer_choices: Sequence[int] | Sequence[Sequence[int]] | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predicts the noise in `sample`.
@@ -208,7 +208,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             context_type: the type of each context; one type may occur several times.
             context_ratios: weight of each context in every context layer, divided by their sum; None: equal weights.
             layer_choices: the context that each context layer uses alone, as `draw_layer_choices` draws them, in
-                place of the weighted sum.
+                place of the weighted sum; or a list of such choices, one a sample.
             return_dict: whether to return a `UNet2DConditionOutput` instead of a tuple.
 
         Returns:
@@ -223,7 +223,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._check_flow(data_type, types)
         self._check_shapes(sample, data_type, contexts, types)
         ratios = _normalised(context_ratios, len(types))
-        choices = self._check_choices(layer_choices, len(types))
+        choices = self._check_choices(layer_choices, len(types), len(sample))
         timestep = _as_vector(timestep, sample)
 
         # in float32: half precision cannot tell neighbouring phases of up to 1000 apart
@@ -239,8 +239,11 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             elif step.op == "load":
                 hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
             elif step.op == "context":
-                chosen = parts if choices is None else [(*parts[choices[context_index]][:2], 1.0)]
-                hidden_states = self._apply_contexts(context_index, hidden_states, chosen)
+                if choices is None:
+                    hidden_states = self._apply_contexts(context_index, hidden_states, parts)
+                else:
+                    chosen = [choice[context_index] for choice in choices]
+                    hidden_states = self._apply_chosen(context_index, hidden_states, parts, chosen)
                 context_index += 1
             elif step.op != "res":
                 hidden_states = next(data_layers)(hidden_states)
@@ -264,6 +267,19 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             mixed = out if mixed is None else mixed + out
         assert mixed is not None  # the ratios sum to 1
         return mixed
+
+    def _apply_chosen(
+        self, index: int, hidden_states: Tensor, parts: Sequence[tuple[str, Tensor, float]], chosen: Sequence[int]
+    ) -> Tensor:
+        """Block_i(h, c_i) with one i for all samples, or one a sample."""
+        if len(set(chosen)) == 1:
+            return self._apply_contexts(index, hidden_states, [(*parts[chosen[0]][:2], 1.0)])
+        out = torch.empty_like(hidden_states)
+        for choice in sorted(set(chosen)):
+            rows = [row for row, own in enumerate(chosen) if own == choice]
+            part = [(parts[choice][0], parts[choice][1][rows], 1.0)]
+            out[rows] = self._apply_contexts(index, hidden_states[rows], part)
+        return out
 
     def _held(self, kind: str) -> nn.ModuleDict:
         return self.data_layers if kind == "data" else self.context_layers
@@ -325,16 +341,22 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     f"{sample.shape[0]} samples it is ({sample.shape[0]}, tokens, {width}), with at least one token."
                 )
 
-    def _check_choices(self, layer_choices: Sequence[int] | None, count: int) -> list[int] | None:
+    def _check_choices(
+        self, layer_choices: Sequence[int] | Sequence[Sequence[int]] | None, count: int, batch: int
+    ) -> list[list[int]] | None:
+        """One list of choices for all samples, or one a sample."""
         if layer_choices is None:
             return None
-        choices = list(layer_choices)
-        if len(choices) != self.num_context_layers or any(not 0 <= choice < count for choice in choices):
+        of_all = all(isinstance(choice, int) for choice in layer_choices)
+        rows: list[Any] = [list(layer_choices)] if of_all else [list(choices) for choices in layer_choices]  # type: ignore[arg-type]
+        fits = len(rows) in (1, batch) and all(len(row) == self.num_context_layers for row in rows)
+        if not fits or any(not 0 <= choice < count for row in rows for choice in row):
             raise ValueError(
-                f"`layer_choices` is {choices}: pass {self.num_context_layers} indices below {count}, one for each "
-                "context layer, as `draw_layer_choices` does."
+                f"`layer_choices` is {list(layer_choices)}: pass {self.num_context_layers} indices below {count}, one "
+                "for each context layer, as `draw_layer_choices` does, or a list of such lists, one for each of "
+                f"{batch} samples."
             )
-        return choices
+        return rows
 
 
 def _flow_pairs(data_types: Iterable[str], context_types: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -40,6 +41,11 @@ def check_output_type(output_type: Any) -> None:
 
 def check_callback_tensors(names: Sequence[str] | None, allowed: Sequence[str]) -> None:
     """Names of tensors that the pipeline offers to callbacks."""
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise TypeError(
+            "`callback_on_step_end_tensor_inputs` must be a list of names, received"
+            f" {names!r}; allowed are {list(allowed)}."
+        )
     unknown = sorted(set(names or ()) - set(allowed))
     if unknown:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` holds {unknown}; allowed are {list(allowed)}.")
@@ -82,6 +88,42 @@ def check_generator(generator: Any, batch_size: int, device: torch.device) -> No
             f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for (prompts x"
             " `num_images_per_prompt`); pass one generator an image."
         )
+
+
+def as_generators(generator: Any) -> Any:
+    """Several generators as a list, which is all that `randn_tensor` of diffusers and its schedulers take."""
+    return list(generator) if isinstance(generator, tuple) else generator
+
+
+def check_predictions(finite: Sequence[Tensor], timesteps: Tensor, pipe: Any) -> None:
+    """No step's prediction held NaN or infinity.
+
+    Args:
+        finite: One bool () a step, on the device; read here, after the loop, so that no step waits for the device.
+        timesteps: Those of the steps.
+    """
+    flags = torch.stack(list(finite)).tolist() if len(finite) else []
+    if all(flags):
+        return
+    index = flags.index(False)
+    raise ValueError(
+        f"The network's prediction is not finite (NaN or infinite) from step index {index} on (timestep"
+        f" {float(timesteps[index]):g}): the result would be black or noise. {_advice(pipe)}"
+    )
+
+
+def check_decoded(values: Tensor, what: str, pipe: Any) -> None:
+    """What a decoder made of finite latents is finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"The decoder made {what} that are not finite (NaN or infinite). {_advice(pipe)}")
+
+
+def _advice(pipe: Any) -> str:
+    kinds = sorted({str(part.dtype) for part in pipe.components.values() if hasattr(part, "dtype")})
+    return (
+        f"Check the components' dtype ({', '.join(kinds)}; float16 may overflow: try bfloat16 or float32), their"
+        " weights and the guidance scale."
+    )
 
 
 def as_texts(name: str, texts: Any) -> list[str]:

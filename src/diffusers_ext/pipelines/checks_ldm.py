@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ..models.blocks.wrappers import unwrap
+from ..schedulers.gaussian import check_falling, check_gaussian_scheduler, scheduler_setting
 from .checks import check_integer, check_side
 from .ldm_first_stage import first_stage_channels
 
@@ -24,6 +25,7 @@ def check_components(pipe: Any, *, concat_channels: int | None = 0, context_widt
     missing = [name for name, part in pipe.components.items() if part is None and name not in optional]
     if missing:
         raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
+    check_gaussian_scheduler(pipe.scheduler, type(pipe).__name__)
     unet = unwrap(pipe.unet)
     takes_context = isinstance(unet, UNet2DConditionModel)
     if takes_context != (context_width is not None):
@@ -118,7 +120,7 @@ def check_eta(eta: Any) -> None:
 def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
     """A number of steps that the scheduler's training steps allow for."""
     check_integer("num_inference_steps", num_inference_steps, 1)
-    last = int(scheduler.config["num_train_timesteps"])
+    last = int(scheduler_setting(scheduler, "num_train_timesteps"))
     if num_inference_steps > last:
         raise ValueError(
             f"`num_inference_steps` must be at most {last}, the steps of the training; received {num_inference_steps}."
@@ -127,7 +129,9 @@ def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
 
 def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
     """What a scheduler made of the steps lies within the training: spacing "leading" with an offset may leave it."""
-    highest, last = float(scheduler.timesteps.max()), int(scheduler.config["num_train_timesteps"]) - 1
+    check_falling(scheduler)
+    highest = float(scheduler.timesteps.max())
+    last = int(scheduler_setting(scheduler, "num_train_timesteps")) - 1
     if highest > last:
         raise ValueError(
             f"`num_inference_steps`={num_inference_steps} makes {type(scheduler).__name__} start at timestep"
@@ -136,7 +140,7 @@ def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
         )
 
 
-def check_guidance_fn(scheduler: Any, guidance_fn: Any, guidance_fn_scale: Any) -> None:
+def check_guidance_fn(guidance_fn: Any, guidance_fn_scale: Any) -> None:
     if guidance_fn is None:
         return
     if not callable(guidance_fn):
@@ -145,10 +149,10 @@ def check_guidance_fn(scheduler: Any, guidance_fn: Any, guidance_fn_scale: Any) 
         raise TypeError(f"`guidance_fn_scale` must be a number, received {guidance_fn_scale!r}.")
     if not math.isfinite(guidance_fn_scale):
         raise ValueError(f"`guidance_fn_scale` must be finite, received {guidance_fn_scale}.")
-    if not hasattr(scheduler, "alphas_cumprod"):
+    if torch.is_inference_mode_enabled():
         raise ValueError(
-            f"`guidance_fn` needs a scheduler with `alphas_cumprod` (DDIM, PNDM, DPM-Solver++, Euler, UniPC ...), but"
-            f" {type(scheduler).__name__} has none."
+            "`guidance_fn` needs gradients, which `torch.inference_mode()` rules out, also for `torch.enable_grad()`:"
+            " call the pipeline outside of it. The pipeline itself computes without gradients where it needs none."
         )
 
 

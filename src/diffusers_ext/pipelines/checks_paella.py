@@ -18,6 +18,7 @@ def check_components(pipe: Any) -> None:
     missing = [name for name in ("vqvae", "unet", "scheduler") if getattr(pipe, name) is None]
     if missing:
         raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
+    check_token_scheduler(pipe.scheduler, type(pipe).__name__)
     codes = {
         "unet.config.num_vq_embeddings": pipe.unet.config["num_vq_embeddings"],
         "vqvae.config.num_vq_embeddings": pipe.vqvae.config["num_vq_embeddings"],
@@ -26,6 +27,16 @@ def check_components(pipe: Any) -> None:
     if len(set(codes.values())) > 1:
         listed = ", ".join(f"{name}={value}" for name, value in codes.items())
         raise ValueError(f"The components disagree on the number of token codes: {listed}.")
+
+
+def check_token_scheduler(scheduler: Any, pipeline_name: str) -> None:
+    """A scheduler that draws tokens from logits and renoises them."""
+    if not hasattr(scheduler, "noise_ratio") or "num_vec_classes" not in scheduler.config:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}; {pipeline_name} draws tokens and needs a"
+            " DiscreteRenoisingScheduler. Its ways of drawing and its schedule are that class's options, and travel"
+            " with the checkpoint: `DiscreteRenoisingScheduler.from_pretrained(<checkpoint>, subfolder='scheduler')`."
+        )
 
 
 def check_size(pipe: Any, height: Any, width: Any, names: tuple[str, str] = ("height", "width")) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..models.unet_versatile import flow_name
 from .checks import check_integer
-from .clip_vectors import cut_texts, text_window
 from .versatile_conditions import Conditions
 from .versatile_contexts import NULL_PICTURES
 
@@ -32,6 +31,52 @@ def check_share(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be a number, received {value!r}.")
     if not 0 <= float(value) <= 1:
         raise ValueError(f"`{name}` is {value}: it lies between 0 and 1.")
+
+
+_ONLY_FOR: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+    # option -> its default, what it needs to be made (None: either), which contexts it needs
+    "height": (None, "image", ()),
+    "width": (None, "image", ()),
+    "text_ratio": (0.5, None, ("text", "image")),
+    "mixing": ("attention", None, ("text", "image")),
+    "null_image": (None, None, ("image",)),
+    "temperature": (1.0, "text", ()),
+    "max_text_length": (None, "text", ()),
+    "merge_repeats": (True, "text", ()),
+}
+
+
+def check_options(data_type: Any, context_types: list[str], **options: Any) -> None:
+    """No option is given that the flow of a call has no use for."""
+    for name, value in options.items():
+        default, makes, needs = _ONLY_FOR[name]
+        fits = makes in (None, data_type) and set(needs) <= set(context_types)
+        if fits or value is None or (type(value) in (bool, int, float, str) and value == default):
+            continue
+        reads = {"text": "`prompt`", "image": "`image`"}
+        wanted = [f"makes {makes}s"] if makes is not None else []
+        wanted += [f"has {' and '.join(reads[kind] for kind in needs)}"] if needs else []
+        raise ValueError(
+            f"`{name}` is {value!r}, but has an effect only in a call that {' and '.join(wanted)}; this one makes"
+            f" {data_type}s from {' and '.join(reads[kind] for kind in context_types) or 'nothing'}. Leave it out."
+        )
+
+
+def check_exact_start(exact_start: Any, strength: float) -> None:
+    if not isinstance(exact_start, bool):
+        raise TypeError(f"`exact_start` must be True or False, received {exact_start!r}.")
+    if exact_start and strength == 1:
+        raise ValueError("`exact_start` is True, but `strength` is 1: without a picture to start from it has no use.")
+
+
+def check_context_names(names: list[str], context_types: list[str]) -> None:
+    """A callback asks for no context that the call does not have; `prompt_embeds` is there always."""
+    missing = [name for name in names if name.endswith("image_embeds") and "image" not in context_types]
+    if missing:
+        raise ValueError(
+            f"`callback_on_step_end` needs {missing}, but the call has no picture as context: leave them out, or pass"
+            " `image`."
+        )
 
 
 def check_flows(pipe: Any, data_type: str, context_types: list[str]) -> None:
@@ -102,26 +147,6 @@ def check_max_text_length(pipe: Any, max_text_length: Any) -> None:
         raise ValueError(
             f"`max_text_length` is {max_text_length}: the text decoder writes from 2 (its first and last token) to "
             f"{pipe.optimus.longest_sentence} tokens. Pass one of these, or None."
-        )
-
-
-def check_text_length(pipe: Any, name: str, texts: list[str], truncate: bool) -> None:
-    """Texts fit the window of the text encoder, or may be cut."""
-    window = text_window(pipe.tokenizer, pipe.text_encoder)
-    cut = cut_texts(pipe.tokenizer, window, texts)
-    if cut and not truncate:
-        raise ValueError(
-            f"`{name}` is too long: the text encoder reads {window} tokens, and this part does not fit: {cut[0]!r}."
-            " Shorten it, spread it over several texts of one sample ([[first, second]]), or pass truncate=True."
-        )
-
-
-def check_word_pieces(tokenizer: Any, window: int, name: str, text: str) -> None:
-    """A text fits what the text autoencoder reads."""
-    if cut := cut_texts(tokenizer, window + tokenizer.num_special_tokens_to_add(), [text]):
-        raise ValueError(
-            f"`{name}` is too long: the text autoencoder reads {window} word pieces, and this part does not fit: "
-            f"{cut[0]!r}. Shorten it."
         )
 
 

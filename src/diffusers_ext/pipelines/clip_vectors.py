@@ -39,11 +39,6 @@ def text_ids(tokenizer, text_encoder, texts: list[str]) -> tuple[Tensor, list[st
     return ids, cut
 
 
-def cut_texts(tokenizer, window: int, texts: list[str]) -> list[str]:
-    """The parts of the texts that lie beyond the window, of those that have one."""
-    return tokenize_texts(tokenizer, texts, window)[1]
-
-
 def image_vectors(feature_extractor, image_encoder, images: list[Tensor], device: torch.device | str) -> Tensor:
     """`(n, d)` of pictures `(3, H, W)` in [0, 1], of any sizes, resized as the feature extractor is configured."""
     # as 8-bit PIL pictures: the one form in which every image processor resizes and rescales alike

@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..guidance import classifier_free_guidance
+from ..schedulers.gaussian import scheduler_setting
 from .ldm_tiling import TileGrid
 
 
@@ -49,7 +50,7 @@ def set_original_timesteps(
     Raises:
         ValueError: if the original cannot run that number of steps: it asks for timestep T, which does not exist.
     """
-    last = int(scheduler.config["num_train_timesteps"])
+    last = int(scheduler_setting(scheduler, "num_train_timesteps"))
     if not 1 <= num_inference_steps <= last:
         raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must lie between 1 and {last}.")
     stride = last // num_inference_steps
@@ -123,6 +124,36 @@ class LDMCondition:
     concat: Tensor | None = None
     null_concat: Tensor | None = None
     tile_contexts: Sequence[Tensor] | None = None
+
+    @property
+    def embeds(self) -> Tensor | None:
+        """The condition as a callback sees it: context (b, l, d), of tiles (b, tiles, l, d), or maps (b, c', h, w)."""
+        if self.tile_contexts is not None:
+            return torch.stack(list(self.tile_contexts), dim=1)
+        return self.concat if self.context is None else self.context
+
+    @property
+    def null_embeds(self) -> Tensor | None:
+        """The null branch as a callback sees it, in the shape of `embeds`; None without guidance."""
+        if self.null_context is None or self.embeds is None:
+            return self.null_concat
+        null = self.null_context if self.tile_contexts is None else self.null_context[:, None]
+        return null.expand_as(self.embeds)
+
+    def replace(self, embeds: Tensor | None, null_embeds: Tensor | None) -> None:
+        """Takes what a callback returned, in the shapes of `embeds` and `null_embeds`; None changes nothing."""
+        if embeds is not None and self.tile_contexts is not None:
+            self.tile_contexts = embeds.unbind(1)
+        elif embeds is not None and self.context is None:
+            self.concat = embeds
+        elif embeds is not None:
+            self.context = embeds
+        if null_embeds is not None and self.tile_contexts is not None:
+            self.null_context = null_embeds[:, 0]  # that of all tiles
+        elif null_embeds is not None and self.context is None:
+            self.null_concat = null_embeds
+        elif null_embeds is not None:
+            self.null_context = null_embeds
 
     def predict(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..conditions.images import image_batch
+from ..schedulers.gaussian import scheduler_attribute, scheduler_setting
 
 GuidanceFn = Callable[[Tensor], Tensor]
 
@@ -39,7 +40,7 @@ def signal_and_noise(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
 
     Between timesteps the ratio of the two is interpolated, as schedulers that work with it do.
     """
-    abar = scheduler.alphas_cumprod.double().cpu()
+    abar = scheduler_attribute(scheduler, "alphas_cumprod").cpu().double()
     ratios = ((1 - abar) / abar).sqrt()
     position = min(max(float(timestep), 0.0), len(abar) - 1.0)
     low = int(position)
@@ -52,7 +53,7 @@ def split_prediction(scheduler: Any, prediction: Tensor, scaled: Tensor, timeste
     """The clean latents and the noise (float32) that a network's prediction for `scaled` latents amounts to."""
     signal, noise_level = signal_and_noise(scheduler, timestep)
     prediction, scaled = prediction.float(), scaled.float()
-    kind = scheduler.config.get("prediction_type", "epsilon")
+    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
     if kind == "v_prediction":
         return signal * scaled - noise_level * prediction, noise_level * scaled + signal * prediction
     if kind == "sample":
@@ -100,7 +101,7 @@ def guide_prediction(
     prediction, scaled = prediction.detach(), scaled.detach()
     signal, noise_level = signal_and_noise(scheduler, timestep)
     noise = split_prediction(scheduler, prediction, scaled, timestep)[1] + scale * noise_level * gradient.float()
-    kind = scheduler.config.get("prediction_type", "epsilon")
+    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
     clean = (scaled.float() - noise_level * noise) / signal
     guided = {"sample": clean, "v_prediction": signal * noise - noise_level * clean}.get(kind, noise)
     return guided.to(prediction.dtype)

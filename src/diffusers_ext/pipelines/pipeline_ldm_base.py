@@ -8,12 +8,10 @@ picture whatever its size, and the sides of tiles on the picture's border do not
 Shapes: b samples, c x h x w latents, H x W pixels.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -22,11 +20,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models.blocks.wrappers import unwrap
+from ..schedulers.gaussian import step_arguments
+from .callbacks import Callback, report_step, start_scale
 from .checks import (
+    as_generators,
     check_callback_tensors,
+    check_decoded,
     check_generator,
     check_guidance_scale,
     check_output_type,
+    check_predictions,
 )
 from .checks_ldm import (
     check_eta,
@@ -50,7 +53,6 @@ from .ldm_tiling import Tiles
 from .listed_options import read_option, record_option
 from .sharing import SharingPipeline
 
-Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -69,7 +71,7 @@ class LDMBasePipeline(SharingPipeline):
     """
 
     model_cpu_offload_seq = "unet->vqvae"
-    _callback_tensor_inputs = ["latents", "pred_original_sample"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
     _usual_guidance_scale = 1.0  # the authors', for networks that were trained with dropped conditions
 
     vqvae: Any
@@ -202,7 +204,7 @@ class LDMBasePipeline(SharingPipeline):
         if latents is None:
             factor = self.vae_scale_factor
             shape = (batch_size, first_stage_channels(self.vqvae), height // factor, width // factor)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=dtype)
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def decode_latents(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
@@ -214,11 +216,6 @@ class LDMBasePipeline(SharingPipeline):
     def _null_maps(self, maps: Tensor) -> Tensor | None:
         """What stands for "no condition" behind the latents: zeros; None without guidance."""
         return torch.zeros_like(maps) if self.do_classifier_free_guidance else None
-
-    def _callback_names(self, callback: Callback | None, names: list[str] | None) -> list[str]:
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            return callback.tensor_inputs
-        return ["latents"] if names is None else names
 
     def _resolve_scale(self, guidance_scale: Any) -> Any:
         """The scale of the call, else the checkpoint's, else the authors'; 1 where guidance is impossible."""
@@ -255,7 +252,7 @@ class LDMBasePipeline(SharingPipeline):
         """
         self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
-        self._guidance_scale = float(guidance_scale)
+        self._guidance_scale = start_scale(guidance_scale)
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt = False
         return self.scheduler.timesteps
@@ -274,13 +271,21 @@ class LDMBasePipeline(SharingPipeline):
         guidance_fn_scale: float = 1.0,
         callback: Callback | None = None,
         callback_names: list[str],
+        encode: Callable[[], LDMCondition] | None = None,
+        can_guide: bool | None = None,
     ) -> Tensor:
         """Denoises `latents` (b, c, h, w) and returns them, scaled.
+
+        Args:
+            encode: makes the condition again, for its null branch, when a callback turns guidance on.
+            can_guide: as in `check_inputs`.
 
         Order of the draws of each generator, in each step: the noise of the known region if there is one, then those
         of `scheduler.step`.
         """
-        arguments = _step_arguments(self.scheduler, eta, generator)
+        generator = as_generators(generator)
+        arguments = step_arguments(self.scheduler, eta=eta, generator=generator)
+        finite: list[Tensor] = []  # whether each step's prediction is
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -292,15 +297,30 @@ class LDMBasePipeline(SharingPipeline):
                     latents = known.put_back(latents, noise, self.scheduler, t)
                 scaled = self.scheduler.scale_model_input(latents, t)
                 prediction = self._predict(scaled, t, condition, tiles, guidance_fn, guidance_fn_scale)
+                finite.append(torch.isfinite(prediction).all())
                 latents = self.scheduler.step(prediction, t, latents, **arguments, return_dict=False)[0]
                 if callback is not None:
                     named = self._callback_tensors(callback_names, latents, condition, prediction, scaled, t)
-                    returned = callback(self, i, t, named) or {}
-                    latents = returned.get("latents", latents)
-                    condition.context = returned.get("prompt_embeds", condition.context)
-                    condition.null_context = returned.get("negative_prompt_embeds", condition.null_context)
+                    changed = report_step(self, callback, callback_names, i, t, named)
+                    latents = changed.get("latents", latents)
+                    null = changed.get("negative_prompt_embeds")
+                    condition.replace(changed.get("prompt_embeds"), null)
+                    self._add_null(condition, encode, can_guide)
                 progress_bar.update()
+        check_predictions(finite, timesteps, self)
         return latents if known is None else known.put_back(latents)
+
+    def _add_null(
+        self, condition: LDMCondition, encode: Callable[[], LDMCondition] | None, can_guide: bool | None
+    ) -> None:
+        """The null branch of a run that began without guidance, once a callback has turned it on."""
+        if not self.do_classifier_free_guidance or condition.null_embeds is not None:
+            return
+        if encode is None or not (self.has_null_condition if can_guide is None else can_guide):
+            check_no_guidance(self.guidance_scale, self.no_guidance_because)
+        else:
+            null = encode()
+            condition.null_context, condition.null_concat = null.null_context, null.null_concat
 
     def _predict(
         self,
@@ -335,14 +355,12 @@ class LDMBasePipeline(SharingPipeline):
         t: Tensor,
     ) -> dict[str, Any]:
         """What a callback asked for."""
-        named: dict[str, Any] = {
-            "latents": latents,
-            "prompt_embeds": condition.context,
-            "negative_prompt_embeds": condition.null_context,
-        }
+        named: dict[str, Any] = {"latents": latents}
+        if "prompt_embeds" in self._callback_tensor_inputs:
+            named |= {"prompt_embeds": condition.embeds, "negative_prompt_embeds": condition.null_embeds}
         if "pred_original_sample" in names:
             named["pred_original_sample"] = split_prediction(self.scheduler, prediction, scaled, t)[0]
-        return {name: named[name] for name in names}
+        return named
 
     def _end_run(
         self,
@@ -360,14 +378,9 @@ class LDMBasePipeline(SharingPipeline):
         """
         images: Any = latents
         if output_type != "latent":
-            pixels = self.decode_latents(latents, tiles)
+            pixels = self.decode_latents(latents, tiles).float()
+            check_decoded(pixels, "pictures", self)
             pixels = pixels if finish is None else finish(pixels)
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _step_arguments(scheduler: Any, eta: float, generator: Generators) -> dict[str, Any]:
-    """Those of `eta` and `generator` that the scheduler's step takes."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..conditions.named_boxes import find_class
 from ..models.encoders_ldm import LDMClassEmbedder
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
 from .listed_options import read_option
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMClassConditionalPipeline(LDMBasePipeline):
@@ -129,7 +130,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
 
         Order of the draws of each generator: the initial noise, then for each step those of `scheduler.step`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
@@ -154,19 +155,22 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = self.encode_labels(labels, num_images_per_prompt, device=timesteps.device)
+        def encode() -> LDMCondition:
+            return self.encode_labels(labels, num_images_per_prompt, device=timesteps.device)
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
         )
 
         # 4. Latents to pixels

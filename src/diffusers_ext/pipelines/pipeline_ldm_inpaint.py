@@ -17,12 +17,13 @@ from ..conditions.images import image_batch
 from ..conditions.inpainting import composite
 from ..conditions.masks import mask_batch
 from ..models.unet_ldm import LDMUNet
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components, check_count, check_mask
 from .ldm_denoising import LDMCondition
 from .ldm_first_stage import encode_masked_image, first_stage_channels
 from .ldm_tiling import Tiles
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMInpaintPipeline(LDMBasePipeline):
@@ -86,7 +87,7 @@ class LDMInpaintPipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
@@ -117,19 +118,23 @@ class LDMInpaintPipeline(LDMBasePipeline):
         device = timesteps.device
         pictures = 2 * pictures.to(device) - 1
         mask = mask.to(device)[:, None].expand(len(pictures), -1, -1, -1)  # (n, 1, H, W)
-        condition = self.encode_masked(pictures, mask, num_images_per_prompt, tiles=tiles)
+
+        def encode() -> LDMCondition:
+            return self.encode_masked(pictures, mask, num_images_per_prompt, tiles=tiles)
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
         )
 
         # 4. Latents to pixels

@@ -18,12 +18,13 @@ from torch import Tensor
 from ..conditions.layout import LayoutObject, LayoutTokenizer
 from ..conditions.named_boxes import draw_layout, read_layouts
 from ..models.encoders_ldm import LDMLayoutEncoder
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
 from .ldm_tiling import Tiles
 from .listed_options import read_option
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMLayoutPipeline(LDMBasePipeline):
@@ -145,7 +146,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
@@ -170,19 +171,22 @@ class LDMLayoutPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles, device=timesteps.device)
+        def encode() -> LDMCondition:
+            return self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles, device=timesteps.device)
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
         )
 
         # 4. Latents to pixels

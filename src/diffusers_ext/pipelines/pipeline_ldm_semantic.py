@@ -16,12 +16,13 @@ from torch import Tensor
 from ..conditions.label_maps import label_batch, resize_labels
 from ..models.encoders_ldm import LDMSpatialRescaler
 from ..models.unet_ldm import LDMUNet
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components, check_rescaler
 from .ldm_denoising import LDMCondition
 from .ldm_tiling import TileGrid, Tiles
 from .listed_options import read_option
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMSemanticPipeline(LDMBasePipeline):
@@ -106,7 +107,7 @@ class LDMSemanticPipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
@@ -135,19 +136,23 @@ class LDMSemanticPipeline(LDMBasePipeline):
 
         # 2. Condition and initial noise
         labels = resize_labels(labels.to(timesteps.device), *size)
-        condition = self.encode_labels(labels, num_images_per_prompt, tiles=tiles)
+
+        def encode() -> LDMCondition:
+            return self.encode_labels(labels, num_images_per_prompt, tiles=tiles)
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
         )
 
         # 4. Latents to pixels

@@ -15,11 +15,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .callbacks import Callback, callback_tensor_names
 from .checks import as_texts, check_integer
 from .checks_ldm import check_components
 from .clip_vectors import text_window
 from .ldm_denoising import LDMCondition
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 from .tokenization import tokenize_texts, warn_of_cuts
 
 
@@ -40,7 +41,6 @@ class LDMTextPipeline(LDMBasePipeline):
 
     model_cpu_offload_seq = "bert->unet->vqvae"
     _optional_components = ["bert", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
     _usual_guidance_scale = 5.0
 
     bert: Any
@@ -102,12 +102,13 @@ class LDMTextPipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
         check_components(self, context_width=self._width())
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        can_guide = self.has_null_condition or has_negative
         null_prompt = "" if scale != 1.0 and not has_negative else negative_prompt
         num_prompts = self._check_prompts(prompt, null_prompt, prompt_embeds, negative_prompt_embeds)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
@@ -116,7 +117,7 @@ class LDMTextPipeline(LDMBasePipeline):
         tiles = self.check_inputs(
             batch_size,
             *size,
-            can_guide=self.has_null_condition or has_negative,
+            can_guide=can_guide,
             num_inference_steps=num_inference_steps,
             guidance_scale=scale,
             eta=eta,
@@ -130,8 +131,8 @@ class LDMTextPipeline(LDMBasePipeline):
         timesteps = self._begin_run(num_inference_steps, scale)
 
         # 2. Condition and initial noise
-        condition = LDMCondition(
-            *self.encode_prompt(
+        def encode() -> LDMCondition:
+            both = self.encode_prompt(
                 prompt,
                 num_images_per_prompt,
                 do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -140,19 +141,22 @@ class LDMTextPipeline(LDMBasePipeline):
                 negative_prompt_embeds=negative_prompt_embeds,
                 device=timesteps.device,
             )
-        )
+            return LDMCondition(*both)
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
+            can_guide=can_guide,
         )
 
         # 4. Latents to pixels

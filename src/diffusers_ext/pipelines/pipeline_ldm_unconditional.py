@@ -17,13 +17,14 @@ from torch import Tensor
 from ..conditions.images import image_batch
 from ..conditions.masks import mask_batch, mask_to_tokens
 from ..models.unet_ldm import LDMUNet
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components, check_count, check_guidance_fn, check_mask
 from .ldm_denoising import KnownRegion, LDMCondition
 from .ldm_first_stage import encode_first_stage
 from .ldm_guidance import GuidanceFn
 from .ldm_tiling import Tiles
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMUnconditionalPipeline(LDMBasePipeline):
@@ -44,6 +45,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
     Args:
         vqvae, unet, scheduler, latent_scale, default_sample_size: see `LDMBasePipeline`.
     """
+
+    _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
     def __init__(
         self,
@@ -105,12 +108,12 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
         check_components(self)
         check_integer("batch_size", batch_size, 1)
-        check_guidance_fn(self.scheduler, guidance_fn, guidance_fn_scale)
+        check_guidance_fn(guidance_fn, guidance_fn_scale)
         source = self._read_source(image, mask_image, batch_size, height, width, apply_overlay, output_type)
         size = self._resolve_size(height, width, latents) if source is None else tuple(source[0].shape[-2:])
         tiles = self.check_inputs(

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..conditions.images import image_batch
 from ..models.unet_ldm import LDMUNet
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer, check_side
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
-from .pipeline_ldm_base import Callback, Generators, LDMBasePipeline
+from .pipeline_ldm_base import Generators, LDMBasePipeline
 
 
 class LDMUpscalePipeline(LDMBasePipeline):
@@ -81,7 +82,7 @@ class LDMUpscalePipeline(LDMBasePipeline):
 
         The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
@@ -110,19 +111,23 @@ class LDMUpscalePipeline(LDMBasePipeline):
 
         # 2. Condition and initial noise
         maps = (2 * pictures - 1).to(timesteps.device).repeat_interleave(num_images_per_prompt, dim=0)
-        condition = LDMCondition(concat=maps, null_concat=self._null_maps(maps))
+
+        def encode() -> LDMCondition:
+            return LDMCondition(concat=maps, null_concat=self._null_maps(maps))
+
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
         # 3. Denoise
         sampled = self._sample(
             timesteps,
             noise,
-            condition,
+            encode(),
             eta=eta,
             generator=generator,
             tiles=tiles,
             callback=callback_on_step_end,
             callback_names=callback_names,
+            encode=encode,
         )
 
         # 4. Latents to pixels

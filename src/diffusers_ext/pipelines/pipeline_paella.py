@@ -22,10 +22,10 @@ from ..conditions.regions import (
     region_map,
     region_weights,
 )
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_paella import check_components, check_conditions, check_size
 from .pipeline_paella_base import (
-    Callback,
     Generators,
     PaellaBasePipeline,
 )
@@ -108,7 +108,7 @@ class PaellaPipeline(PaellaBasePipeline):
 
         Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
         size = self._resolve_size(height, width, latents)
 

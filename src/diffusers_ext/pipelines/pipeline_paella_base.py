@@ -7,11 +7,9 @@ Differences: both guidance branches run in one doubled batch; every draw takes a
 Shapes: b samples, h x w the token grid, H x W pixels, d the width of the condition, v the number of codes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -35,9 +33,11 @@ from ..models.vq_paella import (
     encode_indices,
 )
 from ..schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from .callbacks import Callback, report_step, start_scale
 from .checks import (
     as_texts,
     check_callback_tensors,
+    check_decoded,
     check_generator,
     check_guidance_scale,
     check_integer,
@@ -48,7 +48,6 @@ from .clip_vectors import image_vectors, text_ids
 from .sharing import SharingPipeline
 from .tokenization import warn_of_cuts
 
-Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -253,11 +252,6 @@ class PaellaBasePipeline(SharingPipeline):
         draw_on = generator.device if generator is not None else device
         return torch.randint(num_codes, (batch_size, h, w), generator=generator, device=draw_on).to(device)
 
-    def _callback_names(self, callback: Callback | None, names: list[str] | None) -> list[str]:
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            return callback.tensor_inputs
-        return ["latents"] if names is None else names
-
     def _resolve_scale(self, guidance_scale: Any) -> Any:
         return self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
 
@@ -295,7 +289,7 @@ class PaellaBasePipeline(SharingPipeline):
             renoise_mode=renoise_mode,
         )
         timesteps = self.scheduler.timesteps[: steps - start_index]
-        self._guidance_scale = float(guidance_scale)
+        self._guidance_scale = start_scale(guidance_scale)
         self._num_timesteps = len(timesteps)
         self._interrupt = False
         return timesteps
@@ -384,10 +378,10 @@ class PaellaBasePipeline(SharingPipeline):
                         "negative_prompt_embeds": null,
                         "pred_original_sample": drawn,
                     }
-                    returned = callback(self, i, t, {name: named[name] for name in callback_names}) or {}
-                    tokens = returned.get("latents", tokens)
-                    cond = returned.get("prompt_embeds", cond)
-                    null = returned.get("negative_prompt_embeds", null)
+                    changed = report_step(self, callback, callback_names, i, t, named)
+                    tokens = changed.get("latents", tokens)
+                    cond = changed.get("prompt_embeds", cond)
+                    null = changed.get("negative_prompt_embeds", null)
                 progress_bar.update()
         return tokens
 
@@ -401,10 +395,11 @@ class PaellaBasePipeline(SharingPipeline):
         """
         images: Any = tokens
         if output_type != "latent":
-            pixels = decode_indices(self.vqvae, tokens)
+            pixels = decode_indices(self.vqvae, tokens).float()
+            check_decoded(pixels, "pictures", self)
             if overlay is not None:
                 mask, original = (tensor.to(pixels.device) for tensor in overlay)
-                pixels = torch.where(mask[:, None], pixels.float(), 2 * original - 1)
+                pixels = torch.where(mask[:, None], pixels, 2 * original - 1)
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

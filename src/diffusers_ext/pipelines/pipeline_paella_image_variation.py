@@ -12,8 +12,9 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ..conditions.images import image_list
+from .callbacks import Callback, callback_tensor_names
 from .checks_paella import check_components, check_image_components
-from .pipeline_paella_base import Callback, Generators, PaellaBasePipeline
+from .pipeline_paella_base import Generators, PaellaBasePipeline
 
 
 class PaellaImageVariationPipeline(PaellaBasePipeline):
@@ -59,7 +60,7 @@ class PaellaImageVariationPipeline(PaellaBasePipeline):
 
         The other arguments and the result are those of `PaellaPipeline.__call__`, order of draws included.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
         size = self._resolve_size(height, width, latents)
 

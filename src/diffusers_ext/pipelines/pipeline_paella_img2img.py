@@ -15,8 +15,9 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ..conditions.images import resize_images
+from .callbacks import Callback, callback_tensor_names
 from .checks_paella import check_components, check_count, check_sample_mode, check_size, check_strength
-from .pipeline_paella_base import Callback, Generators, PaellaBasePipeline
+from .pipeline_paella_base import Generators, PaellaBasePipeline
 
 
 class PaellaImg2ImgPipeline(PaellaBasePipeline):
@@ -77,7 +78,7 @@ class PaellaImg2ImgPipeline(PaellaBasePipeline):
         Order of the draws of each generator: the picture's tokens if sampled; uniforms, then tokens, of
         `scheduler.add_noise` (with strength 1: initial tokens only); then for each step those of `scheduler.step`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet

@@ -15,9 +15,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ..conditions.masks import mask_batch, mask_to_tokens
+from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer, check_side
 from .checks_paella import check_components, check_count, check_sample_mode, check_size, check_strength
-from .pipeline_paella_base import Callback, Generators, PaellaBasePipeline
+from .pipeline_paella_base import Generators, PaellaBasePipeline
 
 Position = str | tuple[int, int]
 
@@ -90,7 +91,7 @@ class PaellaInpaintPipeline(PaellaBasePipeline):
         Order of the draws of each generator: the picture's tokens if sampled; initial tokens (with a `strength` below
         1: uniforms, then tokens, of `scheduler.add_noise`); then for each step those of `scheduler.step`.
         """
-        callback_names = self._callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet

@@ -2,29 +2,33 @@
 
 Xu, Wang, Zhang, Wang, Shi, arXiv 2211.08332; original: SHI-Labs/Versatile-Diffusion@cf0f4a2 (code MIT), with what only
 its first release (@99f1831) had. Differences: any flow is an argument of one call; every draw takes a generator, or
-one for each result; the number of steps is exact; too long texts are refused instead of cut.
+one for each result; the number of steps is exact; what is cut off from too long texts is quoted in a warning.
 
 Shapes: b results, c x h x w latents, H x W pixels, l x d context tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 
 from ..conditions.focus import select_ranks
+from ..schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, step_arguments
+from .callbacks import Callback, callback_tensor_names, report_step, start_scale
 from .checks import (
+    as_generators,
     check_callback_tensors,
+    check_decoded,
     check_generator,
     check_guidance_scale,
     check_integer,
     check_output_type,
+    check_predictions,
     check_side,
 )
 from .checks_ldm import check_eta, check_steps, check_timesteps
@@ -32,28 +36,28 @@ from .checks_versatile import (
     MIXINGS,
     NULL_IMAGES,
     check_choice,
+    check_context_names,
     check_embeds,
     check_encoders,
+    check_exact_start,
     check_fit,
     check_flows,
     check_latents,
     check_max_text_length,
     check_negative_prompt,
+    check_options,
     check_parts,
     check_share,
     check_start,
     check_temperature,
-    check_text_length,
-    check_word_pieces,
 )
 from .color_matching import adjust_colors
 from .optimus_text import sentence_ids, word_piece_window
 from .pipeline_versatile_base import Generators, VersatileBasePipeline
 from .versatile_conditions import Conditions, read_conditions
 from .versatile_contexts import stretch_picture
-from .versatile_denoising import FlowContext, predict_flow_noise, start_level, step_arguments
+from .versatile_denoising import FlowContext, predict_flow_noise, start_level
 
-Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | MultiPipelineCallbacks
 Embeds = dict[str, tuple[Tensor | None, Tensor | None]]  # context type -> tokens, tokens of "no context"
 
 
@@ -110,6 +114,8 @@ class VersatilePipeline(VersatileBasePipeline):
         Returns:
             The types of the contexts that count, and the number of results.
         """
+        check_parts(self, "sampling", "unet", "scheduler")
+        check_gaussian_scheduler(self.scheduler, type(self).__name__)
         check_steps(self.scheduler, num_inference_steps)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         check_guidance_scale(guidance_scale)
@@ -171,6 +177,7 @@ class VersatilePipeline(VersatileBasePipeline):
         mixing: str = "attention",
         null_image: str | None = None,
         strength: float = 1.0,
+        exact_start: bool = False,
         color_adjust: str | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -180,7 +187,6 @@ class VersatilePipeline(VersatileBasePipeline):
         negative_prompt_embeds: Tensor | None = None,
         image_embeds: Tensor | None = None,
         negative_image_embeds: Tensor | None = None,
-        truncate: bool = False,
         temperature: float = 1.0,
         max_text_length: int | None = None,
         merge_repeats: bool = True,
@@ -192,12 +198,13 @@ class VersatilePipeline(VersatileBasePipeline):
         """Makes pictures or texts from texts, pictures, or both.
 
         Args:
-            prompt: A text, one a sample, or several a sample as a list of lists.
+            prompt: A text, one a sample, or several a sample as a list of lists. What does not fit the text encoder is
+                cut off, with a warning that quotes it.
             image: A picture (PIL, array or tensor), one a sample, or several a sample as a list of lists.
             data_type: What to make: "image" or "text".
             height: Of pictures that are made, in pixels; so is `width`.
             num_inference_steps: Steps of the scheduler.
-            guidance_scale: How closely the conditions are followed; 1 switches guidance off.
+            guidance_scale: How closely the conditions are followed; 1 switches guidance off, 0 ignores the conditions.
             negative_prompt: What to move away from, in place of the empty text; one for all samples or one each.
             text_ratio: Share of the texts beside the pictures, from 0 (pictures only) to 1 (texts only). Empty texts
                 beside pictures do not count, as in the original.
@@ -205,11 +212,17 @@ class VersatilePipeline(VersatileBasePipeline):
             image_weights: What the tokens of each picture of a sample are multiplied by; 0 to 1 in the original.
             image_masks: One a picture, nested alike, of its size: 1 (white) where it is read, 0 where it is not.
             focus: 0 keeps what is on a picture, 0.5 everything, 1 its style; one for all pictures or one each.
-            mixing: "attention" sums over the contexts in every layer, "layer" draws one of them for each layer.
+            mixing: "attention" sums over the contexts in every layer, "layer" draws one of them for each layer and
+                step: with one generator the same for the whole batch, with a list for each result from its own.
             null_image: What the null branch reads in place of a picture: "zeros" (no tokens), "grey" (the first
                 release) or "black" (diffusers). By default what the authors do now: zeros for pictures to be made,
                 black for texts.
-            strength: Below 1, pictures start from the noised `image`; 0 returns it (a fidelity of 1 - strength).
+            strength: Below 1, pictures start from the noised `image`, and this share of the steps is run; 0 returns it
+                (a fidelity of 1 - strength). As in the original, schedulers that noise by timesteps (DDIM, DDPM, PNDM,
+                LCM, TCD, SA-Solver) are started one step above the level of the first step that is run, so a little of
+                that noise is left over; those that noise by the index of a step (Euler, Heun, KDPM2, LMS, DPM-Solver,
+                DEIS, UniPC) start at that level itself.
+            exact_start: Whether every scheduler starts from `image` at the level of the first step that is run.
             color_adjust: Gives pictures the colours of `image`: "simple" (mean and spread), "histogram" (half way to
                 its distribution, as in the first release), or None.
             num_images_per_prompt: Results of each sample, be they pictures or texts.
@@ -218,7 +231,6 @@ class VersatilePipeline(VersatileBasePipeline):
             latents: Standard normal noise to start from.
             prompt_embeds: Context tokens (b, l, d) in place of `prompt`; so is `negative_prompt_embeds`.
             image_embeds: Context tokens (b, l, d) in place of `image`; so is `negative_image_embeds`.
-            truncate: Cut texts that are too long for the text encoder instead of refusing them.
             temperature: Of the words of texts; 0 takes the most probable ones.
             max_text_length: Of texts, in tokens of their decoder, first and last included; by default 30, or as many
                 as it has.
@@ -226,14 +238,19 @@ class VersatilePipeline(VersatileBasePipeline):
             output_type: Of pictures "pil", "np" or "pt"; "latent" leaves out the decoding of either kind.
             return_dict: Whether to return a `VersatilePipelineOutput` instead of a tuple of one.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after each step.
-            callback_on_step_end_tensor_inputs: Its tensors; "latents" is all there is.
+            callback_on_step_end_tensor_inputs: Its tensors, by default "latents"; also `prompt_embeds` and
+                `image_embeds` with their `negative_` twins, as far as the call has such contexts (of pictures alone,
+                `prompt_embeds` are theirs).
 
         Returns:
             `images` or `texts`, all results of the first sample first.
         """
+        check_parts(self, "sampling", "unet", "scheduler")
+        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        generator = as_generators(generator)
         size: tuple[int, int] = self._resolve_size(height, width, latents)
         scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
-        null_image = ("black" if data_type == "text" else "zeros") if null_image is None else null_image
+        null_picture = ("black" if data_type == "text" else "zeros") if null_image is None else null_image
         weights = {"prompt_weights": prompt_weights, "image_weights": image_weights}
         conditions = read_conditions(prompt, image, image_masks=image_masks, focus=focus, **weights)
         embeds: Embeds = {
@@ -243,23 +260,34 @@ class VersatilePipeline(VersatileBasePipeline):
         kinds, total = self.check_inputs(
             conditions, embeds, data_type=data_type, height=size[0], width=size[1], eta=eta, generator=generator,
             num_inference_steps=num_inference_steps, guidance_scale=scale, text_ratio=text_ratio, mixing=mixing,
-            null_image=null_image, strength=strength, color_adjust=color_adjust, latents=latents,
+            null_image=null_picture, strength=strength, color_adjust=color_adjust, latents=latents,
             num_images_per_prompt=num_images_per_prompt, temperature=temperature, output_type=output_type,
             negative_prompt=negative_prompt, max_text_length=max_text_length,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=callback_names,
         )  # fmt: skip
-        self._guidance_scale, self._interrupt = float(scale), False
-        contexts = self._contexts(kinds, conditions, embeds, total, text_ratio, negative_prompt, truncate, null_image)
-        timesteps = self._begin_run(num_inference_steps)
+        given = {"text": (prompt, prompt_embeds), "image": (image, image_embeds)}
+        check_options(
+            data_type, [kind for kind, values in given.items() if any(value is not None for value in values)],
+            height=height, width=width, text_ratio=text_ratio, mixing=mixing, null_image=null_image,
+            temperature=temperature, max_text_length=max_text_length, merge_repeats=merge_repeats,
+        )  # fmt: skip
+        check_exact_start(exact_start, strength)
+        check_context_names(callback_names, kinds)
+        timesteps = self._begin_run(num_inference_steps, scale)
+
+        def encode() -> list[FlowContext]:
+            return self._contexts(kinds, conditions, embeds, total, text_ratio, negative_prompt, null_picture)
+
+        contexts = encode()
         latents = self.prepare_latents(data_type, total, *size, generator=generator, latents=latents)
         sources: Any = None
         if strength < 1 or color_adjust is not None:
             sources = self._sources(conditions, total, size)
         if strength < 1:
-            latents, timesteps = self._start_from(sources, latents, timesteps, strength, generator)
+            latents, timesteps = self._start_from(sources, latents, timesteps, strength, generator, exact_start)
         latents = self._denoise(
-            latents, timesteps, contexts, data_type, mixing, eta, generator, callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            latents, timesteps, contexts, data_type, mixing, eta, generator, callback_on_step_end, callback_names,
+            encode,
         )  # fmt: skip
         results: Any = latents
         if output_type != "latent" and data_type == "text":
@@ -267,6 +295,7 @@ class VersatilePipeline(VersatileBasePipeline):
             results = self.decode_texts(latents, generator=generator, temperature=temperature, **options)
         elif output_type != "latent":
             pixels = sources if strength < 1 and len(timesteps) == 0 else self.decode_latents(latents)
+            check_decoded(pixels, "pictures", self)
             if color_adjust is not None and pixels is not sources:
                 pixels = adjust_colors(pixels, sources, color_adjust)
             results = self.image_processor.postprocess(pixels, output_type, do_denormalize=[False] * total)
@@ -326,30 +355,28 @@ class VersatilePipeline(VersatileBasePipeline):
             )
         scale = self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
         size: tuple[int, int] = self._resolve_size(height, width)
-        shared: dict[str, Any] = {
-            "height": size[0], "width": size[1], "num_inference_steps": num_inference_steps, "eta": eta,
-            "guidance_scale": scale, "num_images_per_prompt": num_images_per_prompt, "generator": generator,
+        shared: dict[str, Any] = {  # by both halves
+            "num_inference_steps": num_inference_steps, "eta": eta, "guidance_scale": scale,
+            "num_images_per_prompt": num_images_per_prompt, "generator": as_generators(generator),
         }  # fmt: skip
         nothing: Embeds = {"text": (None, None), "image": (None, None)}
         null_images = {"text": null_image or "black", "image": null_image or "zeros"}
         for data_type, read in (("text", read_conditions(image=image)), ("image", conditions)):
             self.check_inputs(
                 read, nothing, data_type=data_type, text_ratio=text_ratio, null_image=null_images[data_type],
-                temperature=temperature, max_text_length=max_text_length,
+                temperature=temperature, max_text_length=max_text_length, height=size[0], width=size[1],
                 output_type="pil" if data_type == "text" else output_type, **shared,
             )  # fmt: skip
         check_parts(self, "editing", "encoder_tokenizer")
-        check_text_length(self, "prompt", [prompt], truncate=False)  # the captions beside it may be cut
+        self._begin_run(num_inference_steps, scale)  # refuses a bad schedule before a model runs
         window = word_piece_window(self.encoder_tokenizer, self.optimus)
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            check_word_pieces(self.encoder_tokenizer, window, name, text)
 
         found = self(
             image=image, data_type="text", output_type="latent", null_image=null_images["text"], return_dict=False,
             **shared,
         )[0]  # fmt: skip
-        ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt], max_word_pieces=window).to(found.device)
-        away, towards = self.optimus.encode(ids).mean.to(found)  # type: ignore[union-attr] # (d,) each
+        ids = sentence_ids(self.encoder_tokenizer, [negative_prompt, prompt], max_word_pieces=window, pipe=self)
+        away, towards = self.optimus.encode(ids.to(found.device)).mean.to(found)  # type: ignore[union-attr] # (d,) each
         away = away / away.norm()
         edited = found - (found @ away)[:, None] * away + towards
         captions = self.decode_texts(
@@ -357,7 +384,7 @@ class VersatilePipeline(VersatileBasePipeline):
         )
 
         guided: dict[str, Any] = {"do_classifier_free_guidance": self.do_classifier_free_guidance}
-        texts, null_texts = self.encode_prompt([[caption, prompt] for caption in captions], truncate=True, **guided)
+        texts, null_texts = self.encode_prompt([[caption, prompt] for caption in captions], **guided)
         look = {"null_image": null_images["image"]}
         tokens, null_tokens = self.encode_image(image, num_images_per_prompt, **look, **guided)
         shared.pop("num_images_per_prompt")  # the contexts hold one sample a result by now
@@ -365,7 +392,7 @@ class VersatilePipeline(VersatileBasePipeline):
             prompt_embeds=texts, negative_prompt_embeds=null_texts, text_ratio=text_ratio, output_type=output_type,
             image_embeds=select_ranks(tokens[:, 1:], 0, 10),
             negative_image_embeds=None if null_tokens is None else null_tokens[:, 1:],
-            return_dict=False, **shared,
+            height=size[0], width=size[1], return_dict=False, **shared,
         )[0]  # fmt: skip
         return VersatilePipelineOutput(images=images, texts=captions)
 
@@ -377,7 +404,6 @@ class VersatilePipeline(VersatileBasePipeline):
         total: int,
         text_ratio: float,
         negative_prompt: str | list[str] | None,
-        truncate: bool,
         null_image: str,
     ) -> list[FlowContext]:
         """The contexts that count, encoded where they are not given, one for each result."""
@@ -391,7 +417,6 @@ class VersatilePipeline(VersatileBasePipeline):
                     conditions.texts,
                     negative_prompt=negative_prompt,
                     prompt_weights=conditions.text_weights,
-                    truncate=truncate,
                     **guided,
                 )
             elif pair[0] is None:
@@ -405,13 +430,20 @@ class VersatilePipeline(VersatileBasePipeline):
                 )
             tokens, null_tokens = (None if t is None else _repeat(t.to(self._execution_device), total) for t in pair)
             assert tokens is not None
+            if self.do_classifier_free_guidance and null_tokens is None:  # turned on by a callback
+                name = {"text": "negative_prompt_embeds", "image": "negative_image_embeds"}[kind]
+                raise ValueError(
+                    f"`guidance_scale` was set to {self.guidance_scale} in the run, but the call has no `{name}` for"
+                    " it: pass them beside the embeddings."
+                )
             contexts.append(FlowContext(kind, tokens, null_tokens, ratios[kind]))
         return contexts
 
-    def _begin_run(self, num_inference_steps: int) -> Tensor:
+    def _begin_run(self, num_inference_steps: int, guidance_scale: float) -> Tensor:
         """Lays out the steps and returns the timestep of each."""
         self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
+        self._guidance_scale, self._interrupt = start_scale(guidance_scale), False
         return self.scheduler.timesteps
 
     def _sources(self, conditions: Conditions, total: int, size: tuple[int, int]) -> Tensor:
@@ -422,14 +454,21 @@ class VersatilePipeline(VersatileBasePipeline):
         return _repeat(pixels.to(self._execution_device), total)
 
     def _start_from(
-        self, sources: Tensor, noise: Tensor, timesteps: Tensor, strength: float, generator: Generators
+        self,
+        sources: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        strength: float,
+        generator: Generators,
+        exact_start: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The noised latents of pictures (b, 3, H, W) in [0, 1], and the steps that are left."""
         posterior = self.vae.encode(sources.to(self.vae.dtype) * 2 - 1).latent_dist  # type: ignore[union-attr]
         clean = posterior.sample(generator).to(noise) * self.vae.config["scaling_factor"]
-        level, timesteps = start_level(timesteps, strength, getattr(self.scheduler, "order", 1))
+        level, timesteps = start_level(timesteps, strength, scheduler_attribute(self.scheduler, "order", 1))
         if level is None:
             return clean, timesteps
+        level = timesteps[0] if exact_start else level
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(len(self.scheduler.timesteps) - len(timesteps))
         noise = noise / self.scheduler.init_noise_sigma
@@ -445,20 +484,19 @@ class VersatilePipeline(VersatileBasePipeline):
         eta: float,
         generator: Generators,
         callback: Callback | None,
-        callback_names: list[str] | None,
+        callback_names: list[str],
+        encode: Callable[[], list[FlowContext]],
     ) -> Tensor:
-        arguments = step_arguments(self.scheduler, eta, generator)
-        choosing = generator[0] if isinstance(generator, (list, tuple)) else generator
+        arguments = step_arguments(self.scheduler, eta=eta, generator=generator)
         ratios = [context.ratio for context in contexts]
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_names = callback.tensor_inputs
+        finite: list[Tensor] = []  # whether each step's prediction is
         self._num_timesteps = len(timesteps)
         bar: Any = self.progress_bar
         with bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                choices = self.unet.draw_layer_choices(ratios, generator=choosing) if mixing == "layer" else None
+                choices = self._layer_choices(ratios, generator) if mixing == "layer" else None
                 noise = predict_flow_noise(
                     self.unet,
                     self.scheduler.scale_model_input(latents, t),
@@ -468,13 +506,46 @@ class VersatilePipeline(VersatileBasePipeline):
                     guidance_scale=self.guidance_scale,
                     layer_choices=choices,
                 )
+                finite.append(torch.isfinite(noise).all())
                 latents = self.scheduler.step(noise, t, latents, **arguments, return_dict=False)[0]
                 if callback is not None:
-                    names = ["latents"] if callback_names is None else callback_names
-                    returned = callback(self, i, t, {name: latents for name in names}) or {}
-                    latents = returned.get("latents", latents)
+                    named = {"latents": latents, **_named_contexts(contexts)}
+                    changed = report_step(self, callback, callback_names, i, t, named)
+                    latents = changed.get("latents", latents)
+                    contexts = _with_changed(contexts, changed)
+                    if self.do_classifier_free_guidance and contexts[0].negative_embeds is None:
+                        null = [context.negative_embeds for context in encode()]
+                        contexts = [replace(c, negative_embeds=n) for c, n in zip(contexts, null, strict=True)]
                 progress_bar.update()
+        check_predictions(finite, timesteps, self)
         return latents
+
+    def _layer_choices(self, ratios: list[float], generator: Generators) -> list[Any]:
+        """One context a layer, for the whole batch; with a list of generators, for each result from its own."""
+        if isinstance(generator, list):
+            return [self.unet.draw_layer_choices(ratios, generator=one) for one in generator]
+        return self.unet.draw_layer_choices(ratios, generator=generator)
+
+
+def _context_names(contexts: list[FlowContext]) -> dict[str, int]:
+    """What callbacks call the contexts, and their places; `prompt_embeds` is there in every call."""
+    names = {{"text": "prompt_embeds", "image": "image_embeds"}[c.type]: place for place, c in enumerate(contexts)}
+    return {"prompt_embeds": 0, **names}
+
+
+def _named_contexts(contexts: list[FlowContext]) -> dict[str, Tensor | None]:
+    places = _context_names(contexts)
+    named: dict[str, Tensor | None] = {name: contexts[place].embeds for name, place in places.items()}
+    return named | {f"negative_{name}": contexts[place].negative_embeds for name, place in places.items()}
+
+
+def _with_changed(contexts: list[FlowContext], changed: dict[str, Tensor]) -> list[FlowContext]:
+    contexts = list(contexts)
+    for name, place in _context_names(contexts).items():
+        embeds = changed.get(name, contexts[place].embeds)
+        negative = changed.get(f"negative_{name}", contexts[place].negative_embeds)
+        contexts[place] = replace(contexts[place], embeds=embeds, negative_embeds=negative)
+    return contexts
 
 
 def _repeat(values: Tensor, total: int) -> Tensor:

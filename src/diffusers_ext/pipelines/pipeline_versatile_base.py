@@ -25,8 +25,8 @@ from transformers import (
 from ..conditions.focus import rescale_ranks
 from ..models.autoencoder_optimus import AutoencoderOptimus
 from ..models.unet_versatile import VersatileUNet
-from .checks import as_texts
-from .checks_versatile import NULL_IMAGES, check_choice, check_parts, check_text_length
+from .checks import as_generators, as_texts
+from .checks_versatile import NULL_IMAGES, check_choice, check_parts
 from .clip_vectors import text_ids
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
@@ -75,7 +75,13 @@ class VersatileBasePipeline(SharingPipeline):
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->optimus"
     _optional_components = [name for names in _NEEDED_BY.values() for name in names]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = [
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "image_embeds",
+        "negative_image_embeds",
+    ]
 
     vae: AutoencoderKL
     unet: VersatileUNet
@@ -192,7 +198,6 @@ class VersatileBasePipeline(SharingPipeline):
         do_classifier_free_guidance: bool = True,
         negative_prompt: str | list[str] | None = None,
         prompt_weights: Sequence[float] | None = None,
-        truncate: bool = False,
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Texts as context tokens; needs only the tokenizer and the text encoder.
@@ -203,7 +208,6 @@ class VersatileBasePipeline(SharingPipeline):
             do_classifier_free_guidance: Whether a null branch is wanted as well.
             negative_prompt: What the null branch reads, one for all samples or one each; by default the empty text.
             prompt_weights: What the tokens of each text of a sample are multiplied by.
-            truncate: Cut texts that are too long, as the original does, instead of refusing them.
             device: Where the text encoder runs; by default where the pipeline runs.
 
         Returns:
@@ -215,8 +219,6 @@ class VersatileBasePipeline(SharingPipeline):
         samples = len(conditions.texts)
         texts = [text for sample in conditions.texts for text in sample]
         negatives = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        check_text_length(self, "prompt", texts, truncate)
-        check_text_length(self, "negative_prompt", negatives, truncate)
         if len(negatives) not in (1, samples):
             raise ValueError(
                 f"`negative_prompt` holds {len(negatives)} texts for {samples} samples; pass one for all or one each."
@@ -302,7 +304,7 @@ class VersatileBasePipeline(SharingPipeline):
         device = torch.device(device if device is not None else self._execution_device)
         if latents is None:
             shape = self._latent_shape(data_type, batch_size, *self._resolve_size(height, width))
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            latents = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=self.unet.dtype)
         return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
@@ -336,7 +338,7 @@ class VersatileBasePipeline(SharingPipeline):
             max_length=max_text_length,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
-            generator=generator,
+            generator=as_generators(generator),
         )
         texts = read_sentences(self.decoder_tokenizer, ids)
         return [merge_repeated_words(text) for text in texts] if merge_repeats else texts

@@ -4,7 +4,6 @@ Xu et al., arXiv 2211.08332; SHI-Labs/Versatile-Diffusion@cf0f4a2:lib/model_zoo/
 the scheduler's.
 """
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ def predict_flow_noise(
     *,
     data_type: str = "image",
     guidance_scale: float = 1.0,
-    layer_choices: Sequence[int] | None = None,
+    layer_choices: Sequence[Any] | None = None,
 ) -> Tensor:
     """The network's guided prediction, with the same mixture in the guided and in the unguided half.
 
@@ -59,7 +58,7 @@ def predict_flow_noise(
         contexts: at least one; all with `negative_embeds` unless `guidance_scale` is 1.
         data_type: what is generated.
         guidance_scale: 1 means no guidance, and half the work.
-        layer_choices: for layer mixing, see `VersatileUNet.forward`.
+        layer_choices: for layer mixing, those of all samples or one list a sample, see `VersatileUNet.forward`.
 
     Returns:
         The noise, in the shape of `latents`.
@@ -82,16 +81,12 @@ def predict_flow_noise(
         )
     if all(no.shape == yes.shape for no, yes in zip(negative, positive, strict=True)):
         both = [torch.cat([no, yes]) for no, yes in zip(negative, positive, strict=True)]
+        if layer_choices is not None and not isinstance(layer_choices[0], int):  # the same in both halves
+            options["layer_choices"] = [*layer_choices, *layer_choices]
         uncond, cond = unet(torch.cat([latents, latents]), timestep, both, **options)[0].chunk(2)
     else:  # contexts of other lengths do not stack
         uncond, cond = (unet(latents, timestep, half, **options)[0] for half in (negative, positive))
     return classifier_free_guidance(cond, uncond, guidance_scale)
-
-
-def step_arguments(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:
-    """Those of `eta` and `generator` that the scheduler's step takes."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
 
 
 def start_level(timesteps: Tensor, strength: float, order: int = 1) -> tuple[Tensor | None, Tensor]:
