@@ -319,7 +319,10 @@ def fit_autoencoder(
         parts["ema"] = ema
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    first_step = loop.resume(accelerator, train, parts)
+    log, skipped = loop.RunLog(accelerator, train), loop.SkippedSteps()
+    disc_skipped = loop.SkippedSteps("gradient of the discriminator")
+    parts["log"] = log
+    first_step, record = loop.resume(accelerator, train, parts, len(train_set))
     if ema is not None:
         ema.to(device)
     model, disc, optimizer, disc_optimizer = accelerator.prepare(objective, discriminator, optimizer, disc_optimizer)
@@ -373,7 +376,8 @@ def fit_autoencoder(
     steps = range(first_step, train.max_train_steps)
     transform, num_workers = partial(read_picture, data=data), data.dataloader_num_workers
     stream = loop.windows(train_set, plan, steps, transform=transform, num_workers=num_workers)
-    log, stopwatch = loop.RunLog(accelerator, train, first_step), loop.Stopwatch(accelerator, train.max_train_minutes)
+    log.begin(first_step)
+    stopwatch = loop.Stopwatch(accelerator, train.max_train_minutes)
     objective.train()
     for step in steps:
         window, values = next(stream), {}
@@ -402,6 +406,7 @@ def fit_autoencoder(
         norm = accelerator.clip_grad_norm_(trained, train.max_grad_norm)
         loop.check_finite(accelerator, norm, values["loss"], step, window)
         optimizer.step()
+        skipped.add(optimizer.step_was_skipped, step, values["loss"])
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -415,7 +420,11 @@ def fit_autoencoder(
                 disc_loss = DISCRIMINATOR_LOSSES[args.disc_loss](real.float(), fake.float())
             accelerator.backward(disc_loss * (weight * accelerator.num_processes))  # one micro-batch, see parse_args
             values["disc_loss"] = disc_loss.detach() * weight
+            accelerator.unscale_gradients(disc_optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in discriminator.parameters() if p.grad is not None])
+            loop.check_finite(accelerator, norm, disc_loss, step, window, of="the discriminator in ")
             disc_optimizer.step()
+            disc_skipped.add(disc_optimizer.step_was_skipped, step, disc_loss)
             disc_schedule.step()
             disc_optimizer.zero_grad(set_to_none=True)
         log.add(values, sum(len(keys) for _, keys, _ in window) * accelerator.num_processes)
@@ -426,9 +435,7 @@ def fit_autoencoder(
         if done % train.logging_steps == 0 or finished:
             log.flush(done, lr=schedule.get_last_lr()[0], **objective.logged())
         if done % train.checkpointing_steps == 0 or finished or over:
-            if accelerator.is_main_process:
-                loop.save_checkpoint(Path(train.output_dir), done, parts, train)
-            accelerator.wait_for_everyone()
+            loop.save_checkpoint(accelerator, done, parts, train, record)
         if finished or (train.validation_steps and done % train.validation_steps == 0):
             validate(done)
         if over:

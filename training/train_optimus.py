@@ -10,14 +10,12 @@ tokenizers trained on the sentences.
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, GPT2Model, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -32,7 +30,6 @@ from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.annealing import CyclicalAnnealing
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
-from diffusers_ext.training_utils.checkpoints import find_checkpoint
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -273,25 +270,6 @@ def sentence_losses(
     }
 
 
-def steps_of_micro_batches(accelerator: Accelerator, train: TrainArgs, num_samples: int) -> Iterator[int]:
-    """The optimizer step that each micro-batch belongs to, in the order in which `fit` asks for losses.
-
-    `fit` tells the loss nothing of the step, but it resumes from the checkpoint found here and follows this plan.
-    """
-    plan = loop.StepPlan(
-        num_samples=num_samples,
-        batch_size=train.train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        seed=train.seed,
-    )
-    found = find_checkpoint(Path(train.output_dir), train.resume_from_checkpoint)
-    for step in range(found[1]["step"] if found else 0, train.max_train_steps):
-        for _ in plan.micro_batches(step):
-            yield step
-
-
 @torch.no_grad()
 def reconstruct(
     model: AutoencoderOptimus, batch: dict[str, Tensor], tokenizers: Tokenizers, args: OptimusArgs
@@ -329,12 +307,15 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d sentences, %d parameters", len(train_set), sum(p.numel() for p in model.parameters()))
     collate = partial(collate_samples, tokenizers=tokenizers, args=args)
     annealing, pad_token_id = make_annealing(args, train), model.config["pad_token_id"]
-    steps = steps_of_micro_batches(accelerator, train, len(train_set))
     figures: dict[str, float] = {}
+    beta = 0.0
+
+    def before_step(step: int) -> None:
+        nonlocal beta
+        beta = annealing(step)
 
     def compute_loss(prepared, batch, generators):
         noise = torch.stack([torch.randn(model.config["latent_dim"], generator=g) for g in generators])
-        beta = annealing(next(steps))
         return sentence_losses(prepared, batch, noise.to(accelerator.device), beta, args, pad_token_id)
 
     def validate(step: int) -> dict[str, float]:
@@ -349,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
 
     finished = loop.fit(
         accelerator, model, compute_loss, train_set, train, transform=transform, collate=collate,
-        num_workers=data.dataloader_num_workers, on_validate=validate,
+        num_workers=data.dataloader_num_workers, on_validate=validate, before_step=before_step,
     )  # fmt: skip
     if finished and accelerator.is_main_process:
         model.save_pretrained(train.output_dir)

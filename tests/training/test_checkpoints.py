@@ -110,5 +110,5 @@ def test_state_round_trip_is_exact_and_strict(tmp_path):
 def test_nothing_to_resume_from(tmp_path):
     assert checkpoints.find_checkpoint(tmp_path, None) is None
     assert checkpoints.find_checkpoint(tmp_path, "latest") is None
-    with pytest.raises(checkpoints.CheckpointError, match="never completed"):
+    with pytest.raises(checkpoints.CheckpointError, match="there is no such folder"):
         checkpoints.find_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))

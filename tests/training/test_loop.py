@@ -166,7 +166,7 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
 
 def test_checkpoints_of_other_sizes_are_refused(tmp_path):
     train(tmp_path, train_batch_size=8, max_train_steps=1)
-    args = TrainArgs(output_dir=str(tmp_path), max_train_steps=2, resume_from_checkpoint="latest")
+    args = TrainArgs(output_dir=str(tmp_path), train_batch_size=8, max_train_steps=2, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="model.safetensors does not fit, it was written with other options"):
         loop.fit(loop.start(args), nn.Linear(4, 4), noisy_loss, Numbers(), args, transform=augment)
 

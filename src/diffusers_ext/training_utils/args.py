@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -26,11 +26,19 @@ OF_THE_SOURCE = (
     "dataset_config_name", "captions_from_names", "max_train_samples", "num_labels", "num_negative_captions",
     "cache_dir",
 )  # fmt: skip
+PRECISIONS = ("no", "fp16", "bf16")
+# option -> (variable that `accelerate launch` hands down, the values of it that say nothing)
+LAUNCHER = {
+    "mixed_precision": ("ACCELERATE_MIXED_PRECISION", ("", "no")),
+    "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1", "auto")),
+}
 
 
 @dataclass
 class DataArgs:
     """Where the training pictures come from; the layouts are described in training/README.md."""
+
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("dataloader_num_workers",)  # see TrainArgs
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "`scenes` (built in), or the name of a data set on the Hub."}
@@ -73,8 +81,37 @@ class DataArgs:
 
 
 @dataclass
+class Origin:
+    """What is known of a run besides its options.
+
+    Args:
+        sections: All dataclasses of the command line.
+        sources: Where precision and accumulation come from.
+        checkpoint: The one that is resumed, with its manifest.
+        learnt: What was learnt from the data at the start, see `record.learn_once`.
+    """
+
+    sections: tuple[Any, ...] = ()
+    sources: dict[str, str] = field(default_factory=dict)
+    checkpoint: tuple[Path, dict[str, Any]] | None = None
+    learnt: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class TrainArgs:
     """Length, step and bookkeeping of a run."""
+
+    # What a resumed run may change: these options apply from there on (and are listed), those tell nothing of the run.
+    APPLIED: ClassVar[tuple[str, ...]] = (
+        "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "gradient_checkpointing", "use_ema",
+        "ema_decay",
+    )  # fmt: skip
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = (
+        "output_dir", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "resume_with_changes", "validation_steps", "logging_steps", "report_to", "push_to_hub", "hub_model_id",
+        "hub_private_repo", "license", "total_batch_size",  # which the micro-steps follow from
+    )  # fmt: skip
 
     output_dir: str = field(
         default="runs/unnamed", metadata={"help": "The final result lies here, checkpoints below it."}
@@ -117,7 +154,11 @@ class TrainArgs:
         default=2, metadata={"help": "Keep so many of the newest checkpoints."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "`latest` (the newest complete one, if any) or the path of a checkpoint."}
+        default=None,
+        metadata={"help": "`latest` (the newest complete one, if any), the name of one in output_dir, or a path."},
+    )
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "Go on from a checkpoint of other options, although they change the run."}
     )
     validation_steps: int | None = field(
         default=None, metadata={"help": "Validate every so many steps (and at the end)."}
@@ -138,6 +179,7 @@ class TrainArgs:
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
     license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the model card."})
+    origin: Origin = field(default_factory=Origin, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         _positive(
@@ -217,6 +259,7 @@ class TrainArgs:
                 f"makes it {share // batch}: leave one of them out (`--total_batch_size none`)."
             )
         self.gradient_accumulation_steps = share // batch
+        self.origin.sources["gradient_accumulation_steps"] = "--total_batch_size"
 
 
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
@@ -236,13 +279,60 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         SystemExit: a value of the wrong type (argparse prints the options).
     """
     words, optional = list(sys.argv[1:] if argv is None else argv), _optional_fields(dataclass_types)
+    given = options_given(words)
     if words and not words[0].startswith("-"):
         preset, words = preset_words(Path(words[0]), optional), words[1:]
         words = _without_the_source(preset, words) + words
     words, unset = _take_unset(words, optional)
     parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**dict.fromkeys(unset))  # None, also where the default is something else
-    return parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    for train in (section for section in parsed if isinstance(section, TrainArgs)):
+        train.origin.sections = parsed
+        apply_launcher(train, given)
+    return parsed
+
+
+def apply_launcher(train: TrainArgs, given: Sequence[str] = ()) -> None:
+    """Settles precision and accumulation: the command line, then what the launcher was told, then the preset.
+
+    Args:
+        train: Gets the values, and in `origin.sources` where each is from.
+        given: Options that stand on the command line.
+
+    Raises:
+        ValueError: the launcher names a precision or an accumulation that there is not.
+    """
+    for option, (variable, silent) in LAUNCHER.items():
+        told = os.environ.get(variable, "").lower()
+        train.origin.sources[option] = "the command line" if option in given else "the preset"
+        if option in given or told in silent:
+            continue
+        if option == "mixed_precision" and told not in PRECISIONS:
+            raise ValueError(
+                f"The launcher asks for --mixed_precision {told}; the recipes know {', '.join(PRECISIONS)}: pass one "
+                "of them to `accelerate launch` or to the recipe."
+            )
+        if option == "gradient_accumulation_steps" and not (told.isdecimal() and int(told) > 0):
+            raise ValueError(f"{variable}={told!r} is no number of micro-steps > 0: unset it.")
+        setattr(train, option, told if option == "mixed_precision" else int(told))
+        train.origin.sources[option] = "the launcher"
+
+
+def options_given(words: Sequence[str]) -> frozenset[str]:
+    """The names of the options on a command line."""
+    return frozenset(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
+
+
+def all_options(train: TrainArgs) -> dict[str, Any]:
+    """Every option of the command line with its present value, those of the recipe included."""
+    sections = train.origin.sections or (train,)
+    return {name: getattr(section, name) for section in sections for name in vars(section) if is_option(section, name)}
+
+
+def is_option(section: Any, name: str) -> bool:
+    field = type(section).__dataclass_fields__.get(name)
+    return field is not None and field.init
 
 
 def _optional_fields(dataclass_types: Sequence[type]) -> set[str]:

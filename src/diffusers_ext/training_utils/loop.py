@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,26 @@ from accelerate.utils import send_to_device, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .args import TrainArgs
-from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_state, publish, rotate, save_state
+from .args import TrainArgs, apply_launcher
+from .checkpoints import (
+    CheckpointError,
+    check_finite_state,
+    find_checkpoint,
+    list_checkpoints,
+    load_state,
+    publish,
+    put_aside,
+    replace_file,
+    restore,
+    rotate,
+    save_state,
+)
+from .launch import SkippedSteps, describe, make_accelerator
+from .record import Record, check_same_run, make_record, save_learnt, write_options
 
 logger = logging.getLogger(__name__)
 
@@ -158,37 +173,63 @@ def windows(
 
 
 class RunLog:
-    """Lines of `<output_dir>/log.jsonl`, the trackers' values and the progress bar's text."""
+    """Lines of `<output_dir>/log.jsonl`, the trackers' values and the progress bar's text.
 
-    def __init__(self, accelerator: Accelerator, args: TrainArgs, first_step: int):
+    Its sums are a part of every checkpoint, so that the first line after a resume is the mean of the same steps.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: TrainArgs):
         self.accelerator, self.args = accelerator, args
         self.path = Path(args.output_dir) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
-        self.steps = self.samples = 0
-        self.started = time.monotonic()
+        self.counts: dict[str, int] = {}  # in how many steps a name had a value: some have it in a few only
+        self.samples, self.started = 0, time.monotonic()
+
+    def begin(self, first_step: int) -> None:
+        """Starts the progress bar, and drops the lines that were logged after the checkpoint."""
         self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, disable=not accelerator.is_local_main_process, desc="train"
+            total=self.args.max_train_steps,
+            initial=first_step,
+            disable=not self.accelerator.is_local_main_process,
+            desc="train",
         )
-        if accelerator.is_main_process and self.path.is_file():  # drop what was logged after the checkpoint
+        self.started = time.monotonic()
+        if self.accelerator.is_main_process and self.path.is_file():
             written = self.path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in written if line.endswith("}") and json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            text = "".join(line + "\n" for line in lines)
+            replace_file(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def add(self, values: Mapping[str, Tensor], num_samples: int) -> None:
         """Accumulates the values of one optimizer step, without a host synchronisation."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.samples += num_samples
         self.bar.update()
 
-    def flush(self, step: int, **extra: float) -> dict[str, float]:
-        """Writes the mean of what was added since the last call."""
+    def share(self) -> None:
+        """Hands the sums of all processes to the main one, which alone writes checkpoints."""
         reduced = self.accelerator.reduce(self.sums, "sum")  # each process holds its share of the window
+        keeps = self.accelerator.is_main_process
+        self.sums = {name: value if keeps else torch.zeros_like(value) for name, value in reduced.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = {name: value.to(self.accelerator.device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
+        if not self.accelerator.is_main_process:
+            self.sums = {name: torch.zeros_like(value) for name, value in self.sums.items()}
+
+    def flush(self, step: int, **extra: float) -> dict[str, float]:
+        """Writes the mean of what was added since the last call: of each name over the steps that had it."""
+        self.share()
         rate = self.samples / (time.monotonic() - self.started)
-        values = {name: float(value) / self.steps for name, value in reduced.items()}
+        values = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         values |= {**extra, "samples_per_second": rate}
-        self.sums, self.steps, self.samples, self.started = {}, 0, 0, time.monotonic()
+        self.sums, self.counts, self.samples, self.started = {}, {}, 0, time.monotonic()
         self.write(step, values)
         self.bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", samples_s=f"{rate:.0f}")
         return values
@@ -199,8 +240,13 @@ class RunLog:
             return
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+                stream.write(json.dumps({"step": step, **{k: _significant(v) for k, v in values.items()}}) + "\n")
         self.accelerator.log(dict(values), step=step)
+
+
+def _significant(value: float) -> float | None:
+    """Seven significant digits, as many as float32 has; JSON knows no value that is not finite."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 class Stopwatch:
@@ -217,16 +263,34 @@ class Stopwatch:
 
 
 def start(args: TrainArgs) -> Accelerator:
-    """The accelerator of a run: `fit` does the accumulation itself, so accelerate is told of none."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_dir=args.output_dir
-    )
+    """The accelerator of a run, its folder ready and the checkpoint found from which it goes on.
+
+    Raises:
+        ValueError: see `apply_launcher` and `make_accelerator`.
+        CheckpointError: the one that is asked for is damaged, or the folder holds checkpoints and none is asked for:
+            those of the older run would count as the newest.
+    """
+    if not args.origin.sources:
+        apply_launcher(args)
+    accelerator = make_accelerator(args)
     args.resolve_batch(accelerator.num_processes)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)  # initial weights; every later draw is keyed
+    output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        restore(output_dir)  # what an interrupted export has left behind
+        output_dir.mkdir(exist_ok=True)
+        rotate(output_dir, None)  # ... and an interrupted save
     accelerator.wait_for_everyone()
+    older = list_checkpoints(output_dir)
+    if older and args.resume_from_checkpoint is None:
+        raise CheckpointError(
+            f"{output_dir} holds {older[-1].name} of an earlier run: go on with --resume_from_checkpoint latest, name "
+            "another --output_dir, or remove its checkpoints."
+        )
+    args.origin.checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    logger.info("%s", describe(args, accelerator))
     if args.trackers:
         accelerator.init_trackers("diffusers_ext")
     return accelerator
@@ -302,6 +366,7 @@ def fit(
     lr_multiplier: Callable[[int], float] | None = None,
     averaged: nn.Module | None = None,
     make_ema: Callable[..., EMAModel] = EMAModel,
+    before_step: Callable[[int], None] | None = None,
 ) -> bool:
     """Trains `model` in place; at the end it holds the averaged weights if an average was asked for.
 
@@ -320,16 +385,15 @@ def fit(
         lr_multiplier: `(step) -> multiple of the learning rate`, instead of `args.lr_scheduler`.
         averaged: The part of `model` that the average covers; all of it when unset.
         make_ema: `(parameters, decay=...) -> average`: another rule than diffusers'.
+        before_step: Called with the number of each optimizer step before its losses are computed.
 
     Returns:
         Whether training reached `max_train_steps` (`False`: the time limit came first; a checkpoint was saved).
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite; the last checkpoint is untouched.
-        CheckpointError: `--resume_from_checkpoint` names a damaged or foreign checkpoint, or the folder holds
-            checkpoints and it is unset.
+        FloatingPointError: a gradient or a weight is not finite; the last checkpoint is untouched.
+        CheckpointError: the checkpoint of `--resume_from_checkpoint` is foreign, or of a run with other options.
     """
-    output_dir = Path(args.output_dir)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, schedule = build_optimizer(parameter_groups or trained, args, lr_multiplier=lr_multiplier)
     averaged = model if averaged is None else averaged
@@ -342,21 +406,17 @@ def fit(
         process_index=accelerator.process_index,
         seed=args.seed,
     )
-    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+    log, skipped = RunLog(accelerator, args), SkippedSteps()
+    parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule, "log": log}
     if ema is not None:
         parts["ema"] = ema
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
-    first_step = resume(accelerator, args, parts)
+    first_step, record = resume(accelerator, args, parts, len(dataset))
     device = accelerator.device
     if ema is not None:
         ema.to(device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(output_dir, step, parts, args)
-        accelerator.wait_for_everyone()
 
     def validate(step: int) -> None:
         if on_validate is not None and accelerator.is_main_process:
@@ -364,12 +424,15 @@ def fit(
                 log.write(step, on_validate(step))
         accelerator.wait_for_everyone()
 
-    log, stopwatch = RunLog(accelerator, args, first_step), Stopwatch(accelerator, args.max_train_minutes)
+    log.begin(first_step)
+    stopwatch = Stopwatch(accelerator, args.max_train_minutes)
     steps = range(first_step, args.max_train_steps)
     stream = windows(dataset, plan, steps, transform=transform, num_workers=num_workers, collate=collate)
     model.train()
     for step in steps:
         window, values = next(stream), {}
+        if before_step is not None:
+            before_step(step)
         for micro, (batch, keys, weight) in enumerate(window):
             torch.manual_seed(mix(args.seed, step, micro, accelerator.process_index, DROPOUT_STREAM))
             generators = [keyed_generator(args.seed, epoch, index, LOSS_STREAM) for epoch, index in keys]
@@ -384,6 +447,7 @@ def fit(
         grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
         check_finite(accelerator, grad_norm, values["loss"], step, window)
         optimizer.step()
+        skipped.add(optimizer.step_was_skipped, step, values["loss"])
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
@@ -395,7 +459,7 @@ def fit(
         if done % args.logging_steps == 0 or done == args.max_train_steps:
             log.flush(done, lr=float(schedule.get_last_lr()[0]))
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps or over:
-            save(done)
+            save_checkpoint(accelerator, done, parts, args, record)
         if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
             validate(done)
         if over:
@@ -407,13 +471,21 @@ def fit(
     return True
 
 
-def check_finite(accelerator: Accelerator, grad_norm: Tensor | None, loss: Tensor, step: int, window: Window) -> None:
-    """Stops before the optimizer consumes a gradient that is not finite (fp16's scaler skips such steps itself)."""
+def check_finite(
+    accelerator: Accelerator, grad_norm: Tensor | None, loss: Tensor, step: int, window: Window, of: str = ""
+) -> None:
+    """Stops before the optimizer consumes a gradient that is not finite.
+
+    fp16's scaler skips such steps itself: `SkippedSteps` counts them.
+
+    Args:
+        of: Whose gradient it is, where a recipe has several optimizers.
+    """
     if accelerator.scaler is not None or grad_norm is None or bool(torch.isfinite(grad_norm)):
         return
     samples = [index for _, keys, _ in window for _, index in keys]
     raise FloatingPointError(
-        f"The gradient of step {step} is not finite (norm {float(grad_norm)}, loss {float(loss)}; "
+        f"The gradient of {of}step {step} is not finite (norm {float(grad_norm)}, loss {float(loss)}; "
         f"samples {samples[:32]}). "
         "The weights and the last checkpoint are untouched; lower --learning_rate or look at these samples."
     )
@@ -431,36 +503,81 @@ def evaluating(model: nn.Module):
         model.train(was_training)
 
 
-def resume(accelerator: Accelerator, args: TrainArgs, parts: Mapping[str, Any]) -> int:
-    """Loads the checkpoint that `--resume_from_checkpoint` asks for, and returns the number of finished steps.
+def resume(accelerator: Accelerator, args: TrainArgs, parts: Mapping[str, Any], rows: int) -> tuple[int, Record]:
+    """Loads the checkpoint that `start` found, and returns the number of finished steps and the run's record.
+
+    Options of the optimizers and the average apply as the command line gives them, whatever the checkpoint holds.
 
     Raises:
-        CheckpointError: it is damaged or foreign, or the folder holds checkpoints and none is asked for: those of the
-            older run would count as the newest.
+        CheckpointError: it is foreign, or of a run with other options, see `check_same_run`.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, step = Path(args.output_dir), 0
+    record = make_record(args, accelerator, rows)
+    branches: list[tuple[str, int]] = []
+    if args.origin.checkpoint is not None:
+        folder, manifest = args.origin.checkpoint
+        check_same_run(folder, manifest, record, args)
+        with options_of_this_run(parts):
+            load_state(folder, parts, optional=("log",))  # older checkpoints have none
+        step = manifest["step"]
+        branches = [(name, first) for name, first in manifest.get("branches", [])]
+        record.branches = [*branches, (record.branches[0][0], step)]
+        logger.info("Resumed from %s.", folder)
+    elif args.resume_from_checkpoint:
+        logger.info("No complete checkpoint in %s: starting at step 0.", output_dir)
     if accelerator.is_main_process:
-        rotate(output_dir, None)  # what an interrupted save has left behind
+        put_aside(output_dir, step, branches)
+        write_options(output_dir, record)
     accelerator.wait_for_everyone()
-    older = list_checkpoints(output_dir)
-    if older and args.resume_from_checkpoint is None:
-        raise CheckpointError(
-            f"{output_dir} holds {older[-1].name} of an earlier run: go on with --resume_from_checkpoint latest, name "
-            "another --output_dir, or remove its checkpoints."
-        )
-    found = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    if found is None:
-        if args.resume_from_checkpoint:
-            logger.info("No complete checkpoint in %s: starting at step 0.", output_dir)
-        return 0
-    folder, manifest = found
-    load_state(folder, parts)
-    logger.info("Resumed from %s.", folder)
-    return manifest["step"]
+    return step, record
 
 
-def save_checkpoint(output_dir: Path, step: int, parts: Mapping[str, Any], args: TrainArgs) -> None:
-    """Publishes `output_dir/checkpoint-<step>` and removes the ones beyond `--checkpoints_total_limit`."""
-    metadata = {"step": step, "seed": args.seed, "torch": torch.__version__}
-    publish(output_dir / f"checkpoint-{step}", lambda folder: save_state(folder, parts), metadata)
-    rotate(output_dir, args.checkpoints_total_limit)
+@contextmanager
+def options_of_this_run(parts: Mapping[str, Any]) -> Iterator[None]:
+    """Keeps what the command line says of optimizers, their schedules and averages, while their state is loaded.
+
+    The learning rate follows the schedule from the step on at which the run resumes.
+    """
+    optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+    groups = [[{k: v for k, v in group.items() if k != "params"} for group in one.param_groups] for one in optimizers]
+    schedules = {part: part.base_lrs for part in parts.values() if isinstance(part, LambdaLR)}
+    # a schedule that is an object, not a function, is in the checkpoint with its options
+    multiples = {one: dict(vars(one)) for part in schedules for one in part.lr_lambdas}
+    averages = {part: part.decay for part in parts.values() if isinstance(part, EMAModel)}
+    yield
+    for optimizer, kept in zip(optimizers, groups, strict=True):
+        for group, options in zip(optimizer.param_groups, kept, strict=True):
+            group.update(options)
+    for multiple, options in multiples.items():
+        vars(multiple).update(options)
+    for schedule, base_lrs in schedules.items():
+        schedule.base_lrs = base_lrs
+        pairs = zip(base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * multiple(schedule.last_epoch) for base, multiple in pairs]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    for average, decay in averages.items():
+        average.decay = decay
+
+
+def save_checkpoint(
+    accelerator: Accelerator, step: int, parts: Mapping[str, Any], args: TrainArgs, record: Record
+) -> None:
+    """Publishes `output_dir/checkpoint-<step>` and removes those beyond `--checkpoints_total_limit`; on all processes.
+
+    Raises:
+        FloatingPointError: a weight or a state is not finite; nothing is published.
+    """
+    for log in (part for part in parts.values() if isinstance(part, RunLog)):
+        log.share()
+    if accelerator.is_main_process:
+        check_finite_state(parts, f"step {step}")
+        folder = Path(args.output_dir) / f"checkpoint-{step}"
+
+        def write(staging: Path) -> None:
+            save_state(staging, parts)
+            save_learnt(args, staging)
+
+        publish(folder, write, {"step": step, "seed": args.seed, "torch": torch.__version__, **asdict(record)})
+        rotate(folder.parent, args.checkpoints_total_limit, newest=folder)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,97 @@
+"""What `accelerate launch`, `accelerate config` and the environment say about a run, and what it does about it."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+
+from .args import TrainArgs
+
+# What shards weights: a checkpoint of the main process would hold a part of them.
+NOT_BUILT = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def make_accelerator(train: TrainArgs) -> Accelerator:
+    """The accelerator of a run: `fit` does the accumulation itself, so accelerate is told of none.
+
+    Raises:
+        ValueError: the launcher was configured for FSDP, DeepSpeed and the like, or fp16 is asked for on a CPU.
+    """
+    for variable, name in NOT_BUILT.items():
+        if parse_flag_from_env(variable):
+            refuse(name)
+    accelerator = Accelerator(
+        mixed_precision=train.mixed_precision, log_with=train.trackers or None, project_dir=train.output_dir
+    )
+    if accelerator.distributed_type in (
+        DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM
+    ):  # fmt: skip
+        refuse(accelerator.distributed_type.value)
+    accelerator.gradient_accumulation_steps = 1  # the environment would divide every gradient once more
+    if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            f"--mixed_precision=fp16 (from {train.origin.sources['mixed_precision']}) needs a GPU: on a CPU it would be "
+            "float32 without a word. Pass bf16 or no."
+        )
+    return accelerator
+
+
+def refuse(name: str) -> None:
+    raise ValueError(
+        f"The launcher was configured for {name}, which the recipes do not know yet: their checkpoints hold the "
+        "weights of the main process. Use `accelerate launch --multi_gpu` (data parallel), or run `accelerate config` "
+        "again."
+    )
+
+
+def describe(train: TrainArgs, accelerator: Accelerator) -> str:
+    """One line about what a step is made of, and who said so."""
+    batch, accumulation = train.train_batch_size, train.gradient_accumulation_steps
+    return (
+        f"{accelerator.num_processes} processes x {batch} samples x {accumulation} micro-steps = "
+        f"{accelerator.num_processes * batch * accumulation} samples a step (accumulation from "
+        f"{train.origin.sources['gradient_accumulation_steps']}); precision {train.mixed_precision} (from "
+        f"{train.origin.sources['mixed_precision']})"
+    )
+
+
+def launch_words(train: TrainArgs, accelerator: Accelerator) -> list[str]:
+    """The words before the script's name that launch such a run again, whatever a configuration file says."""
+    processes = accelerator.num_processes
+    words = ["accelerate", "launch"]
+    if accelerator.device.type == "cpu":
+        words = ["ACCELERATE_USE_CPU=true", *words]
+    if processes > 1:
+        words.append("--multi_gpu")  # on CPUs as well: `--cpu` would start a single process
+    words += ["--num_processes", str(processes)]
+    if (machines := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
+        words += ["--num_machines", str(machines)]
+    return [*words, "--mixed_precision", train.mixed_precision]
+
+
+class SkippedSteps:
+    """Counts the steps in a row that fp16's scaler skips because a gradient overflowed.
+
+    A few are its way of finding the scale; many mean that the loss itself is not finite.
+    """
+
+    LIMIT = 20
+
+    def __init__(self, name: str = "gradient"):
+        self.name, self.count = name, 0
+
+    def add(self, skipped: bool, step: int, loss: torch.Tensor | float) -> None:
+        """Raises FloatingPointError at the 20th step in a row."""
+        self.count = self.count + 1 if skipped else 0
+        if self.count >= self.LIMIT:
+            raise FloatingPointError(
+                f"The {self.name} was not finite in {self.count} steps in a row, up to step {step} (loss "
+                f"{float(loss)}): fp16's scaler skipped them all. The weights and the last checkpoint are untouched; "
+                "lower --learning_rate, or pass --mixed_precision bf16."
+            )
