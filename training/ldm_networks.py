@@ -25,6 +25,8 @@ from diffusers_ext.pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
 from diffusers_ext.pipelines.pipeline_ldm_text import LDMTextPipeline
 from diffusers_ext.pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
 from diffusers_ext.pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
+from diffusers_ext.training_utils.args import TrainArgs
+from diffusers_ext.training_utils.record import learn_once
 
 BERT_VOCABULARY = 30522  # of bert-base-uncased
 PAPER_CHANNELS = 3  # of the latents of kl-f4 and vq-f4
@@ -172,14 +174,16 @@ def load_first_stage(args: LDMArgs) -> FirstStage:
 
 
 def build_pipeline(
-    args: LDMArgs, resolution: int, names: Names | None = None, captions: Sequence[str] = ()
-) -> LDMBasePipeline:
+    args: LDMArgs, resolution: int, names: Names | None = None, captions: Sequence[str] = (),
+    train: TrainArgs | None = None,
+) -> LDMBasePipeline:  # fmt: skip
     """The pipeline that is trained: the pretrained one, or new networks around a first stage.
 
     Args:
         resolution: side of the pictures.
         names: classes of the task's data.
         captions: from which a tokenizer is learnt, unless one is named.
+        train: says whether a run is resumed, whose tokenizer was learnt already.
 
     Raises:
         ValueError: a part is missing or does not fit; see also `load_first_stage`.
@@ -187,7 +191,7 @@ def build_pipeline(
     if args.pretrained_model_name_or_path:
         pipe = load_pipeline(args, names)
     else:
-        pipe = new_pipeline(args, resolution, names, captions)
+        pipe = new_pipeline(args, resolution, names, captions, train or TrainArgs())
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config["block_out_channels"]) - 1)
     if resolution % multiple:
         nearest = max(multiple, round(resolution / multiple) * multiple)
@@ -198,7 +202,9 @@ def build_pipeline(
     return pipe
 
 
-def new_pipeline(args: LDMArgs, resolution: int, names: Names | None, captions: Sequence[str]) -> LDMBasePipeline:
+def new_pipeline(
+    args: LDMArgs, resolution: int, names: Names | None, captions: Sequence[str], train: TrainArgs
+) -> LDMBasePipeline:
     vqvae, kind = load_first_stage(args), KINDS[args.task]
     factor = first_stage_factor(vqvae)
     side = resolution // factor
@@ -210,7 +216,7 @@ def new_pipeline(args: LDMArgs, resolution: int, names: Names | None, captions: 
     }
     vocabulary = {}
     if args.task == "text":
-        parts["tokenizer"] = load_tokenizer(args, captions)
+        parts["tokenizer"] = load_tokenizer(args, captions, train)
         vocabulary = {"vocab_size": len(parts["tokenizer"])}
     conditioner = build_conditioner(
         args, num_labels=None if names is None else names.count, num_stages=factor.bit_length() - 1, **vocabulary
@@ -278,11 +284,12 @@ def model_labels(pipe: LDMBasePipeline, task: str) -> int | None:
     return pipe.spatial_rescaler.config["in_channels"] if task == "semantic" else None
 
 
-def load_tokenizer(args: LDMArgs, captions: Sequence[str]) -> PreTrainedTokenizerBase:
+def load_tokenizer(args: LDMArgs, captions: Sequence[str], train: TrainArgs) -> PreTrainedTokenizerBase:
     """The tokenizer that the options name, or a byte-pair one learnt from the captions."""
     if args.pretrained_tokenizer_name_or_path:
         return AutoTokenizer.from_pretrained(args.pretrained_tokenizer_name_or_path)
-    return train_tokenizer(list(captions), ClipArgs(vocab_size=args.vocab_size, max_length=args.text_max_length))
+    sizes = ClipArgs(vocab_size=args.vocab_size, max_length=args.text_max_length)
+    return learn_once(train, "tokenizer", lambda: train_tokenizer(list(captions), sizes))
 
 
 def sample_format(pipe: LDMBasePipeline, args: LDMArgs) -> SampleFormat:

@@ -42,6 +42,7 @@ from diffusers_ext.models.vq_paella import downsample_factor
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -212,11 +213,11 @@ def main(argv: list[str] | None = None) -> None:
             if args.scale_samples and "scaling_factor" in autoencoder.config:
                 count, device = args.scale_samples, accelerator.device
                 store_scale(objective, first_pictures(train_set, count, data, train.seed, device))
-            autoencoder.save_pretrained(train.output_dir)
             name = type(autoencoder).__name__
             scale = autoencoder.config.get("scaling_factor", 1.0)  # Paella's has a batch norm before its codes
             publish_result(
                 train,
+                autoencoder.save_pretrained,
                 recipe="autoencoder",
                 argv=argv,
                 summary=f"First stage {name}; scaling_factor {scale:.5g}.{last_report(train)}",
@@ -357,7 +358,7 @@ def fit_autoencoder(
             decoded = decoded.clamp(-1, 1)
             if not seen:
                 pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
-                picture_grid(pairs, columns=8).save(Path(train.output_dir) / f"validation-{step}.png")
+                replace_file(Path(train.output_dir) / f"validation-{step}.png", picture_grid(pairs, columns=8).save)
             seen.append(details)
             return decoded
 

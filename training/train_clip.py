@@ -13,6 +13,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -35,6 +36,7 @@ from diffusers_ext.data.preprocessing import choose_text, prepare_image
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -395,7 +397,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path)
         clip = load_clip(args.pretrained_model_name_or_path, data.resolution)
     else:
-        tokenizer = train_tokenizer(captions, args)
+        tokenizer = learn_once(train, "tokenizer", partial(train_tokenizer, captions, args))
         clip = build_clip(args, tokenizer, data.resolution)
     if train.gradient_checkpointing:
         clip.gradient_checkpointing_enable({"use_reentrant": False})
@@ -420,14 +422,18 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if finished and accelerator.is_main_process:
         clip.logit_scale.data.clamp_(max=LARGEST_LOGIT_SCALE)  # the last step may have gone beyond
-        clip.save_pretrained(train.output_dir)
-        tokenizer.save_pretrained(train.output_dir)
         side = {"height": data.resolution, "width": data.resolution}
-        CLIPImageProcessor(
+        processor = CLIPImageProcessor(
             size=side, crop_size=side, image_mean=IMAGE_MEAN, image_std=IMAGE_STD, do_center_crop=False
-        ).save_pretrained(train.output_dir)
+        )
+
+        def save(folder: Path) -> None:
+            for part in (clip, tokenizer, processor):
+                part.save_pretrained(folder)
+
         publish_result(
             train,
+            save,
             recipe="clip",
             argv=argv,
             summary="A CLIPModel with its tokenizer.",

@@ -28,6 +28,7 @@ from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.lora import add_lora, merge_lora, save_lora
 from diffusers_ext.training_utils.results import publish_result
 from diffusers_ext.training_utils.schedules import WarmupDecay, ldm_ema
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     train_set, validation_set = load_rows(args, data)
     captions = read_captions(train_set.dataset, data.caption_column) if args.task == "text" else ()
     names = find_names((train_set, validation_set), args, data)
-    pipe = build_pipeline(args, data.resolution, names, captions)
+    pipe = build_pipeline(args, data.resolution, names, captions, train)
     for network in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
         torch.nn.Module.float(network)  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.autocast():
             losses = validation.losses(denoiser)
         sheet, figures = validation.pictures()
-        sheet.save(Path(train.output_dir) / f"validation-{step}.png")
+        replace_file(Path(train.output_dir) / f"validation-{step}.png", sheet.save)
         return losses | figures
 
     finished = loop.fit(
@@ -117,15 +118,18 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=data.dataloader_num_workers, on_validate=validate, lr_multiplier=lr_multiplier(args, train),
         averaged=pipe.unet, make_ema=ldm_ema,
     )  # fmt: skip
-    if finished and accelerator.is_main_process:
+
+    def save(folder: Path) -> None:
         store_scale(pipe, denoiser, args)
         if args.rank:
-            save_lora(pipe.unet, train.output_dir)
+            save_lora(pipe.unet, folder)
             merge_lora(pipe.unet)
-        pipe.save_pretrained(train.output_dir)
+        pipe.save_pretrained(folder)
+
+    if finished and accelerator.is_main_process:
         name = type(pipe).__name__
         publish_result(
-            train, recipe="ldm", argv=argv, summary=f"A {name} (latent diffusion, task {args.task}).",
+            train, save, recipe="ldm", argv=argv, summary=f"A {name} (latent diffusion, task {args.task}).",
             usage=USAGE.format(name=name, folder=train.output_dir),
         )  # fmt: skip
     accelerator.end_training()

@@ -30,6 +30,8 @@ from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.annealing import CyclicalAnnealing
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.checkpoints import replace_file
+from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -157,8 +159,14 @@ def train_tokenizer(sentences: list[str], vocab_size: int, special: dict[str, st
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def build_model(args: OptimusArgs, sentences: list[str]) -> tuple[AutoencoderOptimus, Tokenizers]:
-    """The network that is trained with its tokenizers: a trained one, one of BERT and GPT-2, or a new small one."""
+def build_model(
+    args: OptimusArgs, sentences: list[str], train: TrainArgs | None = None
+) -> tuple[AutoencoderOptimus, Tokenizers]:
+    """The network that is trained with its tokenizers: a trained one, one of BERT and GPT-2, or a new small one.
+
+    Args:
+        train: Says whether a run is resumed, whose tokenizers were learnt already.
+    """
     if args.pretrained_model_name_or_path:
         folder = args.pretrained_model_name_or_path
         model = AutoencoderOptimus.from_pretrained(folder, dropout=args.dropout)
@@ -166,8 +174,11 @@ def build_model(args: OptimusArgs, sentences: list[str]) -> tuple[AutoencoderOpt
         return model, (encoder, decoder)
     if args.pretrained_encoder_name_or_path:
         return join_pretrained(args)
-    encoder = train_tokenizer(sentences, args.vocab_size, ENCODER_TOKENS)
-    decoder = train_tokenizer(sentences, args.vocab_size, SPECIAL_TOKENS)
+    train = TrainArgs() if train is None else train
+    encoder, decoder = (
+        learn_once(train, f"{part}_tokenizer", partial(train_tokenizer, sentences, args.vocab_size, special))
+        for part, special in zip(PARTS, (ENCODER_TOKENS, SPECIAL_TOKENS), strict=True)
+    )
     model = AutoencoderOptimus(
         latent_dim=args.latent_dim,
         encoder_hidden_size=args.encoder_hidden_size,
@@ -303,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     train_set, validation_set = load_sentences(data)
     transform = partial(read_sample, column=data.caption_column, lower_case=args.lower_case)
     first = (transform(train_set[i], loop.keyed_generator(i)) for i in range(min(len(train_set), 20_000)))
-    model, tokenizers = build_model(args, [sample["sentence"] for sample in first])
+    model, tokenizers = build_model(args, [sample["sentence"] for sample in first], train)
     logger.info("%d sentences, %d parameters", len(train_set), sum(p.numel() for p in model.parameters()))
     collate = partial(collate_samples, tokenizers=tokenizers, args=args)
     annealing, pad_token_id = make_annealing(args, train), model.config["pad_token_id"]
@@ -325,22 +336,26 @@ def main(argv: list[str] | None = None) -> None:
         found, pairs = reconstruct(model, batch, tokenizers, args)
         figures.update(found)
         lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
-        (Path(train.output_dir) / f"validation-{step}.jsonl").write_text(lines, encoding="utf-8")
+        sheet = Path(train.output_dir) / f"validation-{step}.jsonl"
+        replace_file(sheet, lambda path: path.write_text(lines, encoding="utf-8"))
         return {f"validation_{name}": value for name, value in found.items()}
 
     finished = loop.fit(
         accelerator, model, compute_loss, train_set, train, transform=transform, collate=collate,
         num_workers=data.dataloader_num_workers, on_validate=validate, before_step=before_step,
     )  # fmt: skip
-    if finished and accelerator.is_main_process:
-        model.save_pretrained(train.output_dir)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
         for part, tokenizer in zip(PARTS, tokenizers, strict=True):
-            tokenizer.save_pretrained(Path(train.output_dir) / f"{part}_tokenizer")
+            tokenizer.save_pretrained(folder / f"{part}_tokenizer")
+
+    if finished and accelerator.is_main_process:
         summary = "An AutoencoderOptimus with its two tokenizers."
         if figures:
             summary += f" {figures['exact']:.1%} of held-out sentences come back exactly (validation_exact)."
         usage = USAGE.format(folder=train.output_dir, max_length=args.max_length)
-        publish_result(train, recipe="optimus", argv=argv, summary=summary, usage=usage)
+        publish_result(train, save, recipe="optimus", argv=argv, summary=summary, usage=usage)
     accelerator.end_training()
 
 

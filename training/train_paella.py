@@ -47,6 +47,7 @@ from diffusers_ext.training_utils.cache import (
     in_batches,
     open_cache,
 )
+from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.results import publish_result
 
 logger = logging.getLogger(__name__)
@@ -489,7 +490,8 @@ def main(argv: list[str] | None = None) -> None:
             num_inference_steps=args.num_inference_steps, output_type="pt",
             generator=[torch.Generator().manual_seed(i) for i in range(count)],
         ).images  # fmt: skip
-        picture_grid(pictures * 2 - 1, columns=8).save(Path(train.output_dir) / f"validation-{step}.png")
+        sheet = picture_grid(pictures * 2 - 1, columns=8)
+        replace_file(Path(train.output_dir) / f"validation-{step}.png", sheet.save)
         return {}
 
     finished = loop.fit(
@@ -497,14 +499,22 @@ def main(argv: list[str] | None = None) -> None:
         transform=read_cached if args.cache_dir else transform, num_workers=data.dataloader_num_workers,
         on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
-    if finished and accelerator.is_main_process:
+
+    def save(folder: Path) -> None:
         if args.rank:
-            unet.save_lora_adapter(train.output_dir)
+            unet.save_lora_adapter(folder)
             unet.fuse_lora()
             unet.unload_lora()
-        pipe.save_pretrained(train.output_dir)
+        pipe.save_pretrained(folder)
+
+    if finished and accelerator.is_main_process:
         publish_result(
-            train, recipe="paella", argv=argv, summary="A PaellaPipeline.", usage=USAGE.format(folder=train.output_dir)
+            train,
+            save,
+            recipe="paella",
+            argv=argv,
+            summary="A PaellaPipeline.",
+            usage=USAGE.format(folder=train.output_dir),
         )
     accelerator.end_training()
 

@@ -37,6 +37,7 @@ from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.results import publish_result
 
@@ -325,13 +326,14 @@ def draw_validation(
         )  # fmt: skip
         if parts_of(flow)[1] == "image":
             images = encoders.vae.decode(latents / encoders.vae.config.scaling_factor).sample
-            picture_grid(images.clamp(-1, 1), columns=8).save(f"{path}-{flow}.png")
+            replace_file(Path(f"{path}-{flow}.png"), picture_grid(images.clamp(-1, 1), columns=8).save)
             continue
         longest = min(MAX_SENTENCE_LENGTH, encoders.optimus.longest_sentence)
         found = read_sentences(decoder, encoders.optimus.decode(latents, do_sample=False, max_length=longest))
         pairs = zip(batch["prompt"], found, strict=True)
         lines = [json.dumps({"caption": caption, "generated": sentence}) + "\n" for caption, sentence in pairs]
-        Path(f"{path}-{flow}.jsonl").write_text("".join(lines), encoding="utf-8")
+        text = "".join(lines)
+        replace_file(Path(f"{path}-{flow}.jsonl"), lambda file, text=text: file.write_text(text, encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -387,22 +389,25 @@ def main(argv: list[str] | None = None) -> None:
         accelerator, flows, compute_loss, samples, train, transform=transform,
         num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
-    if finished and accelerator.is_main_process:
+
+    def save(folder: Path) -> None:
         if args.rank:
-            unet.save_lora_adapter(train.output_dir)
+            unet.save_lora_adapter(folder)
             unet.fuse_lora()
             unet.unload_lora()
         pipe = VersatilePipeline(
             unet=unet, scheduler=scheduler, **parts, default_guidance_scale=args.guidance_scale,
             default_sample_size=data.resolution // vae_factor(parts),
         )  # fmt: skip
-        pipe.save_pretrained(train.output_dir)
+        pipe.save_pretrained(folder)
+
+    if finished and accelerator.is_main_process:
         summary = f"A VersatilePipeline with the flows {', '.join(unet.flows)}."
         if new := untrained_parts(args):
             verb = "was" if len(new) == 1 else "were"
             summary += f" Its {' and '.join(new)} {verb} never trained: it shows that the recipe runs, nothing else."
         publish_result(
-            train, recipe="versatile", argv=argv, summary=summary, usage=USAGE.format(folder=train.output_dir)
+            train, save, recipe="versatile", argv=argv, summary=summary, usage=USAGE.format(folder=train.output_dir)
         )
     accelerator.end_training()
 

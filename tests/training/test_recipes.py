@@ -71,7 +71,10 @@ def test_autoencoder_smoke_run_goes_through_every_phase(stages):
     assert len(logged(stages["vq"], "disc_loss")) >= 1 and len(logged(stages["vq"], "validation_psnr")) == 1
     assert (stages["vq"] / "validation-8.png").is_file()
     card = (stages["vq"] / "README.md").read_text()
-    assert "accelerate launch training/train_autoencoder.py" in card and "| step |" in card
+    assert (
+        "accelerate launch --num_processes 1 --mixed_precision no training/train_autoencoder.py" in card
+        and "| step |" in card
+    )
 
 
 def test_autoencoder_resumes_to_the_bit_with_its_discriminator(stages, tmp_path):

@@ -3,10 +3,10 @@
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from .args import TrainArgs
+from .args import LAUNCHER, TrainArgs
 
 # What shards weights: a checkpoint of the main process would hold a part of them.
 NOT_BUILT = {
@@ -36,8 +36,8 @@ def make_accelerator(train: TrainArgs) -> Accelerator:
     accelerator.gradient_accumulation_steps = 1  # the environment would divide every gradient once more
     if train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
-            f"--mixed_precision=fp16 (from {train.origin.sources['mixed_precision']}) needs a GPU: on a CPU it would be "
-            "float32 without a word. Pass bf16 or no."
+            f"--mixed_precision=fp16 (from {train.origin.sources['mixed_precision']}) needs a GPU: on a CPU it would "
+            "be float32 without a word. Pass bf16 or no."
         )
     return accelerator
 
@@ -50,22 +50,24 @@ def refuse(name: str) -> None:
     )
 
 
-def describe(train: TrainArgs, accelerator: Accelerator) -> str:
-    """One line about what a step is made of, and who said so."""
+def describe(train: TrainArgs) -> str:
+    """What a step is made of, and who said so."""
     batch, accumulation = train.train_batch_size, train.gradient_accumulation_steps
+    processes, sources = PartialState().num_processes, train.origin.sources
     return (
-        f"{accelerator.num_processes} processes x {batch} samples x {accumulation} micro-steps = "
-        f"{accelerator.num_processes * batch * accumulation} samples a step (accumulation from "
-        f"{train.origin.sources['gradient_accumulation_steps']}); precision {train.mixed_precision} (from "
-        f"{train.origin.sources['mixed_precision']})"
+        f"{processes} {'process' if processes == 1 else 'processes'} x {batch} samples x {accumulation} micro-steps = "
+        f"{processes * batch * accumulation} samples a step (accumulation from "
+        f"{sources['gradient_accumulation_steps']}), precision {train.mixed_precision} (from "
+        f"{sources['mixed_precision']})"
     )
 
 
-def launch_words(train: TrainArgs, accelerator: Accelerator) -> list[str]:
+def launch_words(train: TrainArgs) -> list[str]:
     """The words before the script's name that launch such a run again, whatever a configuration file says."""
-    processes = accelerator.num_processes
-    words = ["accelerate", "launch"]
-    if accelerator.device.type == "cpu":
+    processes, words = PartialState().num_processes, ["accelerate", "launch"]
+    if train.origin.sources["gradient_accumulation_steps"] == "the launcher":
+        words = [f"{LAUNCHER['gradient_accumulation_steps'][0]}={train.gradient_accumulation_steps}", *words]
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
         words = ["ACCELERATE_USE_CPU=true", *words]
     if processes > 1:
         words.append("--multi_gpu")  # on CPUs as well: `--cpu` would start a single process

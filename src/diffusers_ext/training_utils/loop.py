@@ -37,10 +37,10 @@ from .checkpoints import (
     publish,
     put_aside,
     replace_file,
-    restore,
     rotate,
     save_state,
 )
+from .folders import recover_result
 from .launch import SkippedSteps, describe, make_accelerator
 from .record import Record, check_same_run, make_record, save_learnt, write_options
 
@@ -279,7 +279,7 @@ def start(args: TrainArgs) -> Accelerator:
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
-        restore(output_dir)  # what an interrupted export has left behind
+        recover_result(output_dir)  # what an interrupted export has left behind
         output_dir.mkdir(exist_ok=True)
         rotate(output_dir, None)  # ... and an interrupted save
     accelerator.wait_for_everyone()
@@ -290,7 +290,7 @@ def start(args: TrainArgs) -> Accelerator:
             "another --output_dir, or remove its checkpoints."
         )
     args.origin.checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    logger.info("%s", describe(args, accelerator))
+    logger.info("%s", describe(args))
     if args.trackers:
         accelerator.init_trackers("diffusers_ext")
     return accelerator

@@ -1,45 +1,75 @@
-"""What every recipe does with its final folder: a model card with the command and the log, and the optional upload."""
+"""What every recipe does at its end: the result, a model card with command and log, and the optional upload."""
 
 import json
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .args import TrainArgs
+from .args import TrainArgs, all_options
+from .folders import write_result
 from .hub import push_folder, write_model_card
+from .launch import describe, launch_words
 
 logger = logging.getLogger(__name__)
 
 
-def publish_result(train: TrainArgs, *, recipe: str, argv: Sequence[str] | None, summary: str, usage: str) -> None:
-    """Writes `output_dir/README.md` and uploads the folder if `--push_to_hub` is set.
+def publish_result(
+    train: TrainArgs,
+    save: Callable[[Path], None],
+    *,
+    recipe: str,
+    argv: Sequence[str] | None,
+    summary: str,
+    usage: str,
+    tags: Sequence[str] = (),
+) -> None:
+    """Puts the result and its model card into `output_dir`, both or none, and uploads it if `--push_to_hub` is set.
 
     Args:
         train: Names the folder, its licence and the Hub repository.
-        recipe: `train_<recipe>.py` made the folder.
+        save: `(folder) -> None` writes the result: `save_pretrained` of the pipeline or model, and what belongs to it.
+        recipe: `train_<recipe>.py` made it.
         argv: The words of its command line (`None`: those of this process).
         summary: One sentence: what the folder holds.
         usage: Python lines that load it.
+        tags: For the Hub: the task and the like.
+
+    Raises:
+        FloatingPointError: a weight is not finite; an older result stays.
     """
     folder = Path(train.output_dir)
     words = list(sys.argv[1:] if argv is None else argv)
     log = folder / "log.jsonl"  # may be gone where a finished run is only exported again
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     training = [line for line in lines if "loss" in line]
-    write_model_card(
-        folder,
-        title=folder.name,
-        description=f"{summary} Trained by `training/train_{recipe}.py` for {train.max_train_steps} steps.",
-        license=train.license or "other",
-        usage=usage,
-        command=shlex.join(["accelerate", "launch", f"training/train_{recipe}.py", *words]),
-        log=[{key: line.get(key, "") for key in training[-1]} for line in _thinned(training, 12)],
-    )
+
+    def write(staging: Path) -> None:
+        save(staging)
+        write_model_card(
+            staging,
+            title=folder.resolve().name,
+            description=f"{summary} Trained by `training/train_{recipe}.py` for {train.max_train_steps} steps: "
+            f"{describe(train)}. `options.json` holds every option.",
+            license=train.license or "other",
+            usage=usage,
+            command=shlex.join([*launch_words(train), f"training/train_{recipe}.py", *words]),
+            log=[{key: line.get(key, "") for key in training[-1]} for line in _thinned(training, 12)],
+            tags=tags,
+            base_model=_base_model(train),
+        )
+
+    write_result(folder, write)
     logger.info("The result lies in %s.", folder)
     if train.push_to_hub:
-        push_folder(folder, train.hub_model_id or folder.name, private=train.hub_private_repo)
+        push_folder(folder, train.hub_model_id or folder.resolve().name, private=train.hub_private_repo)
+
+
+def _base_model(train: TrainArgs) -> str | None:
+    """The Hub name of the model that was fine-tuned; a folder on this machine is no name that others could follow."""
+    name = all_options(train).get("pretrained_model_name_or_path")
+    return None if name is None or Path(name).exists() else name
 
 
 def _thinned(lines: list[dict], count: int) -> list[dict]:
