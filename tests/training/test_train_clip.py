@@ -136,6 +136,7 @@ def words(folder: Path, output_dir: Path, *more: str) -> list[str]:
         str(output_dir.parent / "own.yaml"),
         "--train_data_dir",
         str(folder),
+        "--captions_from_names",
         "--output_dir",
         str(output_dir),
         *more,
