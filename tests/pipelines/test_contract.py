@@ -2,16 +2,21 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import accelerate
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 from PIL import Image
-from pipelines.contract import CASES, ONE_EACH, assert_alike, equal, sample
+from pipelines.contract import CASES, ONE_EACH, Result, assert_alike, equal, sample
 from pipelines.tiny_ldm import tiny_mask
 from pipelines.tiny_paella import quiet, tiny_picture
+from safetensors.torch import load_file
+from torch.nn.utils import prune
 
 import diffusers_ext
+from diffusers_ext.training_utils.lora import add_lora, save_lora
 
 ALL = pytest.mark.parametrize("name", CASES)
 
@@ -167,6 +172,164 @@ def test_prompts_of_threads_are_encoded_apart(name, caplog):
 
 
 # --- adapters, saving
+
+
+ONE = pytest.mark.parametrize("name", ONE_EACH)
+
+
+def save_random_lora(name, folder, seed=0) -> Result:
+    """LoRA of rank 2 as the recipes save it, of random numbers; what the pipeline draws with it."""
+    pipe = CASES[name].build()
+    add_lora(pipe.unet, 2)
+    generator = torch.Generator().manual_seed(seed)
+    for key, matrix in pipe.unet.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(matrix, std=0.3, generator=generator)
+    save_lora(pipe.unet, folder)
+    return sample(pipe, name)
+
+
+@ONE
+def test_adapters_by_the_names_of_diffusers(name, tmp_path):
+    """A folder, a file, a dict with `unet.` before its keys; two adapters, weights, off and on, fused, unloaded."""
+    with_lora = save_random_lora(name, tmp_path / "a")
+    other = save_random_lora(name, tmp_path / "b", seed=1)
+    pipe = CASES[name].build()
+    plain, kind = sample(pipe, name), type(pipe.unet)
+    assert pipe.get_active_adapters() == [] and pipe.get_list_adapters() == {}
+    pipe.load_lora_weights(tmp_path / "a", adapter_name="a")
+    assert equal(sample(pipe, name), with_lora) and not equal(with_lora, plain)
+    matrices = load_file(tmp_path / "b" / "pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights({f"unet.{key}": value for key, value in matrices.items()}, adapter_name="b")
+    assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
+    pipe.set_adapters(["a", "b"], [0.0, 1.0])
+    assert_alike(sample(pipe, name), other)
+    pipe.set_adapters("a")
+    assert pipe.get_active_adapters() == ["a"]
+    pipe.disable_lora()
+    assert equal(sample(pipe, name), plain)
+    pipe.enable_lora()
+    pipe.delete_adapters("b")
+    assert pipe.get_list_adapters() == {"unet": ["a"]}
+    pipe.fuse_lora()
+    assert pipe.fused_loras == {"a"} and pipe.num_fused_loras == 1
+    assert_alike(sample(pipe, name), with_lora)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert type(pipe.unet) is kind and pipe.get_list_adapters() == {} and pipe.num_fused_loras == 0
+    assert_alike(sample(pipe, name), plain)
+
+
+@ONE
+def test_a_pipeline_with_an_adapter_is_not_saved_as_it_is(name, tmp_path):
+    """Loaded, added or fused: refused with the way out, which leads to a folder that draws the same."""
+    with_lora = save_random_lora(name, tmp_path)
+    pipe = CASES[name].build()
+    pipe.load_lora_weights(str(tmp_path / "pytorch_lora_weights.safetensors"))
+    way_out = r"`unet` \(.*\) would not load back .* Call `pipe.fuse_lora\(\)` .* `pipe.unload_lora_weights\(\)`"
+    for step in ("loaded", "fused"):
+        with pytest.raises(ValueError, match=way_out):
+            pipe.save_pretrained(tmp_path / step)
+        assert not (tmp_path / step).exists()
+        if step == "loaded":
+            with pytest.raises(ValueError, match=way_out):
+                pipe.push_to_hub("user/refused")  # offline: refused before it asks the Hub for a repository
+            pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded = type(pipe).from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.unet) is type(CASES[name].build().unet)
+    weights = pipe.unet.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.unet.state_dict().items())
+    assert_alike(sample(loaded, name), with_lora)
+
+
+@ONE
+def test_adapters_of_another_network_are_refused_before_they_change_anything(name, tmp_path):
+    pipe = CASES[name].build()
+    plain, keys = sample(pipe, name), list(pipe.unet.state_dict())
+    layer, linear = next((k, m) for k, m in pipe.unet.named_modules() if isinstance(m, torch.nn.Linear))
+    fitting = {
+        f"{layer}.lora_A.weight": torch.zeros(2, linear.in_features),
+        f"{layer}.lora_B.weight": torch.zeros(linear.out_features, 2),
+    }
+    misshaped = fitting | {f"{layer}.lora_A.weight": torch.zeros(2, linear.in_features + 1)}
+    for matrices, message in [
+        ({}, "found no matrices in the given matrices"),
+        ({"te.q.lora_down.weight": torch.zeros(2, 2)}, "te.q.lora_down.weight, which are no LoRA matrices of unet"),
+        (fitting | {"nowhere.lora_A.weight": torch.zeros(2, 2)}, "matrices of another network than this .*: nowhere"),
+        (misshaped, rf"another network than this .*: {layer}.lora_A.weight \(2, {linear.in_features + 1}\) beside"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(matrices)
+    for call in ("fuse_lora", "unfuse_lora", "disable_lora", "enable_lora"):
+        with pytest.raises(ValueError, match="unet has no adapter: call `load_lora_weights` before"):
+            getattr(pipe, call)()
+    pipe.unload_lora_weights()  # nothing to do
+    assert list(pipe.unet.state_dict()) == keys and equal(sample(pipe, name), plain)
+    pipe.load_lora_weights(fitting, adapter_name="zero")
+    with pytest.raises(ValueError, match=r"`adapter_names` holds \['one'\]; the pipeline's adapters are \['zero'\]"):
+        pipe.set_adapters(["zero", "one"])
+    with pytest.raises(ValueError, match=r"`components` is \['text_encoder'\]: LoRA matrices are in \['unet'\] alone"):
+        pipe.fuse_lora(components=["text_encoder"])
+    with pytest.raises(ValueError, match=r"`unet_lora_layers` is missing: pass `peft.get_peft_model_state_dict"):
+        type(pipe).save_lora_weights(tmp_path)
+    type(pipe).save_lora_weights(tmp_path, peft.get_peft_model_state_dict(pipe.unet, adapter_name="zero"))
+    assert sorted(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == sorted(f"unet.{k}" for k in fitting)
+    assert pipe.lora_state_dict(tmp_path).keys() == fitting.keys()
+    assert equal(sample(pipe, name), plain)
+
+
+def in_fp8(network):
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def quantised(network):
+    torch.ao.quantization.quantize_dynamic(network, {torch.nn.Linear}, inplace=True)
+
+
+def pruned(network):
+    layer = next(m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def offloaded(network):
+    accelerate.cpu_offload(network, torch.device("cpu"))
+
+
+@ONE
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_fp8, "stored as torch.float8_e4m3fn .* as after `enable_layerwise_casting`. Save before"),
+        (quantised, "its config describes weights that it does not have .* Undo that, or save before it"),
+        (pruned, "its config describes weights that it does not have .* Undo that, or save before it"),
+        (offloaded, r"its weights are offloaded .* Call `pipe.remove_all_hooks\(\)`"),
+    ],
+)
+def test_what_the_files_do_not_hold_is_not_saved(name, change, message, tmp_path):
+    pipe = CASES[name].build()
+    change(pipe.unet)
+    with pytest.raises(ValueError, match=rf"`unet` \(.*\) would not load back as it is: .*{message}"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_loads_back_equal_is_saved(tmp_path):
+    """Weights kept in bfloat16, compiled, with fused projections."""
+    name = "ldm-text"
+    for change in (
+        lambda pipe: pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32),
+        lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager")),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+    ):
+        pipe = CASES[name].build()
+        change(pipe)
+        pipe.save_pretrained(tmp_path)
+        loaded = type(pipe).from_pretrained(tmp_path, dtype=torch.float32)
+        loaded.set_progress_bar_config(disable=True)
+        assert_alike(sample(loaded, name), sample(pipe, name))
 
 
 # --- pictures and masks

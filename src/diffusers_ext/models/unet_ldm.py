@@ -7,11 +7,12 @@ else, and every other released model, is the stock class.
 """
 
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 
-class LDMUNet(UNet2DModel):
+class LDMUNet(UNet2DModel, PeftAdapterMixin):
     """A `UNet2DModel` whose attention layers all have the same number of heads.
 
     Args:

@@ -49,9 +49,9 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         unet: UNet2DConditionModel,
         scheduler: Any,
         class_embedder: LDMClassEmbedder,
-        class_names: list[str] | dict[int, str] | None = None,
+        class_names: list[str] | dict[str, str] | None = None,
         latent_scale: float | None = None,
-        default_sample_size: int | None = None,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
         super().__init__(

@@ -59,7 +59,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
         unet: UNet2DConditionModel,
         scheduler: Any,
         layout_encoder: LDMLayoutEncoder,
-        class_names: list[str] | dict[int, str] | None = None,
+        class_names: list[str] | dict[str, str] | None = None,
         num_classes: int | None = None,
         max_objects: int = 30,
         encode_crop: bool = True,
@@ -67,7 +67,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
         use_other_flags: bool = False,
         null_condition: bool = False,
         latent_scale: float | None = None,
-        default_sample_size: int | None = None,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
         super().__init__(

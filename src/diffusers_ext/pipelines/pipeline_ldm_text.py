@@ -55,7 +55,7 @@ class LDMTextPipeline(LDMBasePipeline):
         scheduler: Any,
         null_condition: bool = True,
         latent_scale: float | None = None,
-        default_sample_size: int | None = None,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
         super().__init__(

@@ -54,7 +54,7 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         unet: UNet2DModel | LDMUNet,
         scheduler: Any,
         latent_scale: float | None = None,
-        default_sample_size: int | None = None,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
     ):
         super().__init__(
             {"vqvae": vqvae, "unet": unet, "scheduler": scheduler},

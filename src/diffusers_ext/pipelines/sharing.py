@@ -1,22 +1,131 @@
 """What pipelines that share components with others have in common."""
 
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..models.blocks.wrappers import unwrap
+from .adapters import AdapterMixin
+from .saving import check_saveable
 
 _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
-class SharingPipeline(DiffusionPipeline):
-    """A pipeline whose `from_pipe` leaves the shared components as they are.
+# `training_utils/hub.py` says the same: neither of the two may import the other.
+INSTALL = (
+    """pip install .  # in a checkout of diffusers_ext, or with its wheel: pip install path/to/diffusers_ext-*.whl"""
+)
+
+
+class SharingPipeline(AdapterMixin, DiffusionPipeline):
+    """A pipeline whose `from_pipe` leaves the shared components as they are, that saves only what loads back equal,
+    takes LoRA matrices, and pushes a card that says how to load it.
 
     A component may be compiled (`pipe.unet = torch.compile(pipe.unet)`). Of one in `DistributedDataParallel` or
     `DataParallel`, which hide its config and methods, the pipeline keeps the network: sampling has nothing to
     synchronise. Other wrappers are refused.
     """
+
+    _pipeline_tag: str | None = None  # the Hub's name of the task
+    _example = ""  # Python lines that draw with `pipe`
+
+    @classmethod
+    def usage(cls, name: str, config: Mapping[str, Any] | None = None) -> str:
+        """Python lines for a model card: load the pipeline from `name` and draw.
+
+        Args:
+            name: Repository on the Hub, or a folder.
+            config: The pipeline's own, or its `model_index.json`; some lines depend on it.
+        """
+        load = f'pipe = diffusers_ext.{cls.__name__}.from_pretrained("{name}", dtype=torch.float32)'
+        return f"import torch\n\nimport diffusers_ext\n\n{load}\n{cls.example_lines(config or {})}\n"
+
+    @classmethod
+    def example_lines(cls, config: Mapping[str, Any]) -> str:
+        """Lines that draw with `pipe`, for a pipeline of this class and config."""
+        return cls._example
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; what would not load back as it is (adapters, fp8 storage ...) is refused."""
+        check_saveable(self.components)
+        hub = {
+            key: kwargs.pop(key)
+            for key in ("repo_id", "commit_message", "private", "create_pr", "token")
+            if key in kwargs
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            self._push(Path(save_directory), **{"repo_id": Path(save_directory).name} | hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Uploads the pipeline and, if the repository has no card, one that says how to install, load and draw.
+
+        The arguments and the result are those of diffusers.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+            return self._push(
+                Path(folder),
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )
+
+    def _push(
+        self,
+        folder: Path,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> str:
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if subfolder is None:
+            try:
+                card = ModelCard.load(repo_id, token=token)
+            except EntryNotFoundError:
+                card = self._card(repo_id)
+            card.save(folder / "README.md")
+        return self._upload_folder(
+            str(folder),
+            repo_id,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            subfolder=subfolder,
+        )
+
+    def _card(self, repo_id: str) -> ModelCard:
+        name = type(self).__name__
+        data = ModelCardData(
+            library_name="diffusers", pipeline_tag=self._pipeline_tag, tags=["diffusers", "diffusers_ext"]
+        )
+        usage = f"```shell\n{INSTALL}\n```\n\n```python\n{self.usage(repo_id, self.config).strip()}\n```"
+        return ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA `{name}`.\n\n## Use\n\n{usage}\n"
+        )
 
     def register_modules(self, **kwargs: Any) -> None:
         super().register_modules(**{name: _visible_component(name, part) for name, part in kwargs.items()})

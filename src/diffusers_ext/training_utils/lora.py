@@ -27,6 +27,7 @@ def save_lora(network: nn.Module, folder: str | Path) -> None:
     """Writes the matrices alone to `folder/pytorch_lora_weights.safetensors`, under the names that diffusers gives."""
     state = get_peft_model_state_dict(network, adapter_name="default")
     tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, LORA_FILE), metadata={"format": "pt"})
 
 
