@@ -1,0 +1,135 @@
+"""Own pictures over every preset that is no paper's: the first batch reaches the loss, with one option for the source."""
+
+import json
+import logging
+import os
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_autoencoder
+import train_clip
+import train_ldm
+import train_optimus
+import train_paella
+import train_versatile
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ROOT / "training" / "presets"
+OWN = sorted(path for path in PRESETS.glob("*.yaml") if "-paper-" not in path.stem)
+CLASSES = ("cat", "dog", "fox")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(ROOT)  # presets name the bundled checkpoints from there
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A user's folder: captions, class numbers, boxes, label maps, of pictures that are no `scenes`."""
+    folder = tmp_path_factory.mktemp("own") / "pictures"
+    (folder / "maps").mkdir(parents=True)
+    draw, lines = np.random.default_rng(0), []
+    for number in range(12):
+        Image.fromarray(draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(draw.integers(0, 5, (40, 36), dtype=np.uint8)).save(folder / "maps" / f"{number}.png")
+        kind = CLASSES[number % 3]
+        entry = {
+            "file_name": f"{number}.png", "semantic_file_name": f"maps/{number}.png", "text": f"a {kind} in the grass",
+            "label": number % 3, "boxes": [[0.1, 0.2, 0.6, 0.9]], "box_names": [kind],
+        }  # fmt: skip
+        lines.append(json.dumps(entry) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predecessors(tmp_path_factory) -> dict[str, str]:
+    """Results of earlier stages where a preset names one under runs/: tiny, one step each, or bundled ones."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    base = tmp_path_factory.mktemp("stages")
+    scenes = ("--dataset_name", "scenes", "--max_train_samples", "12", "--max_train_steps", "1")
+    runs = {
+        "kl": (train_autoencoder, "autoencoder-kl-smoke.yaml", ("--resolution", "32", "--disc_start", "none")),
+        "vq": (train_autoencoder, "autoencoder-smoke.yaml", ("--resolution", "32", "--disc_start", "none")),
+        "clip": (train_clip, "clip-smoke.yaml", ("--resolution", "32")),
+        "optimus": (train_optimus, "optimus-smoke.yaml", ()),
+    }
+    for name, (recipe, preset, words) in runs.items():
+        recipe.main([str(PRESETS / preset), *scenes, *words, "--output_dir", str(base / name)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return {name: str(base / name) for name in runs} | {
+        "paella": "checkpoints/paella-scenes-64", "versatile": "checkpoints/versatile-scenes-64",
+    }  # fmt: skip
+
+
+# what a preset's option names -> the predecessor that stands for it
+PARTS = {
+    "pretrained_vqvae_name_or_path": "vq",
+    "pretrained_clip_name_or_path": "clip",
+    "pretrained_optimus_name_or_path": "optimus",
+}
+
+
+def shrunk(preset: Path, predecessors: dict[str, str]) -> list[str]:
+    """Options for a small batch, and predecessors in place of those that lie under runs/."""
+    options, family = yaml.safe_load(preset.read_text()), preset.stem.split("-")[0]
+    words = ["--train_batch_size", "2", "--logging_steps", "1", "--checkpointing_steps", "99"]
+    whole = {"autoencoder": predecessors["kl"], **predecessors}
+    for name, value in options.items():
+        if name.startswith("pretrained_") and str(value).startswith("runs/"):
+            goes_on = (
+                "pretrained_model_name_or_path" in options
+            )  # whose CLIP has the width that the network was made for
+            words += [f"--{name}", whole[family] if goes_on or name not in PARTS else predecessors[PARTS[name]]]
+    if family != "optimus":
+        words += ["--resolution", "64" if str(options.get("pretrained_model_name_or_path")) != "None" else "32"]
+    if family in ("autoencoder", "clip") and "pretrained_model_name_or_path" in options:
+        words[-1] = "32"  # as the tiny ones
+    if "kmeans_samples" in options:
+        words += ["--kmeans_samples", "8", "--num_vq_embeddings", "8"]
+    return words
+
+
+class _Reached(Exception):
+    """The first batch has been through the loss and back."""
+
+
+def recipe_of(preset: Path):
+    return import_module(f"train_{preset.stem.split('-')[0]}")
+
+
+@pytest.mark.parametrize("preset", OWN, ids=lambda path: path.stem)
+def test_every_preset_starts_on_an_own_folder(preset, pictures, predecessors, tmp_path, monkeypatch, caplog):
+    """One option more than the preset, `--train_data_dir`; the optimizer is stopped before its first step."""
+
+    def stop(self, *args, **kwargs):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+        raise _Reached
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    data = ["--train_data_dir", str(pictures), "--output_dir", str(tmp_path / "run")]
+    with caplog.at_level(logging.INFO), pytest.raises(_Reached):
+        recipe_of(preset).main([str(preset), *data, *shrunk(preset, predecessors)])
+    options = yaml.safe_load(preset.read_text())
+    assert "mirrored" not in caplog.text  # no preset for own data does it unasked
+    assert "1 of 12 rows are held out" in caplog.text
+    for name in ("negative_caption_column", "paraphrase_column", "cache_dir", "dataset_config_name"):
+        assert (f"--{name}" in caplog.text) == (name in options)  # told what does not count any more
+
+
+def test_recipes_are_all_there():
+    assert {preset.stem.split("-")[0] for preset in OWN} == {
+        module.__name__.removeprefix("train_")
+        for module in (train_autoencoder, train_clip, train_ldm, train_optimus, train_paella, train_versatile)
+    }
