@@ -352,6 +352,79 @@ def test_unreadable_picture_is_named(tmp_path):
         decode_image(7)
 
 
+# ------------------------------------------------------------------------------------------------ which files count
+
+
+def test_whatever_pillow_reads_is_a_picture(tmp_path, caplog):
+    for number, name in enumerate(("a.jfif", "b.avif", "c.JPE", "d.tga", "e.jp2", "f", "g.jpg_large")):
+        form = {"b.avif": "AVIF", "d.tga": "TGA", "e.jp2": "JPEG2000", "f": "PNG"}.get(name, "JPEG")
+        Image.new("RGB", (20, 10 + number), RED).save(tmp_path / name, form)
+    (
+        (tmp_path / "notes.md").write_text("# none"),
+        (tmp_path / "Thumbs.db").write_bytes(b"x"),
+        (tmp_path / "._a").touch(),
+    )
+    with caplog.at_level("INFO"):
+        rows = load_image_dataset(tmp_path)
+    assert [row["image"].size[1] for row in rows] == list(range(10, 17))
+    assert "Not read in" in caplog.text and "'notes.md'" in caplog.text and "Thumbs" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["b.heic", "deep/b.SVG", "b.cr2"])
+def test_pictures_that_pillow_cannot_read_are_named(tmp_path, name):
+    save(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"whatever")
+    refused(f"has 1 pictures in a format that Pillow does not read here, such as '{name}'", tmp_path)
+
+
+def test_links(tmp_path):
+    save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.png").symlink_to(tmp_path / "elsewhere" / "a.png")  # the user's own act
+    assert len(load_image_dataset(tmp_path / "own")) == 1
+    (tmp_path / "own" / "again").symlink_to(tmp_path / "own")
+    refused("again' is a link to a folder that it lies in", tmp_path / "own")
+    (tmp_path / "own" / "again").unlink()
+    (tmp_path / "own" / "b.png").symlink_to(tmp_path / "gone.png")
+    refused("b.png' is a link to something that does not exist", tmp_path / "own")
+
+
+@pytest.mark.parametrize("form", ["absolute", "above", "windows", "number"])
+def test_file_names_stay_inside_their_folder(tmp_path, form):
+    outside = save(tmp_path / "outside.png")
+    folder = save(tmp_path / "own" / "a.png").parent
+    name = {"absolute": str(outside), "above": "../outside.png", "windows": "..\\outside.png", "number": 5}[form]
+    message = "Entry 2 of .* has the file name 5" if form == "number" else "Entry 2 of .* leads out of its folder"
+    write_metadata(folder, {"file_name": "a.png"}, {"file_name": name})
+    refused(message, folder)
+    write_metadata(folder, {"file_name": "a.png"}, {"file_name": "a.png", "low_file_name": name})
+    refused(message, folder)
+
+
+def test_pictures_that_all_lie_deep(tmp_path):
+    save(tmp_path / "a" / "b" / "1.png"), save(tmp_path / "a" / "c" / "2.png")
+    refused(r"has its pictures 2 folders deep \('a/b/1.png'\): name the folder above the classes", tmp_path)
+
+
+def test_split_folders_beside_other_things(tmp_path):
+    save(tmp_path / "Train" / "cat" / "1.png"), save(tmp_path / "test" / "cat" / "2.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "x.xml").write_text("<a/>")
+    assert load_image_dataset(tmp_path, columns=("label",)).features["label"].names == ["cat"]
+    save(tmp_path / "val" / "cat" / "1.png"), save(tmp_path / "valid" / "cat" / "1.png")
+    refused("has both 'val' and 'valid': keep one", tmp_path)
+
+
+def test_max_samples_are_drawn_from_all_classes(tmp_path):
+    for kind in ("cat", "dog", "fox"):
+        for number in range(12):
+            save(tmp_path / kind / f"{number}.png")
+    labels = list(load_image_dataset(tmp_path, max_samples=12)["label"])
+    assert len(labels) == 12 and set(labels) == {0, 1, 2} and labels == sorted(labels)  # drawn, in their order
+    assert list(load_image_dataset(tmp_path, max_samples=12)["label"]) == labels
+
+
 def test_missing_package_names_the_extra(monkeypatch):
     for name in ("datasets", "skimage", "skimage.data"):
         monkeypatch.setitem(sys.modules, name, None)  # what makes `import` fail

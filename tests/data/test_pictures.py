@@ -1,7 +1,9 @@
 """Which pictures a recipe's options name, and what a network gets of one picture."""
 
+import shutil
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,47 @@ def test_a_tenth_of_a_folder_is_held_out_always_the_same(tmp_path):
 def test_a_tiny_folder_is_validated_on_itself(tmp_path):
     train, validation = load_pictures(source(train_data_dir=shades(tmp_path, 4)))
     assert len(train) == len(validation) == 4
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "test"])
+def test_a_validation_split_beside_train_is_used(tmp_path, caplog, name):
+    for kind, shade in (("cat", 10), ("dog", 20)):
+        for number in range(12):
+            for split in ("train", name):
+                if split == "train" or kind == "dog":
+                    path = tmp_path / split / kind / f"{number}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (4, 4), (shade + (split != "train"), 0, 0)).save(path)
+    with caplog.at_level("INFO"):
+        train, validation = load_pictures(source(train_data_dir=str(tmp_path)), columns=("label",))
+    assert len(train) == 24 and len(validation) == 12  # nothing of train is held out
+    assert {row["image"].getpixel((0, 0))[0] for row in validation} == {21}
+    assert set(validation["label"]) == {1}  # the number that a dog has in train
+    assert f"Validation: 12 of 12 rows of the split '{'test' if name == 'test' else 'validation'}'" in caplog.text
+    shutil.copytree(tmp_path / name / "dog", tmp_path / name / "fox")
+    with pytest.raises(ValueError, match="split .* has the class 'fox', which the training pictures lack"):
+        load_pictures(source(train_data_dir=str(tmp_path)), columns=("label",))
+
+
+def test_a_test_split_of_the_hub_without_labels_is_left_out(tmp_path, caplog):
+    for split, label in (("train", 1), ("test", -1)):
+        rows = {"image": [b"x"] * 20, "label": [label] * 20}
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "hub" / f"{split}-00000-of-00001.parquet"))
+    with caplog.at_level("INFO"):
+        train, validation = load_pictures(source(dataset_name=str(tmp_path / "hub")), columns=("label",))
+    assert (len(train), len(validation)) == (18, 2)
+    assert "'test' of the data set" in caplog.text and "negative numbers in the column 'label'" in caplog.text
+
+
+def test_what_is_held_out_and_mirrored_is_logged(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        load_pictures(source(train_data_dir=shades(tmp_path, 25), random_flip=True))
+    assert "Validation: 2 of 25 rows are held out" in caplog.text and "pictures are mirrored" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load_pictures(source(train_data_dir=str(tmp_path), random_flip=False, max_train_samples=5))
+    assert "with only 5 rows none is held out" in caplog.text and "mirrored" not in caplog.text
 
 
 def test_pictures_are_scaled_to_the_shorter_side_and_cropped():

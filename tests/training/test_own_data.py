@@ -1,4 +1,4 @@
-"""Own pictures over every preset that is no paper's: the first batch reaches the loss, with one option for the source."""
+"""Own pictures over every preset that is no paper's: the first batch reaches the loss."""
 
 import json
 import logging
@@ -18,6 +18,8 @@ import train_versatile
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
+
+from diffusers_ext.models.unet_paella import PaellaUNet
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -87,9 +89,7 @@ def shrunk(preset: Path, predecessors: dict[str, str]) -> list[str]:
     whole = {"autoencoder": predecessors["kl"], **predecessors}
     for name, value in options.items():
         if name.startswith("pretrained_") and str(value).startswith("runs/"):
-            goes_on = (
-                "pretrained_model_name_or_path" in options
-            )  # whose CLIP has the width that the network was made for
+            goes_on = "pretrained_model_name_or_path" in options  # with a CLIP of the width that it knows
             words += [f"--{name}", whole[family] if goes_on or name not in PARTS else predecessors[PARTS[name]]]
     if family != "optimus":
         words += ["--resolution", "64" if str(options.get("pretrained_model_name_or_path")) != "None" else "32"]
@@ -133,3 +133,63 @@ def test_recipes_are_all_there():
         module.__name__.removeprefix("train_")
         for module in (train_autoencoder, train_clip, train_ldm, train_optimus, train_paella, train_versatile)
     }
+
+
+@pytest.mark.parametrize(
+    "words", [("--disc_start", "none"), ("--disc-start=None",), ("--disc_start", "3", "--disc_start", "none")]
+)
+def test_none_unsets_an_optional_field(words):
+    preset = str(PRESETS / "autoencoder-smoke.yaml")
+    assert train_autoencoder.parse_args([preset])[0].disc_start == 6
+    assert train_autoencoder.parse_args([preset, *words])[0].disc_start is None
+    assert train_autoencoder.parse_args([preset, *words, "--disc_start", "4"])[0].disc_start == 4
+    train = train_autoencoder.parse_args([preset, "--checkpoints_total_limit", "none"])[2]
+    assert train.checkpoints_total_limit is None  # also where the default is a number
+    assert train_ldm.parse_args([str(PRESETS / "ldm-smoke.yaml"), "--layout_flags", "none"])[0].layout_flags == "none"
+    with pytest.raises(SystemExit):
+        train_autoencoder.parse_args([preset, "--train_batch_size", "none"])
+
+
+def test_an_empty_value_of_a_preset_unsets_as_well(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text("dataset_name: scenes\ncheckpoints_total_limit: null\nguidance_scale: null\n")
+    args, _, train = train_paella.parse_args([str(preset)])
+    assert train.checkpoints_total_limit is None and args.guidance_scale == 5.0  # may not be unset: says nothing
+
+
+def test_another_source_replaces_what_the_preset_says_of_its_data(caplog):
+    preset = str(PRESETS / "clip-versatile-scenes-64-bindings.yaml")
+    for words in ((), ("--dataset_name", "scenes"), ("--learning_rate", "1")):
+        args, data, _ = train_clip.parse_args([preset, *words])
+        assert (data.dataset_name, data.dataset_config_name, data.train_data_dir) == ("scenes", "plain", None)
+        assert args.negative_caption_column == "negative_texts" and data.max_train_samples == 500000
+    assert not caplog.text
+    for words, folder, name in (
+        (("--train_data_dir", "x"), "x", None), (("--train-data-dir=x", "--dataset_name", "none"), "x", None),
+        (("--dataset_name", "me/pictures"), None, "me/pictures"),
+    ):  # fmt: skip
+        caplog.clear()
+        args, data, _ = train_clip.parse_args([preset, *words, "--paraphrase_column", "other"])
+        assert (data.dataset_name, data.dataset_config_name, data.train_data_dir) == (name, None, folder)
+        assert (args.negative_caption_column, args.num_negative_captions, args.paraphrase_column) == (None, 1, "other")
+        assert data.max_train_samples is None and data.resolution == 64 and data.center_crop
+        assert "--negative_caption_column negative_texts" in caplog.text and "paraphrase" not in caplog.text
+    paper = str(PRESETS / "ldm-paper-imagenet-ldm4.yaml")
+    args, data, _ = train_ldm.parse_args([paper, "--dataset_name", "ILSVRC/imagenet-1k"])
+    assert (data.dataset_name, data.train_data_dir, args.num_labels) == ("ILSVRC/imagenet-1k", None, None)
+    assert train_ldm.parse_args([paper, "--dataset_name", "x", "--num_labels", "9"])[0].num_labels == 9
+
+
+@pytest.mark.parametrize("condition, largest", [("class", 2), ("semantic", 4)])
+def test_the_number_of_labels_follows_from_the_data(pictures, predecessors, tmp_path, condition, largest, caplog):
+    words = [str(PRESETS / "paella-smoke.yaml"), "--train_data_dir", str(pictures), "--condition", condition]
+    words += ["--max_train_steps", "1", "--resolution", "32", "--pretrained_vqvae_name_or_path", predecessors["vq"]]
+    with caplog.at_level(logging.INFO):
+        train_paella.main([*words, "--output_dir", str(tmp_path / "run")])
+    assert PaellaUNet.from_pretrained(tmp_path / "run" / "unet").config["condition_dim"] == largest + 1
+    assert f"is {largest}: {largest + 1} {'classes' if condition == 'class' else 'labels'}" in caplog.text
+    again = ["--pretrained_model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_paella.main([*words, *again])  # a pipeline tells how many it knows
+    with pytest.raises(ValueError, match="11 classes|--num_labels=11"):
+        train_paella.main([*words, *again, "--num_labels", "11"])

@@ -60,7 +60,7 @@ def _read_csv(path: Path, delimiter: str, text_columns: Sequence[str]) -> list[E
                 )
             rows.append({key: value for key, value in row.items() if value not in (None, "")})
     except csv.Error as error:
-        raise ValueError(f"Line {reader.line_num} of {str(path)!r} is not CSV: {error}.") from error
+        raise ValueError(f"Line {reader.reader.line_num} of {str(path)!r} is not CSV: {error}.") from error
     # CSV has no types: a column of nothing but integers (labels) becomes one of integers
     for name in {key for row in rows for key in row} - set(text_columns):
         if all(re.fullmatch(r"-?\d+", row.get(name, "0")) for row in rows):
