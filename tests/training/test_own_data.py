@@ -192,4 +192,4 @@ def test_the_number_of_labels_follows_from_the_data(pictures, predecessors, tmp_
     AcceleratorState._reset_state(reset_partial_state=True)
     train_paella.main([*words, *again])  # a pipeline tells how many it knows
     with pytest.raises(ValueError, match="11 classes|--num_labels=11"):
-        train_paella.main([*words, *again, "--num_labels", "11"])
+        train_paella.main([*words, *again, "--num_labels", "11", "--output_dir", str(tmp_path / "other")])
