@@ -114,6 +114,8 @@ def walk_batch(recipe: str, preset: str) -> Walk:
 
     from torch.optim import adam, adamw
 
+    from diffusers_ext.data.scenes import write_scenes
+
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     os.chdir(ROOT)
     walk, steps = Walk(), 0
@@ -127,10 +129,11 @@ def walk_batch(recipe: str, preset: str) -> Walk:
         elif steps == 2 and not all(MODELS in one.f_code.co_filename for one in stack(frame)[:2]):
             walk.note(frame)  # a network is one hop, whatever it is made of
 
-    with tempfile.TemporaryDirectory() as run, profiled(on_call):
-        words = [str(ROOT / "training" / "presets" / preset), "--output_dir", run, "--max_train_steps", "4"]
-        words += ["--checkpointing_steps", "100", "--logging_steps", "100", "--max_train_samples", "32"]
-        importlib.import_module(recipe).main(words)
+    with tempfile.TemporaryDirectory() as folder, profiled(on_call):
+        write_scenes(Path(folder) / "pictures", 32, resolution=64)
+        words = [str(ROOT / "training" / "presets" / preset), "--train_data_dir", f"{folder}/pictures"]
+        words += ["--output_dir", f"{folder}/run", "--max_train_steps", "4", "--checkpointing_steps", "100"]
+        importlib.import_module(recipe).main([*words, "--logging_steps", "100"])
     return walk
 
 
