@@ -1,5 +1,6 @@
 """What every public pipeline owes to its users, checked over the table of `contract.py`: one section a promise."""
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
@@ -8,8 +9,16 @@ import numpy as np
 import peft
 import pytest
 import torch
+from diffusers.callbacks import (
+    IPAdapterScaleCutoffCallback,
+    MultiPipelineCallbacks,
+    PipelineCallback,
+    SD3CFGCutoffCallback,
+    SDCFGCutoffCallback,
+    SDXLCFGCutoffCallback,
+)
 from PIL import Image
-from pipelines.contract import CASES, ONE_EACH, Result, assert_alike, equal, sample
+from pipelines.contract import CASES, GUIDED_CASES, ONE_EACH, Result, assert_alike, equal, sample
 from pipelines.tiny_ldm import tiny_mask
 from pipelines.tiny_paella import quiet, tiny_picture
 from safetensors.torch import load_file
@@ -107,7 +116,222 @@ def test_unknown_wrapper_is_refused_by_name(name):
 # --- callbacks: cut-off, scales changed in a run, tensors given and taken
 
 
+# one tokenizer or first stage is enough for what the loop does
+GUIDED_ONCE = [name for name in GUIDED_CASES if not name.endswith(("-f4", "-gumbel", "-vq"))]
+GUIDED = pytest.mark.parametrize("name", GUIDED_ONCE)
+
+
+def _setting(scale, at=0, **returned):
+    """A callback that sets the guidance scale after a step."""
+
+    def callback(pipe, step, timestep, tensors):
+        if step == at:
+            pipe._guidance_scale = scale
+            return returned
+
+    return callback
+
+
+@pytest.mark.parametrize("several", [1, 2])
+@GUIDED
+def test_cutoff_callback_turns_guidance_off_and_keeps_the_condition(name, several):
+    pipe = CASES[name].build()
+    run = {"num_inference_steps": 3, "num_images_per_prompt": several}
+    wanted = sample(pipe, name, callback_on_step_end=_setting(1.0), **run)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    assert equal(sample(pipe, name, callback_on_step_end=cutoff, **run), wanted)
+    assert pipe.guidance_scale == 1.0
+    assert equal(sample(pipe, name, callback_on_step_end=MultiPipelineCallbacks([cutoff, cutoff]), **run), wanted)
+
+    def of_the_documentation(pipe, step, timestep, tensors):  # diffusers' guide: "Dynamic classifier-free guidance"
+        if step == 0:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    assert equal(sample(pipe, name, callback_on_step_end=of_the_documentation, **names, **run), wanted)
+
+
+@GUIDED
+def test_argument_zero_still_ignores_the_condition(name):
+    pipe = CASES[name].build()
+    ignored = sample(pipe, name, guidance_scale=0.0)
+    assert equal(sample(pipe, name, guidance_scale=0.0, callback_on_step_end=lambda *_: {}), ignored)
+    assert not equal(sample(pipe, name, guidance_scale=1.0, output_type="latent"), sample(
+        pipe, name, guidance_scale=0.0, output_type="latent"
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 5.0), (5.0, 1.0), (5.0, 2.0)])
+@GUIDED
+def test_scale_set_in_a_run_is_followed(name, before, after):
+    pipe = CASES[name].build()
+    first = {}
+
+    def change(pipe, step, timestep, tensors):
+        if step == 0:
+            first["latents"] = tensors["latents"]
+            pipe._guidance_scale = after
+
+    run = {"num_inference_steps": 3, "output_type": "latent"}
+    changed = sample(pipe, name, guidance_scale=before, callback_on_step_end=change, **run)
+    # the same as a run under the other scale that goes on from the same first step
+    callback = lambda pipe, step, timestep, tensors: dict(first) if step == 0 else None  # noqa: E731
+    assert equal(changed, sample(pipe, name, guidance_scale=after, callback_on_step_end=callback, **run))
+    assert not equal(changed, sample(pipe, name, guidance_scale=before, **run))
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), "high"])
+def test_bad_scale_set_in_a_run_is_refused(scale):
+    pipe = CASES["paella"].build()
+    with pytest.raises((ValueError, TypeError), match="`guidance_scale` must be"):
+        sample(pipe, "paella", callback_on_step_end=_setting(scale))
+
+
+@pytest.mark.parametrize("name", ["ldm-unconditional", "ldm-upscale", "ldm-text"])
+def test_guidance_that_the_network_cannot_give_is_refused_in_a_run_too(name):
+    pipe = CASES[name].build()
+    if name != "ldm-unconditional":
+        pipe.register_to_config(null_condition=False)
+    with pytest.raises(ValueError, match="`guidance_scale` is 5.0, but"):
+        sample(pipe, name, guidance_scale=1.0, callback_on_step_end=_setting(5.0))
+
+
+class Reader(PipelineCallback):
+    """Asks for tensors as diffusers' callbacks do, and keeps what it gets."""
+
+    tensor_inputs: list = []
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        self.got = dict(callback_kwargs)
+        return callback_kwargs
+
+
+@GUIDED
+def test_pipeline_callback_gets_the_tensors_that_it_names(name):
+    pipe = CASES[name].build()
+    reader = Reader()
+    reader.tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    if name in ("versatile-dual", "versatile-image-to-image"):
+        reader.tensor_inputs += ["image_embeds", "negative_image_embeds"]
+    result = sample(pipe, name, callback_on_step_end=reader, num_images_per_prompt=2)
+    assert list(reader.got) == reader.tensor_inputs
+    assert all(len(tensor) == 2 for tensor in reader.got.values())
+    assert reader.got["prompt_embeds"].shape == reader.got["negative_prompt_embeds"].shape
+    assert not any(torch.equal(reader.got["latents"], reader.got[one]) for one in reader.tensor_inputs[1:])
+    assert not torch.equal(reader.got["prompt_embeds"], reader.got["negative_prompt_embeds"])
+    assert equal(result, sample(pipe, name, num_images_per_prompt=2))  # what is returned unchanged changes nothing
+    # the null branch in place of the condition is guidance that cancels
+    null = {"prompt_embeds": reader.got["negative_prompt_embeds"], **({
+        "image_embeds": reader.got["negative_image_embeds"]} if "image_embeds" in reader.got else {})}  # fmt: skip
+    run = {"num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 4}
+    changed = sample(pipe, name, callback_on_step_end=lambda p, i, t, k: null if i == 0 else None, **run)
+    assert not equal(changed, sample(pipe, name, **run))
+
+
+def _refused(pipe, name, error, match, **options):
+    """Before any network runs."""
+    runs = []
+    hooks = [part.register_forward_pre_hook(lambda *_: runs.append(1)) for part in networks(pipe).values()]
+    with pytest.raises(error, match=match):
+        sample(pipe, name, **options)
+    for hook in hooks:
+        hook.remove()
+    assert not runs
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_callbacks_that_do_not_fit_are_refused(name):
+    pipe = CASES[name].build()
+    unknown = Reader()
+    unknown.tensor_inputs = ["latents", "image_latents"]
+    for callback, needs in [
+        (SDXLCFGCutoffCallback(cutoff_step_ratio=0.5), "SDXLCFGCutoffCallback, which needs .*add_text_embeds"),
+        (SD3CFGCutoffCallback(cutoff_step_ratio=0.5), "SD3CFGCutoffCallback, which needs .*pooled_prompt_embeds"),
+        (IPAdapterScaleCutoffCallback(cutoff_step_ratio=0.5), "IPAdapterScaleCutoffCallback, which needs an IP-Ad"),
+        (MultiPipelineCallbacks([Reader(), unknown]), "Reader, which needs image_latents"),
+    ]:
+        _refused(pipe, name, ValueError, f"`callback_on_step_end` holds a {needs}", callback_on_step_end=callback)
+    _refused(pipe, name, TypeError, "must be a function or a PipelineCallback", callback_on_step_end=3)
+    names = "callback_on_step_end_tensor_inputs"
+    _refused(pipe, name, TypeError, f"`{names}` must be a list of names", **{names: "latents"})
+    _refused(pipe, name, ValueError, rf"`{names}` holds \['noise'\]; allowed are \['latents'", **{names: ["noise"]})
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_what_a_callback_returns_is_checked(name):
+    pipe = CASES[name].build()
+    latents = sample(pipe, name, output_type="latent")
+    for returned, error, match in [
+        ({"latents": latents[:, :1]}, ValueError, "returned `latents` of shape .*; the run needs"),
+        ({"latents": latents.bool()}, TypeError, "returned torch.bool as `latents`"),
+        ({"latents": None}, TypeError, "returned NoneType as `latents`"),
+        ({"latent": latents}, ValueError, r"returned \['latent'\], which this call does not have"),
+        ([latents], TypeError, "must return a dictionary of tensors, or None .* received list"),
+    ]:
+        with pytest.raises(error, match=match):
+            sample(pipe, name, callback_on_step_end=lambda *_, returned=returned: returned)
+
+
+def test_preview_is_for_reading():
+    pipe = CASES["ldm-text"].build()
+    with pytest.raises(ValueError, match="another `pred_original_sample`: it is for reading"):
+        sample(
+            pipe,
+            "ldm-text",
+            callback_on_step_end=lambda p, i, t, tensors: {"pred_original_sample": tensors["latents"]},
+        )
+
+
+def test_callback_sees_the_layouts_of_all_tiles():
+    pipe, reader = CASES["ldm-layout"].build(), Reader()
+    reader.tensor_inputs = ["prompt_embeds", "negative_prompt_embeds"]
+    run = {"height": 24, "width": 24, "tile_size": 16}
+    wanted = sample(pipe, "ldm-layout", callback_on_step_end=_setting(1.0), **run)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    assert equal(sample(pipe, "ldm-layout", callback_on_step_end=cutoff, **run), wanted)
+    sample(pipe, "ldm-layout", callback_on_step_end=reader, **run)
+    assert reader.got["prompt_embeds"].shape == reader.got["negative_prompt_embeds"].shape
+    assert reader.got["prompt_embeds"].ndim == 4
+
+
 # --- one generator an image
+
+
+def _batch(name, number):
+    """The options that ask for so many images of the case."""
+    return {"batch_size" if CASES[name].pipeline == "LDMUnconditionalPipeline" else "num_images_per_prompt": number}
+
+
+def _seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+EXTRAS = {"": {}, "layers": {"mixing": "layer"}, "noisy": {"eta": 1.0}, "words": {"temperature": 1.0}}
+
+
+def _extras(name):
+    found = [""]
+    if name == "versatile-dual":
+        found += ["layers"]
+    if not name.startswith("paella"):
+        found += ["noisy"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in CASES for extra in _extras(name)])
+def test_image_depends_on_its_own_generator_alone(name, extra):
+    pipe = CASES[name].build()
+    if CASES[name].returns_texts and extra == "":
+        extra = "words"
+    run = {**EXTRAS[extra], "num_inference_steps": 3}
+    together = sample(pipe, name, generator=_seeded(3, 4, 5), **_batch(name, 3), **run)
+    other = sample(pipe, name, generator=tuple(_seeded(8, 4, 9)), **_batch(name, 3), **run)  # tuples work as well
+    alone = sample(pipe, name, generator=_seeded(4), **run)
+    assert_alike(together[1:2], alone, atol=1e-4)
+    assert_alike(other[1:2], alone, atol=1e-4)
+    assert not equal(together[:1], other[:1]) or CASES[name].returns_texts
 
 
 # --- threads
@@ -375,13 +599,167 @@ def test_a_brush_on_nothing_is_the_mask_it_shows(name):
 # --- schedulers: wrong kinds, adapters
 
 
+GAUSSIAN = [name for name in ONE_EACH if not name.startswith("paella")]
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_schedulers_of_other_kinds_are_refused(name):
+    pipe = CASES[name].build()
+    kinds = [
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.EDMEulerScheduler(),
+        diffusers.EDMDPMSolverMultistepScheduler(),
+        diffusers.IPNDMScheduler(),
+        diffusers.CMStochasticIterativeScheduler(),
+    ]
+    if name.startswith("paella"):
+        kinds += [diffusers.DDIMScheduler(), diffusers.VQDiffusionScheduler(num_vec_classes=24)]
+        way_out = "draws tokens and needs a DiscreteRenoisingScheduler.*from_pretrained"
+    else:
+        own = pipe.scheduler.config
+        kinds += [
+            diffusers_ext.DiscreteRenoisingScheduler(num_vec_classes=24),
+            diffusers.VQDiffusionScheduler(num_vec_classes=24),
+            diffusers.DDIMInverseScheduler.from_config(own),
+            diffusers.DPMSolverMultistepInverseScheduler.from_config(own),
+            diffusers.UniPCMultistepScheduler.from_config(
+                own, use_flow_sigmas=True, prediction_type="flow_prediction"
+            ),
+            diffusers.RePaintScheduler.from_config(own),
+        ]
+        way_out = "EulerDiscreteScheduler.from_pretrained"
+    for scheduler in kinds:
+        pipe.scheduler = scheduler
+        match = rf"(?s)`scheduler` is a {type(scheduler).__name__}.*{way_out}"
+        _refused(pipe, name, ValueError, match, num_inference_steps=3)
+
+
+class Adapter(diffusers.SchedulerMixin, diffusers.ConfigMixin):
+    """Holds another scheduler, as those of the library that guide or truncate do."""
+
+    config_name = "scheduler_config.json"
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.register_to_config(scheduler={"_class_name": type(scheduler).__name__, **scheduler.config})
+
+    timesteps = property(lambda self: self.scheduler.timesteps)
+    init_noise_sigma = property(lambda self: self.scheduler.init_noise_sigma)
+
+    def set_timesteps(self, *args, **kwargs):
+        self.scheduler.set_timesteps(*args, **kwargs)
+
+    def scale_model_input(self, sample, timestep):
+        return self.scheduler.scale_model_input(sample, timestep)
+
+    def add_noise(self, *args):
+        return self.scheduler.add_noise(*args)
+
+    def step(self, model_output, timestep, sample, model_output_uncond=None, **inner):
+        return self.scheduler.step(model_output, timestep, sample, **inner)
+
+
+@pytest.mark.parametrize("name", [*GAUSSIAN, "versatile-text-to-text", "ldm-unconditional-known"])
+def test_adapters_get_all_arguments_of_a_step(name):
+    pipe = CASES[name].build()
+    run = {"eta": 1.0, "num_inference_steps": 3, "output_type": "latent"}
+    wanted = sample(pipe, name, **run)
+    pipe.scheduler = Adapter(Adapter(pipe.scheduler))
+    assert equal(sample(pipe, name, **run), wanted)
+    assert not equal(sample(pipe, name, **run, seed=1), wanted)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be at most 1000"):
+        sample(pipe, name, num_inference_steps=1001)
+    if "pred_original_sample" in pipe._callback_tensor_inputs:
+        seen = []
+        sample(
+            pipe,
+            name,
+            callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors["pred_original_sample"]),
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        )
+        assert len(seen) == 2 and all(bool(clean.isfinite().all()) for clean in seen)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("paella")])
+def test_schedule_is_checked_before_a_network_runs(name):
+    _refused(CASES[name].build(), name, ValueError, "start at timestep 1000", num_inference_steps=1000)
+
+
 # --- parts that are missing or of a wrong kind
+
+
+@ALL
+def test_missing_parts_are_named(name):
+    parts = CASES[name].build().components
+    wanted = sample(CASES[name].build(), name)
+    for part in parts:
+        for built_without in (True, False):
+            pipe = CASES[name].build()
+            if built_without:
+                pipe = quiet(type(pipe)(**{**_arguments(pipe), part: None}))
+            else:
+                pipe.register_modules(**{part: None})
+            try:
+                assert equal(sample(pipe, name), wanted)  # the call has no need of it
+            except ValueError as error:
+                assert part in str(error), (part, error)
+            else:
+                assert part not in ("unet", "scheduler")
+
+
+def _arguments(pipe):
+    """Everything that its constructor takes, as it was given."""
+    options = inspect.signature(type(pipe).__init__).parameters.keys() & pipe.config.keys()
+    return {**{name: pipe.config[name] for name in options}, **pipe.components}
 
 
 # --- long prompts, options without effect
 
 
+LONG = "a red circle and a blue star on the left of a small green ring"
+READS_PROMPTS = [name for name in CASES if "prompt" in CASES[name].inputs()]
+
+
+@pytest.mark.parametrize("name", READS_PROMPTS)
+def test_long_prompts_are_cut_with_a_warning_that_quotes_the_rest(name, caplog):
+    pipe = CASES[name].build()
+    short = sample(
+        pipe, name, prompt="a red circle and a blue star on", negative_prompt="a red circle and a blue star on"
+    )
+    assert not caplog.records
+    cut = sample(pipe, name, prompt=LONG, negative_prompt=LONG)
+    assert equal(cut, short)
+    quoted = [
+        record.message for record in caplog.records if "cut off: 'the left of a small green ring'" in record.message
+    ]
+    assert len(quoted) == 2 and {record.name for record in caplog.records} == {type(pipe).__module__}
+
+
 # --- not-a-number from a network
+
+
+@ALL
+def test_not_a_number_is_an_error(name):
+    whole = CASES[name].build()
+    wanted = sample(whole, name)
+    for part in networks(whole):
+        pipe = CASES[name].build()
+        for parameter in getattr(pipe, part).parameters():
+            torch.nn.init.constant_(parameter, float("nan"))
+        try:
+            assert equal(sample(pipe, name), wanted)  # the call has no need of it
+        except ValueError as error:
+            assert "finite" in str(error), (part, error)
+        else:
+            assert part != "unet"
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if not CASES[name].returns_texts])
+def test_pictures_are_float32_whatever_the_networks_dtype(name):
+    pipe = CASES[name].build().to(torch.bfloat16)
+    images = sample(pipe, name)
+    assert images.dtype == torch.float32 and bool(((images >= 0) & (images <= 1)).all())
 
 
 # --- pipelines made of another's components

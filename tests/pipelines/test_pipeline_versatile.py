@@ -4,6 +4,7 @@ import math
 import runpy
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipelines.tiny_versatile import tiny_versatile_components
 from diffusers_ext.conditions.focus import rescale_ranks, select_ranks
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.pipelines.color_matching import match_color_statistics
+from diffusers_ext.pipelines.ldm_guidance import signal_and_noise
 from diffusers_ext.pipelines.optimus_text import sentence_ids
 from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
 
@@ -631,3 +633,69 @@ print(type(pipe).__name__, pipe.unet.flows[1], pipe("a star", data_type="text", 
         f"pipe = DiffusionPipeline.from_pretrained({str(saved)!r}, custom_pipeline={script!r}, trust_remote_code=True)"
     )
     assert "VersatilePipeline text-to-image 1" in run_python(code.format(load)).stdout
+
+
+@pytest.mark.parametrize("exact_start", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["DDIM", "DDPM", "LCM", "TCD", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep"],
+)
+def test_level_that_a_picture_starts_from(pipe, name, exact_start):
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(pipe.scheduler.config)
+    part = quiet(VersatilePipeline(**{**pipe.components, "scheduler": scheduler, "default_sample_size": 8}))
+    noise, read = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    hook = part.unet.register_forward_pre_hook(lambda _, args: read.append((args[0], args[1])))
+    part(
+        image=PICTURE, strength=0.5, exact_start=exact_start, latents=noise, num_inference_steps=10, guidance_scale=1,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    hook.remove()
+    pixels = torch.from_numpy(np.array(PICTURE)).permute(2, 0, 1)[None] / 127.5 - 1
+    posterior = part.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
+    clean, (scaled, t) = posterior * part.vae.config.scaling_factor, read[0]
+    signal, level = signal_and_noise(scheduler, t)
+    error = (scaled - signal * clean - level * noise).abs().max()
+    by_timestep = name in ("DDIM", "DDPM", "LCM", "TCD")
+    assert (error < 1e-3) == (exact_start or not by_timestep)
+    assert len(part.scheduler.timesteps) >= 10
+    with pytest.raises(ValueError, match="`exact_start` is True, but `strength` is 1"):
+        part(image=PICTURE, exact_start=True, **STEPS)
+    with pytest.raises(TypeError, match="`exact_start` must be True or False"):
+        part(image=PICTURE, exact_start=1, **STEPS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            {"prompt": "a", "text_ratio": 0.3},
+            r"`text_ratio` is 0.3, .* has `prompt` and `image`; this one makes images",
+        ),
+        ({"image": PICTURE, "mixing": "layer"}, r"`mixing` is 'layer', but has an effect only in a call that has"),
+        ({"prompt": "a", "null_image": "grey"}, r"`null_image` is 'grey', .* has `image`; .* images from `prompt`"),
+        ({"prompt": "a", "temperature": 0.5}, r"`temperature` is 0.5, .* makes texts; this one makes images"),
+        ({"prompt": "a", "max_text_length": 9}, r"`max_text_length` is 9"),
+        ({"prompt": "a", "merge_repeats": False}, r"`merge_repeats` is False"),
+        ({"prompt": "a", "data_type": "text", "height": 8}, r"`height` is 8, .* makes images; this one makes texts"),
+        ({"image": PICTURE, "data_type": "text", "width": 8}, r"`width` is 8"),
+    ],
+)
+def test_options_without_effect_are_refused(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**call, **STEPS)
+    neutral = {"text_ratio": 0.5, "mixing": "attention", "null_image": None, "temperature": 1.0}
+    assert pipe("a", **neutral, merge_repeats=True, max_text_length=None, **LATENT)[0].shape[1] == 4
+
+
+def test_a_callback_asks_for_no_context_that_the_call_lacks(pipe):
+    with pytest.raises(ValueError, match=r"needs \['image_embeds'\], but the call has no picture"):
+        pipe("a", callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=["image_embeds"], **STEPS)
+
+
+def test_guidance_set_in_a_run_needs_the_null_branch_of_embeddings(pipe):
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 3.0
+
+    embeds = pipe.encode_prompt("a")[0]
+    with pytest.raises(ValueError, match="set to 3.0 in the run, but the call has no `negative_prompt_embeds`"):
+        pipe(prompt_embeds=embeds, guidance_scale=1, callback_on_step_end=callback, **STEPS)

@@ -261,7 +261,7 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
             Integers (b, l): <BOS>, the sentence, <EOS>, then padding up to the longest of the batch.
 
         Raises:
-            ValueError: for latents of another shape, or an option out of its range.
+            ValueError: for latents of another shape, an option out of its range, or logits that are not finite.
         """
         self._check_latents(latents)
         self._check_decoding(len(latents), max_length, temperature, top_k, top_p, generator)
@@ -274,6 +274,12 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
                 cache = self._memory(latents)
             hidden = self._read(ids[:, -1:] if use_cache else ids, shift, cache)
             logits = self._head(hidden[:, -1]).float()  # (b, v)
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError(
+                    f"The decoder's logits of token {ids.shape[1]} are not finite (NaN or infinite), so no word can be"
+                    f" drawn. Check its dtype ({self.dtype}; float16 may overflow: try bfloat16 or float32), its"
+                    " weights and `latents`."
+                )
             if do_sample:
                 logits = logits / temperature
                 if top_k > 0 or top_p < 1.0:

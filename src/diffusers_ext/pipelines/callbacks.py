@@ -125,7 +125,7 @@ def _fitting(name: str, value: Any, tensors: dict[str, Tensor | None]) -> Tensor
     current = tensors[name]
     if current is None:  # without guidance there is no null branch yet; it has the shape of the other one
         current = tensors[name.removeprefix("negative_")]
-    if current is None or not isinstance(value, Tensor) or value.is_floating_point() != current.is_floating_point():
+    if current is None or not isinstance(value, Tensor) or _kind(value) != _kind(current):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         wanted = "nothing: the call has no such tensor" if current is None else current.dtype
         raise TypeError(f"`callback_on_step_end` returned {kind} as `{name}`; it must be a tensor of {wanted}.")
@@ -135,3 +135,9 @@ def _fitting(name: str, value: Any, tensors: dict[str, Tensor | None]) -> Tensor
             f" {tuple(current.shape)}, as the callback received it."
         )
     return value.to(device=current.device, dtype=current.dtype)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "numbers"
+    return "truth values" if tensor.dtype == torch.bool else "tokens"

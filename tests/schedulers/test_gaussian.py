@@ -1,0 +1,90 @@
+"""What the pipelines ask of a Gaussian scheduler, over all that diffusers has."""
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils.dummy_pt_objects import DummyObject
+
+from diffusers_ext.pipelines.ldm_denoising import ldm_scheduler
+from diffusers_ext.pipelines.ldm_guidance import signal_and_noise
+from diffusers_ext.schedulers.gaussian import (
+    check_falling,
+    check_gaussian_scheduler,
+    scheduler_attribute,
+    scheduler_setting,
+    step_arguments,
+)
+
+NAMES = sorted(
+    name
+    for name in dir(diffusers)
+    if "Scheduler" in name
+    and inspect.isclass(cls := getattr(diffusers, name))
+    and not isinstance(cls, DummyObject)  # of packages that are not installed
+    and issubclass(cls, diffusers.SchedulerMixin)
+    and hasattr(cls, "step")
+)
+SOUND = {  # those that users swap in
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
+    "LCMScheduler", "TCDScheduler", "SASolverScheduler",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedulers_are_refused_or_lead_to_the_picture(name):
+    """With the exact prediction for one clean picture, an accepted scheduler ends at it."""
+    own = ldm_scheduler()
+    try:
+        scheduler = getattr(diffusers, name).from_config(own.config)
+    except (TypeError, ValueError, ImportError):  # does not take such a config
+        assert name not in SOUND
+        return
+    try:
+        check_gaussian_scheduler(scheduler, "APipeline")
+        scheduler.set_timesteps(25)
+        check_falling(scheduler)
+    except ValueError as error:
+        assert name not in SOUND and name in str(error) and "from_pretrained(<checkpoint>" in str(error)
+        return
+    clean, generator = torch.full((1, 1, 8, 8), 0.5), torch.Generator().manual_seed(0)
+    latents = torch.randn(clean.shape, generator=generator) * scheduler.init_noise_sigma
+    arguments = step_arguments(scheduler, eta=0.0, generator=generator)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t)
+        signal, noise = signal_and_noise(own, t)
+        latents = scheduler.step((scaled - signal * clean) / noise, t, latents, **arguments, return_dict=False)[0]
+    assert (
+        latents - clean
+    ).abs().mean() < 0.05  # the last step of some goes to timestep 0, where 0.04 of noise is left
+
+
+class Holder:
+    """An adapter without a config entry of its own but the inner one."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.config = {"scheduler": dict(scheduler.config)}
+
+    def step(self, model_output, timestep, sample, **inner):
+        return self.scheduler.step(model_output, timestep, sample, **inner)
+
+
+def test_what_an_adapter_holds_is_found():
+    inner = ldm_scheduler()
+    held = Holder(Holder(inner))
+    wanted = {"eta": 1.0, "generator": None}
+    assert step_arguments(held, **wanted) == wanted
+    assert step_arguments(Holder(diffusers.PNDMScheduler()), **wanted) == {}
+    assert step_arguments(Holder(diffusers.DDPMScheduler()), **wanted) == {"generator": None}
+    assert scheduler_setting(held, "num_train_timesteps") == 1000
+    assert scheduler_setting(held, "no_such", 3) == 3
+    assert scheduler_attribute(held, "alphas_cumprod") is inner.alphas_cumprod
+    check_gaussian_scheduler(held, "APipeline")
+    with pytest.raises(ValueError, match="`scheduler` is a Holder, which has no `alphas_cumprod`"):
+        check_gaussian_scheduler(Holder(diffusers.EDMEulerScheduler()), "APipeline")
+    open_step = type("Open", (), {"step": lambda self, model_output, timestep, sample, **rest: None})()
+    assert step_arguments(open_step, **wanted) == wanted
