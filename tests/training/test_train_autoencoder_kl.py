@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -178,24 +176,6 @@ def test_accumulation_and_checkpointing_change_nothing_but_rounding(tmp_path):
     assert logged(split, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
     lean = ("--train_batch_size", "8", "--gradient_checkpointing", "true")
     assert_same_weights(whole, run(tmp_path / "lean", "--max_train_steps", "2", *lean), rtol=1e-4, atol=1e-5)
-
-
-def test_two_processes_train_like_one_with_the_double_batch(tmp_path):
-    """The real launcher, two CPU processes over gloo, and a log-variance that the wrapped forward does not use."""
-    words = ["--max_train_steps", "2", "--learn_logvar", "true", "--max_train_samples", "6", "--scale_samples", "6"]
-    one = run(tmp_path / "one", *words)
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(ROOT / "training" / "train_autoencoder.py"), *PLAIN, "--logging_steps", "1", *words,
-        "--train_batch_size", "2", "--output_dir", str(tmp_path / "two"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for name in ("loss", "logvar", "kl"):
-        assert logged(tmp_path / "two", name) == pytest.approx(logged(one, name), rel=1e-4, abs=1e-6), name
-    scales = [AutoencoderKL.from_pretrained(tmp_path / name).config.scaling_factor for name in ("one", "two")]
-    assert scales[0] == pytest.approx(scales[1], rel=1e-3)
 
 
 def test_fine_tuning_an_autoencoder_of_a_pipeline(smoke, tmp_path):
