@@ -255,6 +255,53 @@ def test_changelog_and_readme_name_everything_public():
     assert f"## {diffusers_ext.__version__}" in changelog or "## Unreleased" in changelog
 
 
+def float64_on_devices(tree: ast.AST) -> list[int]:
+    """Lines that may make a float64 tensor on a device: MPS, for one, has none.
+
+    Allowed are `x.cpu().double()`, and tensors that torch makes on the CPU: `torch.arange(3, dtype=torch.float64)`.
+    """
+    allowed, lines = set(), []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if not isinstance(call.func, ast.Attribute):
+            continue
+        on_cpu = any(
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cpu"
+            for node in ast.walk(call.func.value)
+        )
+        made_here = ast.unparse(call.func.value) == "torch" and "device" not in {word.arg for word in call.keywords}
+        if call.func.attr == "double" and not on_cpu:
+            lines.append(call.lineno)
+        if on_cpu or made_here:
+            allowed |= {id(value) for value in [*call.args, *(word.value for word in call.keywords)]}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in allowed]
+    return sorted(lines + [node.lineno for node in names if ast.unparse(node) in ("torch.float64", "torch.double")])
+
+
+@pytest.mark.parametrize("folder", ["src", "training"])
+def test_no_float64_on_a_device(folder):
+    found = {path: float64_on_devices(ast.parse(path.read_text())) for path in sorted((ROOT / folder).rglob("*.py"))}
+    assert found and not {str(path): lines for path, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [  # the first four stood here once
+        "F.interpolate(labels[:, None].double(), size=(height, width))",
+        "abar = scheduler.alphas_cumprod.double().cpu()",
+        "features = features.double().cpu()",
+        "std = float(latents.double().std())",
+        "x.to(torch.float64)",
+        "x.sum(dtype=torch.float64)",
+        "torch.zeros(3, dtype=torch.float64, device=x.device)",
+        "kind = torch.double",
+    ],
+)
+def test_float64_on_a_device_is_seen(line):
+    assert float64_on_devices(ast.parse(line)) == [1]
+    for fine in ("x.cpu().double()", "torch.rand(3, dtype=torch.float64)", "x.cpu().to(torch.float64)", "x.float()"):
+        assert not float64_on_devices(ast.parse(fine))
+
+
 @cache
 def tracked() -> list[Path]:
     """Files that git tracks or would add."""

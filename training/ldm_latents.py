@@ -45,7 +45,7 @@ def measure_std(pipe: LDMBasePipeline, rows: NamedRows, read: Callable, seed: in
         images = torch.stack([read(rows[i], loop.keyed_generator(seed, i))["image"] for i in keys]).to(device)
         draws = [loop.keyed_generator(seed, i, loop.LOSS_STREAM) for i in keys]
         found.append(draw_latents(encode_moments(pipe.vqvae, images), pipe.unet.config["out_channels"], draws))
-    return float(torch.cat(found).double().std())
+    return float(torch.cat(found).cpu().double().std())
 
 
 def set_scale(pipe: LDMBasePipeline, std: float, args: LDMArgs) -> None:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_ext.models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
+from diffusers_ext.models.encoders_ldm import (
+    RESCALING_METHODS,
+    LDMClassEmbedder,
+    LDMLayoutEncoder,
+    LDMSpatialRescaler,
+)
 
 LAYOUT = {"vocab_size": 50, "max_length": 12, "hidden_size": 16, "num_layers": 2, "attention_head_dim": 4}
 INPUTS = {
@@ -103,6 +108,20 @@ def test_rescaler_takes_labels_and_one_hot_maps_alike():
     assert shares.shape == (2, 5, 4, 6)
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 4, 6))  # halving twice keeps averages
     torch.testing.assert_close(F.conv2d(shares, rescaler.channel_mapper.weight), rescaler(labels))
+
+
+@pytest.mark.parametrize("method", RESCALING_METHODS)
+@torch.no_grad()
+def test_rescaler_maps_before_it_resizes_to_the_same_effect(method):
+    """Both are linear: the order of the paper, one-hot maps resized and then mapped, differs by rounding only."""
+    rescaler = LDMSpatialRescaler(5, 3, method=method, bias=True)
+    labels = torch.randint(0, 5, (2, 16, 24))
+    maps = F.one_hot(labels, 5).permute(0, 3, 1, 2).float()
+    for _ in range(2):
+        maps = F.interpolate(maps, scale_factor=0.5, mode=method)
+    expected = F.conv2d(maps, rescaler.channel_mapper.weight, rescaler.channel_mapper.bias)
+    torch.testing.assert_close(rescaler(labels), expected, atol=1e-6, rtol=1e-6)
+    assert rescaler.half()(labels).dtype == torch.float16
 
 
 def test_rescaler_options():

@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from peft import LoraConfig
 
 from diffusers_ext.models.unet_ldm import LDMUNet
 
@@ -54,3 +55,22 @@ def test_heads_are_constant_and_survive_saving(tmp_path):
 def test_heads_must_divide_the_widths(heads):
     with pytest.raises(ValueError, match=rf"`num_attention_heads` is {heads}, but \S+ has 32 channels.*divisor"):
         LDMUNet(block_out_channels=(32, 64), num_attention_heads=heads, **CONFIG)
+
+
+@torch.no_grad()
+def test_takes_adapters_and_attention_processors(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (64, 64), "num_attention_heads": 4, **CONFIG}
+    unet, other = LDMUNet(**sizes).eval(), LDMUNet(**sizes).eval()
+    other.load_state_dict(unet.state_dict())
+    sample = torch.randn(1, 3, 8, 8)
+    plain = unet(sample, 3).sample
+    unet.set_attn_processor(AttnProcessor())
+    assert {type(one) for one in unet.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(unet(sample, 3).sample, plain, atol=1e-4, rtol=1e-4)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = unet(sample, 3).sample
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    unet.save_lora_adapter(tmp_path)
+    other.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
+    torch.testing.assert_close(other(sample, 3).sample, adapted, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -548,3 +549,12 @@ def test_bad_input(sample, context, options, message):
 def test_bad_config(config, message):
     with pytest.raises(ValueError, match=message):
         tiny_unet(**config)
+
+
+@torch.no_grad()
+def test_takes_attention_processors():
+    unet = tiny_unet()
+    plain = run(unet)
+    unet.set_attn_processor(AttnProcessor())
+    assert unet.attn_processors and {type(one) for one in unet.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(run(unet), plain, atol=1e-4, rtol=1e-4)

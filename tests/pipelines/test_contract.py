@@ -113,6 +113,63 @@ def test_unknown_wrapper_is_refused_by_name(name):
 # --- offloading, group offloading, layerwise casting
 
 
+@ALL
+def test_sequential_offload_changes_no_result(name):
+    """As `enable_sequential_cpu_offload` does, which itself wants an accelerator: weights lie on the meta device."""
+    pipe = CASES[name].build()
+    expected = sample(pipe, name)
+    for network in networks(pipe).values():
+        accelerate.cpu_offload(network, torch.device("cpu"), offload_buffers=len(network._parameters) > 0)
+    assert next(pipe.unet.parameters()).is_meta
+    assert_alike(sample(pipe, name), expected)
+
+
+@pytest.fixture
+def poison():
+    """Memory that was given back holds not-a-number: what is offloaded to a disk and read all the same shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@ALL
+def test_group_offload_changes_no_result(name, level, tmp_path):
+    pipe = CASES[name].build()
+    expected = sample(pipe, name)
+    # diffusers' VQModel declares that it cannot, as its own pipelines find
+    unfit = [part for part, network in networks(pipe).items() if not getattr(network, "_supports_group_offloading", 1)]
+    assert all(type(getattr(pipe, part)) is diffusers.VQModel for part in unfit)
+    for part in networks(pipe):  # a folder each: files are named after the places in a network
+        others = [other for other in networks(pipe) if other != part]
+        if part not in unfit:
+            pipe.enable_group_offload(
+                onload_device=torch.device("cpu"),
+                offload_type=level,
+                num_blocks_per_group=1,
+                offload_to_disk_path=str(tmp_path / part),
+                exclude_modules=others,
+            )
+    assert any(weight.isnan().any() for weight in pipe.unet.parameters())
+    assert_alike(sample(pipe, name), expected)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_layerwise_casting_is_the_pipeline_with_rounded_weights(name):
+    pipe, rounded = CASES[name].build(), CASES[name].build()
+    for part, network in networks(pipe).items():
+        if isinstance(network, diffusers.ModelMixin):
+            network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+            for key, weight in network.named_parameters():
+                if weight.dtype == torch.float8_e4m3fn:
+                    other = getattr(rounded, part).get_parameter(key)
+                    other.data = other.data.to(torch.float8_e4m3fn).to(torch.float32)
+    assert next(weight for weight in pipe.unet.parameters() if weight.dtype == torch.float8_e4m3fn) is not None
+    assert_alike(sample(pipe, name), sample(rounded, name))
+
+
 # --- callbacks: cut-off, scales changed in a run, tensors given and taken
 
 

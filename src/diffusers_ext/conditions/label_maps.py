@@ -64,7 +64,10 @@ def resize_labels(labels: Tensor, height: int, width: int) -> Tensor:
     """Label maps (b, H, W) at another size, nearest neighbour."""
     if tuple(labels.shape[1:]) == (height, width):
         return labels
-    return F.interpolate(labels[:, None].double(), size=(height, width), mode="nearest-exact")[:, 0].long()
+    # which place each new one takes its label from: in float64, so on the CPU, since not all devices know it
+    places = torch.arange(labels[0].numel(), dtype=torch.float64).view(1, 1, *labels.shape[1:])
+    nearest = F.interpolate(places, size=(height, width), mode="nearest-exact")[0, 0].long()
+    return labels.flatten(1)[:, nearest.to(labels.device)]
 
 
 def _read_picture(picture: Image.Image, palette: Sequence[Sequence[int]] | None, name: str) -> np.ndarray:

@@ -35,6 +35,6 @@ def frechet_distance(features: Tensor, target: Tensor) -> float:
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and a factor R (min(n, d), d) of the covariance R^T R, in float64."""
-    features = features.double().cpu()
+    features = features.cpu().double()
     mean = features.mean(0)
     return mean, torch.linalg.qr((features - mean) / (len(features) - 1) ** 0.5, mode="r").R

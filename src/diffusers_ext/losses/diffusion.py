@@ -12,9 +12,10 @@ LOSS_TYPES = ("l1", "l2")
 
 def posterior_variance(betas: Tensor) -> Tensor:
     """beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t), float64 (T,): the variance of q(x_{t-1} | x_t, x_0)."""
-    alphas_cumprod = (1 - betas.double()).cumprod(0)
+    betas = betas.cpu().double()
+    alphas_cumprod = (1 - betas).cumprod(0)
     previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return betas.double() * (1 - previous) / (1 - alphas_cumprod)
+    return betas * (1 - previous) / (1 - alphas_cumprod)
 
 
 def vlb_weights(betas: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def vlb_weights(betas: Tensor) -> Tensor:
     Args:
         betas: (T,), T > 1; in float64, as the first weights lose digits in float32.
     """
-    betas = betas.double()
+    betas = betas.cpu().double()
     alphas_cumprod = (1 - betas).cumprod(0)
     weights = betas.square() / (2 * posterior_variance(betas) * (1 - betas) * (1 - alphas_cumprod))
     weights[0] = weights[1]

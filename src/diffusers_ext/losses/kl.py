@@ -78,7 +78,7 @@ def latent_scale(latents: Tensor) -> float:
     Raises:
         ValueError: the latents are all alike or not finite.
     """
-    std = float(latents.double().std()) if latents.numel() > 1 else 0.0
+    std = float(latents.cpu().double().std()) if latents.numel() > 1 else 0.0
     if not 0.0 < std < float("inf"):
         raise ValueError(
             f"The standard deviation of the latents is {std}: they have no scale. Look at the reconstructions; with "

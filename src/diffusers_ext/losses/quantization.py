@@ -68,7 +68,7 @@ def kmeans_codebook(latents: Tensor, num_codes: int, seed: int) -> Tensor:
             "(--kmeans_samples) or fewer codes."
         )
     rng = np.random.default_rng(seed)
-    centres, _ = kmeans2(latents.double().cpu().numpy(), num_codes, iter=10, minit="++", missing="warn", rng=rng)
+    centres, _ = kmeans2(latents.cpu().double().numpy(), num_codes, iter=10, minit="++", missing="warn", rng=rng)
     return torch.from_numpy(centres).to(latents)
 
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.outputs import BaseOutput
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, DynamicCache, GPT2Config, GPT2Model
+
+from .blocks.wrappers import with_forward_hooks
 
 
 @dataclass
@@ -51,6 +52,17 @@ class AutoencoderOptimusOutput(BaseOutput):
     logvar: Tensor
 
 
+class _TiedEmbedding(nn.Embedding):
+    """An embedding table that is the output head as well: tokens to vectors, hidden states to logits.
+
+    Both in one forward, so that hooks (offloading, casts for storage) see every use of the table.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Integers (...) to (..., width); floating-point numbers (..., width) to logits (..., v)."""
+        return F.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
+
+
 class AutoencoderOptimus(ModelMixin, ConfigMixin):
     """BERT's pooled output to a Gaussian posterior over one vector, and GPT-2 from that vector to tokens.
 
@@ -78,8 +90,6 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
 
     # The memory is a cache, and GPT-2 drops caches while it checkpoints; sentences are short anyway.
     _supports_gradient_checkpointing = False
-    # The head reads the embedding table outside of its module, where no hook brings it to the device.
-    _supports_group_offloading = False
 
     @register_to_config
     def __init__(
@@ -153,6 +163,8 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
                 initializer_range=initializer_range,
             )
         )
+        table = self.decoder.wte
+        self.decoder.wte = _TiedEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight)
         self.posterior_projection = nn.Linear(encoder_hidden_size, 2 * latent_dim, bias=False)
         self.embedding_projection = self.memory_projection = None
         if latent_as_embedding:
@@ -163,7 +175,7 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=initializer_range)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True
     ) -> OptimusEncoderOutput | tuple[Tensor, Tensor]:
@@ -187,7 +199,7 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
         mean, logvar = self.posterior_projection(pooled).chunk(2, dim=-1)
         return OptimusEncoderOutput(mean, logvar) if return_dict else (mean, logvar)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def predict(self, latents: Tensor, token_ids: Tensor) -> Tensor:
         """Logits (b, l, v) of the token that follows each of `token_ids`, all at once.
 
@@ -230,7 +242,7 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
         logits = self.predict(latents, token_ids)
         return AutoencoderOptimusOutput(logits, mean, logvar) if return_dict else (logits, mean, logvar)
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def decode(
         self,
@@ -321,7 +333,7 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
         return self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.decoder.wte.weight)
+        return self.decoder.wte(hidden)
 
     def _check_ids(self, name: str, ids: Tensor, vocab_size: int, longest: int) -> None:
         if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 1:
@@ -333,7 +345,8 @@ class AutoencoderOptimus(ModelMixin, ConfigMixin):
                 f"`{name}` holds {ids.shape[1]} tokens a sentence, this model reads at most {longest}: cut the "
                 "sentences."
             )
-        if ids.device.type == "cpu" and ids.numel():  # elsewhere the check would wait for the device
+        # elsewhere the check would wait for the device, or break the graph
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= vocab_size:
                 raise ValueError(

@@ -11,6 +11,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from .blocks.outputs import SampleOutput, as_output
+
 
 class PatchDiscriminator(ModelMixin, ConfigMixin):
     """Judges overlapping patches of a picture: large logits for real ones.
@@ -50,8 +52,11 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         self.main = nn.Sequential(*layers)
         self.main.apply(_init_weights)
 
-    def forward(self, sample: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, return_dict: bool | None = None) -> Tensor | SampleOutput | tuple[Tensor]:
         """Pictures (batch, in_channels, height, width) in [-1, 1] to patch logits (batch, 1, h, w).
+
+        Args:
+            return_dict: None for the tensor, True for a `SampleOutput`, False for a tuple.
 
         Raises:
             ValueError: for another number of channels or a picture too small for the layers.
@@ -66,7 +71,7 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
                 f"`sample` is {sample.shape[2]}x{sample.shape[3]} pixels, this discriminator needs at least "
                 f"{self.min_size} a side: use larger pictures or fewer `num_layers`."
             )
-        return self.main(sample)
+        return as_output(self.main(sample), return_dict)
 
 
 @torch.no_grad()

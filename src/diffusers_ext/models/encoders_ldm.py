@@ -5,7 +5,8 @@ Rombach, Blattmann, Lorenz, Esser, Ommer, "High-Resolution Image Synthesis with 
 and ldm/modules/x_transformer.py (MIT, weights MIT). The text encoder is not here: diffusers has it (`LDMBertModel`).
 
 Differences: the layout encoder leaves out the original's unused output head; label maps may be given as integers; bad
-labels and tokens are refused.
+labels and tokens are refused. All three return a plain tensor unless `return_dict` is given: a `SampleOutput` if it is
+True, a tuple if it is False.
 """
 
 import torch
@@ -14,6 +15,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .blocks.outputs import SampleOutput, as_output
 
 RESCALING_METHODS = ("nearest", "bilinear", "bicubic", "area")
 
@@ -40,7 +43,7 @@ class LDMClassEmbedder(ModelMixin, ConfigMixin):
             )
         self.embedding = nn.Embedding(num_class_embeds, embed_dim)
 
-    def forward(self, class_labels: Tensor) -> Tensor:
+    def forward(self, class_labels: Tensor, return_dict: bool | None = None) -> Tensor | SampleOutput | tuple[Tensor]:
         """Class numbers, integers (batch,), to tokens (batch, 1, embed_dim).
 
         Raises:
@@ -52,7 +55,7 @@ class LDMClassEmbedder(ModelMixin, ConfigMixin):
                 "shape (batch,)."
             )
         _check_indices("class_labels", class_labels, self.embedding.num_embeddings, "the table")
-        return self.embedding(class_labels)[:, None]  # (b, 1, d)
+        return as_output(self.embedding(class_labels)[:, None], return_dict)  # (b, 1, d)
 
 
 class LDMLayoutEncoder(ModelMixin, ConfigMixin):
@@ -106,7 +109,7 @@ class LDMLayoutEncoder(ModelMixin, ConfigMixin):
         """The token "none": of unused objects, and of the whole sequence where no layout is given."""
         return self.token_embedding.num_embeddings - 1
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> Tensor | SampleOutput | tuple[Tensor]:
         """Tokens, integers (batch, length <= max_length), to context vectors (batch, length, hidden_size).
 
         Raises:
@@ -124,13 +127,14 @@ class LDMLayoutEncoder(ModelMixin, ConfigMixin):
                 "them with fewer objects."
             )
         _check_indices("input_ids", input_ids, self.token_embedding.num_embeddings, "the vocabulary")
-        hidden_states = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden_states = self.token_embedding(input_ids) + self.position_embedding(positions)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states)  # type: ignore[misc]
             else:
                 hidden_states = block(hidden_states)
-        return self.norm(hidden_states)  # (b, l, d)
+        return as_output(self.norm(hidden_states), return_dict)  # (b, l, d)
 
 
 class LDMSpatialRescaler(ModelMixin, ConfigMixin):
@@ -168,40 +172,55 @@ class LDMSpatialRescaler(ModelMixin, ConfigMixin):
             raise ValueError(f"`method` is {method!r}: it must be one of {', '.join(RESCALING_METHODS)}.")
         self.channel_mapper = None if out_channels is None else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
-    def forward(self, label_map: Tensor) -> Tensor:
+    def forward(self, label_map: Tensor, return_dict: bool | None = None) -> Tensor | SampleOutput | tuple[Tensor]:
         """Label maps to conditions (batch, out_channels, height / f, width / f).
+
+        The convolution comes first: both maps are linear, the order changes nothing but rounding, and the resizing
+        has `out_channels` to work on in place of a channel for each label.
 
         Args:
             label_map: integers (batch, height, width) from 0 to in_channels - 1, or one-hot (or soft) maps (batch,
                 in_channels, height, width), floating point.
 
         Raises:
-            ValueError: for another shape or dtype, or an unknown label.
+            ValueError: for another shape or dtype, or an unknown label (checked on a CPU only).
         """
-        num_labels = self.config["in_channels"]
+        num_labels, mapper = self.config["in_channels"], self.channel_mapper
         if label_map.ndim == 3 and not label_map.is_floating_point():
-            low, high = int(label_map.min()), int(label_map.max())
-            if low < 0 or high >= num_labels:
+            if beyond := _beyond(label_map, num_labels):
                 raise ValueError(
-                    f"`label_map` holds labels from {low} to {high}, this model knows 0 to {num_labels - 1}: map "
-                    "others onto these, for instance with a palette."
+                    f"`label_map` holds labels from {beyond[0]} to {beyond[1]}, this model knows 0 to "
+                    f"{num_labels - 1}: map others onto these, for instance with a palette."
                 )
-            dtype = torch.get_default_dtype() if self.channel_mapper is None else self.channel_mapper.weight.dtype
-            label_map = F.one_hot(label_map.long(), num_labels).permute(0, 3, 1, 2).to(dtype)  # (b, c, h, w)
-        if label_map.ndim != 4 or label_map.shape[1] != num_labels or not label_map.is_floating_point():
+            dtype = torch.get_default_dtype() if mapper is None else self.dtype  # a child's may be that of storage
+            every_label = torch.eye(num_labels, device=label_map.device, dtype=dtype)
+            if mapper is not None:  # what the convolution makes of each label: (1, c, c, 1) -> (1, out, c, 1)
+                every_label = mapper(every_label[None, :, :, None])[0, :, :, 0].T
+            maps = F.embedding(label_map.long(), every_label).permute(0, 3, 1, 2)  # (b, out, h, w)
+        elif label_map.ndim == 4 and label_map.shape[1] == num_labels and label_map.is_floating_point():
+            maps = label_map if mapper is None else mapper(label_map)
+        else:
             raise ValueError(
                 f"`label_map` is {label_map.dtype} of shape {tuple(label_map.shape)}: expected integers (batch, "
                 f"height, width), or floating-point maps (batch, {num_labels}, height, width)."
             )
         for _ in range(self.config["num_stages"]):
-            label_map = F.interpolate(label_map, scale_factor=self.config["multiplier"], mode=self.config["method"])
-        return label_map if self.channel_mapper is None else self.channel_mapper(label_map)
+            maps = F.interpolate(maps, scale_factor=self.config["multiplier"], mode=self.config["method"])
+        return as_output(maps, return_dict)
 
 
 def _check_indices(name: str, indices: Tensor, size: int, what: str) -> None:
-    """Refuses indices beyond a table; on an accelerator the check would wait for the device, so it is left out."""
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
+    """Refuses indices beyond a table."""
+    if beyond := _beyond(indices, size):
+        raise ValueError(f"`{name}` goes from {beyond[0]} to {beyond[1]}, {what} from 0 to {size - 1}.")
+
+
+def _beyond(indices: Tensor, size: int) -> tuple[int, int] | None:
+    """Least and greatest index if one of them lies beyond 0 ... size - 1.
+
+    On an accelerator the question would wait for the device, and it would break a compiled graph: it is not asked.
+    """
+    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
+        return None
     low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"`{name}` goes from {low} to {high}, {what} from 0 to {size - 1}.")
+    return (low, high) if low < 0 or high >= size else None

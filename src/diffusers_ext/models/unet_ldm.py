@@ -8,12 +8,16 @@ else, and every other released model, is the stock class.
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 
-class LDMUNet(UNet2DModel, PeftAdapterMixin):
+class LDMUNet(UNet2DModel, PeftAdapterMixin, AttentionMixin):
     """A `UNet2DModel` whose attention layers all have the same number of heads.
+
+    Unlike its parent it takes adapters (`add_adapter`, `load_lora_adapter`) and attention processors
+    (`set_attn_processor`).
 
     Args:
         num_attention_heads: heads of every attention layer; None leaves the parent's `attention_head_dim` in force.

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
+
+from .blocks.wrappers import with_forward_hooks
 
 
 @dataclass
@@ -251,7 +252,7 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return (logits,)
         return PaellaUNetOutput(sample=logits)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def forward_features(self, sample: Tensor, timestep: Tensor | float, condition_embeds: Tensor) -> Tensor:
         """Everything before the head: arguments as in `forward`, features (batch, height, width, channels).
 
@@ -269,7 +270,7 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states = level(hidden_states, conds.pop(), skips.pop())
         return hidden_states
 
-    @apply_forward_hook
+    @with_forward_hooks
     def head(self, features: Tensor) -> Tensor:
         """Features (batch, height, width, channels) to logits (batch, num_vq_embeddings, height, width)."""
         return self.proj_out(features).permute(0, 3, 1, 2)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -41,7 +42,7 @@ def flow_name(context_type: str, data_type: str) -> str:
     return f"{context_type}-to-{data_type}"
 
 
-class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Predicts the noise of latents of any data type under any mixture of contexts (Versatile Diffusion).
 
     Args:
@@ -181,8 +182,8 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             generator: of the draws; they are made on its device.
         """
         ratios = torch.tensor(_normalised(context_ratios, len(context_ratios)), dtype=torch.float64)
-        if generator is not None:
-            ratios = ratios.to(generator.device)
+        if generator is not None and generator.device.type != "cpu":
+            ratios = ratios.float().to(generator.device)  # not all devices know float64
         return torch.multinomial(ratios, self.num_context_layers, replacement=True, generator=generator).tolist()
 
     def forward(

@@ -23,11 +23,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput, VQModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from .blocks.wrappers import unwrap
+from .blocks.wrappers import unwrap, with_forward_hooks
 
 _ROWS_PER_CHUNK = 4096  # bounds the scores to rows x codes floats: 134 MB for 8192 codes
 
@@ -111,7 +110,9 @@ class GumbelVQModel(VQModel):
         """The module's `decode_indices` as a method."""
         return decode_indices(self, indices)
 
-    @apply_forward_hook
+    encode = with_forward_hooks(VQModel.encode)
+
+    @with_forward_hooks
     def decode(
         self,
         h: Tensor,
@@ -122,7 +123,7 @@ class GumbelVQModel(VQModel):
         """Decodes latents (batch, d, h, w) to pictures as `VQModel.decode`, but with the projection's codes."""
         if force_not_quantize:
             return super().decode(h, force_not_quantize=True, return_dict=return_dict, shape=shape)
-        sample = decode_indices(self, self.quantize_proj(h, most_probable_codes))
+        sample = decode_indices(self, _chosen_codes(self, h, most_probable_codes))
         commit_loss = sample.new_zeros(h.shape[0])  # nothing to commit to
         if not return_dict:
             return sample, commit_loss  # type: ignore[return-value] # as the parent, whose annotation is wrong
@@ -230,19 +231,19 @@ class PaellaVQModel(ModelMixin, ConfigMixin):
             nn.Conv2d(widths[0], out_channels * folded, 1), nn.PixelShuffle(up_down_scale_factor)
         )
 
-    @apply_forward_hook
+    @with_forward_hooks
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Pictures (b, 3, 4h, 4w) in [0, 1] to latents (b, d, h, w) before the codes, unscaled."""
         latents = self.down_blocks(self.in_block(x))
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def decode(
         self, h: Tensor, force_not_quantize: bool = True, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
         """Codes or latents (b, d, h, w), unscaled, to pictures (b, 3, 4h, 4w), nominally in [0, 1]."""
         if not force_not_quantize:
-            h = codebook(self)(nearest_codes(h, codebook_table(self))).permute(0, 3, 1, 2)
+            h = codebook(self)(nearest_codes(h, codebook_table(self, h.device))).permute(0, 3, 1, 2)
         sample = self.out_block(self.up_blocks(h))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -276,10 +277,22 @@ def codebook(vqvae: Tokenizer) -> nn.Embedding:
     return (vqvae.vquantizer if isinstance(vqvae, PaellaVQModel) else vqvae.quantize).embedding
 
 
-def codebook_table(vqvae: Tokenizer) -> Tensor:
-    """All codes (k, d), as their module gives them."""
-    embedding, device = codebook(vqvae), bare_tokenizer(vqvae).device
+def codebook_table(vqvae: Tokenizer, device: torch.device | str) -> Tensor:
+    """All codes (k, d), as their module gives them on the device where it computes."""
+    embedding = codebook(vqvae)
     return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
+@with_forward_hooks
+def _nearest_codes(vqvae: Tokenizer, latents: Tensor) -> Tensor:
+    """Indices (b, h, w) of the codes that are nearest to latents (b, d, h, w)."""
+    return nearest_codes(latents, codebook_table(vqvae, latents.device))
+
+
+@with_forward_hooks
+def _chosen_codes(vqvae: GumbelVQModel, latents: Tensor, choose: Callable[..., Tensor]) -> Tensor:
+    """What `choose` makes of latents (b, d, h, w) and the projection to logits: indices (b, h, w)."""
+    return vqvae.quantize_proj(latents, choose)
 
 
 def codebook_weight(vqvae: Tokenizer) -> Tensor:
@@ -356,10 +369,10 @@ def encode_indices(
         )
     latents = encode_latents(vqvae, image.to(vqvae.dtype))  # (b, d, h, w)
     if not isinstance(vqvae, GumbelVQModel):
-        return nearest_codes(latents, codebook_table(vqvae))
+        return _nearest_codes(vqvae, latents)
     if not sample:
-        return vqvae.quantize_proj(latents, most_probable_codes)
-    return vqvae.quantize_proj(latents, partial(_draw_codes, gumbel_noise=gumbel_noise, generator=generator))
+        return _chosen_codes(vqvae, latents, most_probable_codes)
+    return _chosen_codes(vqvae, latents, partial(_draw_codes, gumbel_noise=gumbel_noise, generator=generator))
 
 
 def decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
@@ -380,7 +393,7 @@ def decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     return _decode_indices(bare_tokenizer(vqvae), indices)
 
 
-@apply_forward_hook  # moves an offloaded tokenizer before its codebook is asked
+@with_forward_hooks  # brings an offloaded tokenizer back before its codebook is asked
 def _decode_indices(vqvae: Tokenizer, indices: Tensor) -> Tensor:
     try:
         codes = codebook(vqvae)(indices).permute(0, 3, 1, 2)  # (b, d, h, w)

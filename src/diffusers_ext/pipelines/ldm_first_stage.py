@@ -11,11 +11,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.autoencoders.vq_model import VQModel
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from ..conditions.inpainting import latent_mask, masked_image
-from ..models.blocks.wrappers import unwrap
+from ..models.blocks.wrappers import unwrap, with_forward_hooks
 from ..models.vq_paella import GumbelVQModel, codebook, codebook_table
 from .ldm_tiling import TileGrid
 
@@ -120,7 +119,7 @@ def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | N
     return decode(latents) if grid is None else grid.apply(decode, latents)
 
 
-@apply_forward_hook  # moves an offloaded autoencoder before its codebook is asked
+@with_forward_hooks  # brings an offloaded autoencoder back before its codebook is asked
 def _decode_nearest(vqvae: VQModel, latents: Tensor) -> Tensor:
     """What `VQModel.decode` computes, to the bit, without reading the codebook behind the back of its module.
 
@@ -130,7 +129,7 @@ def _decode_nearest(vqvae: VQModel, latents: Tensor) -> Tensor:
     if vqvae.config["lookup_from_codebook"]:  # such a model decodes nothing but indices without its quantiser
         return vqvae.decode(latents, return_dict=False)[0]  # type: ignore[arg-type]
     latents = latents.permute(0, 2, 3, 1).contiguous()  # (b, h, w, d)
-    nearest = torch.cdist(latents.flatten(0, 2), codebook_table(vqvae)).argmin(dim=1)
+    nearest = torch.cdist(latents.flatten(0, 2), codebook_table(vqvae, latents.device)).argmin(dim=1)
     codes = codebook(vqvae)(nearest).view(latents.shape)
     codes = (latents + (codes - latents).detach()).permute(0, 3, 1, 2).contiguous()
     return vqvae.decode(codes, force_not_quantize=True, return_dict=False)[0]  # type: ignore[arg-type]

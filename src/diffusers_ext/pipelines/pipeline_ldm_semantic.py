@@ -20,7 +20,6 @@ from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer
 from .checks_ldm import check_components, check_rescaler
 from .ldm_denoising import LDMCondition
-from .ldm_tiling import TileGrid, Tiles
 from .listed_options import read_option
 from .pipeline_ldm_base import Generators, LDMBasePipeline
 
@@ -138,7 +137,7 @@ class LDMSemanticPipeline(LDMBasePipeline):
         labels = resize_labels(labels.to(timesteps.device), *size)
 
         def encode() -> LDMCondition:
-            return self.encode_labels(labels, num_images_per_prompt, tiles=tiles)
+            return self.encode_labels(labels, num_images_per_prompt)
 
         noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
 
@@ -162,22 +161,13 @@ class LDMSemanticPipeline(LDMBasePipeline):
     def num_labels(self) -> int:
         return self.spatial_rescaler.config["in_channels"]
 
-    def encode_labels(
-        self, labels: Tensor, num_images_per_prompt: int = 1, *, tiles: Tiles | None = None
-    ) -> LDMCondition:
+    def encode_labels(self, labels: Tensor, num_images_per_prompt: int = 1) -> LDMCondition:
         """Label maps to channels beside the latents, (n * num_images_per_prompt, c', h, w).
 
         Args:
             labels: integers (n, H, W), on the rescaler's device.
-            tiles: rescale piece by piece, since the one-hot map is the largest thing there is.
         """
-        if tiles is None:
-            maps = self.spatial_rescaler(labels)
-        else:
-            grid = tiles.encode  # halving looks at no neighbours, so the pieces need not overlap
-            pieces = TileGrid(grid.size, grid.kernel, grid.kernel, down=grid.down)
-            maps = pieces.apply(self.spatial_rescaler, labels)
-        maps = maps.repeat_interleave(num_images_per_prompt, dim=0)
+        maps = self.spatial_rescaler(labels).repeat_interleave(num_images_per_prompt, dim=0)
         return LDMCondition(concat=maps, null_concat=self._null_maps(maps))
 
     def _channels(self) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from ..models.blocks.wrappers import with_forward_hooks
 
 # A picture of one grey value that stands for "no picture": mid-grey in the first release, black for texts since.
 NULL_PICTURES = {"grey": 127, "black": 0}
@@ -21,7 +22,7 @@ NULL_PICTURES = {"grey": 127, "black": 0}
 def text_context(text_encoder: CLIPTextModelWithProjection, input_ids: Tensor) -> Tensor:
     """Tokens of texts (n, l), padding included, to a context (n, l, d); padding is attended to, as in the original."""
     out = text_encoder(input_ids)
-    tokens = text_encoder.text_projection(out.last_hidden_state)
+    tokens = _project_texts(text_encoder, out.last_hidden_state)
     return tokens / out.text_embeds.norm(dim=-1)[:, None, None]
 
 
@@ -37,12 +38,22 @@ def image_context(
         hidden_states = image_encoder(pixel_values).last_hidden_state
     else:
         hidden_states = _masked_hidden_states(image_encoder, pixel_values, token_weights)
-    tokens = image_encoder.visual_projection(image_encoder.vision_model.post_layernorm(hidden_states))
+    tokens = _project_pictures(image_encoder, hidden_states)
     tokens = tokens / tokens[:, :1].norm(dim=-1, keepdim=True)
     return tokens if token_weights is None else tokens * token_weights.to(tokens)
 
 
-@apply_forward_hook  # it stands for the encoder's forward, so what was offloaded comes back for it
+@with_forward_hooks
+def _project_texts(text_encoder: Any, hidden_states: Tensor) -> Tensor:
+    return text_encoder.text_projection(hidden_states)
+
+
+@with_forward_hooks
+def _project_pictures(image_encoder: Any, hidden_states: Tensor) -> Tensor:
+    return image_encoder.visual_projection(image_encoder.vision_model.post_layernorm(hidden_states))
+
+
+@with_forward_hooks  # it stands for the encoder's forward, so what was offloaded comes back for it
 def _masked_hidden_states(image_encoder: Any, pixel_values: Tensor, token_weights: Tensor) -> Tensor:
     """The last hidden states of pictures whose embedded tokens are weighted, before the first layer reads them.
 

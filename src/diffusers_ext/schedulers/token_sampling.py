@@ -83,7 +83,7 @@ def _limit_by_histogram(score: Tensor, p: Tensor, mass: float, num_bins: int = 2
     largest = score.masked_fill(score.isinf(), 0.0).amax(dim=-1, keepdim=True)
     scale = (num_bins / largest).clamp(max=1e30)  # finite, so that 0 stays 0
     bins = (score * scale).clamp_(max=num_bins - 1).long()  # (n, v)
-    totals = torch.zeros(len(p), num_bins).scatter_add_(-1, bins, p).double()
+    totals = torch.zeros(len(p), num_bins).scatter_add_(-1, bins, p).cpu().double()  # this way is for CPUs
     cumulative = totals.cumsum(dim=-1)
     crossed = (cumulative < mass).sum(dim=-1, keepdim=True)
     # where rounding leaves all of them below the mass, the last bin with weight
