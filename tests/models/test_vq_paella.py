@@ -223,4 +223,4 @@ def test_a_wrapped_tokenizer_chooses_the_same_codes(cls, wrap):
 
 def test_another_network_is_no_tokenizer():
     with pytest.raises(TypeError, match="`vqvae` is a Linear: a tokenizer is a VQModel, a GumbelVQModel or a Paella"):
-        downsample_factor(torch.nn.Linear(1, 1))
+        encode_indices(torch.nn.Linear(1, 1), IMAGE)

@@ -188,7 +188,7 @@ def _to_unit_range(values: Tensor, name: str) -> tuple[Tensor, int]:
     if values.dtype == torch.bool:
         return values.float(), 1
     exact = values.is_floating_point()
-    values = values.double()
+    values = values.cpu().double()
     low, high = float(values.min()), float(values.max())
     white = 1 if exact else largest_value(high)
     if white is None or not (low >= -NEARLY and high <= 1 + NEARLY if exact else low >= 0):  # also refuses NaN
