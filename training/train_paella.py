@@ -27,12 +27,14 @@ from diffusers_ext.data.annotations import check_labels
 from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
+from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.losses.discrete import token_cross_entropy
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, downsample_factor, encode_indices
 from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
+from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
@@ -269,6 +271,17 @@ def read_sample(
     return sample
 
 
+def class_names(dataset: Any, args: PaellaArgs, data: DataArgs) -> list[str] | None:
+    """Names of the classes 0, 1, ... where the data know them, and as many as there are."""
+    if args.condition != "class":
+        return None
+    if data.dataset_name == "scenes":
+        names = list(CLASS_NAMES)
+    else:
+        names = getattr(dataset.features[data.label_column], "names", None)  # of a ClassLabel
+    return names if names is not None and len(names) == args.num_labels else None
+
+
 def read_whole(example: dict, args: PaellaArgs, data: DataArgs) -> dict[str, Any]:
     """What a cache is made of: as `read_sample` without augmentation, but with all captions of the sample."""
     sample: dict[str, Any] = read_sample(example, torch.Generator(), args, data)
@@ -466,6 +479,8 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("%d pictures, %d parameters", len(train_set), num_trained)
     conditioner = Conditioner(pipe, args, data.resolution, train.train_batch_size)
     transform = partial(read_sample, args=args, data=data)
+    if (names := class_names(train_set, args, data)) is not None:
+        pipe.register_to_config(id2label=record_option("id2label", names))
     if args.cache_dir:
         train_set = cache_samples(conditioner, train_set, accelerator, data)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditions.named_boxes import find_class
 from ..models.vq_paella import GumbelVQModel, bare_tokenizer
 from .checks import as_texts, check_side
 
@@ -95,8 +96,9 @@ def check_conditions(
 
 def check_text_components(pipe: Any) -> None:
     if None in (pipe.tokenizer, pipe.text_encoder):
+        instead = " or `class_labels`" if pipe.class_names is not None else ""
         raise ValueError(
-            "The pipeline was built without tokenizer or text_encoder; pass `prompt_embeds` (and"
+            f"The pipeline was built without tokenizer or text_encoder; pass `prompt_embeds`{instead} (and"
             " `negative_prompt_embeds`) in place of texts."
         )
     _check_projection(pipe, "text_encoder")
@@ -111,6 +113,24 @@ def check_image_components(pipe: Any) -> None:
             " or pass `prompt_embeds`."
         )
     _check_projection(pipe, "image_encoder")
+
+
+def check_labels(pipe: Any, class_labels: Any) -> list[int]:
+    """The numbers of classes that are given by number or name, of a network that was trained on classes."""
+    if pipe.unet is None:
+        raise ValueError("The pipeline was built without unet, which knows how many classes there are: pass it.")
+    if pipe.class_names is None and (pipe.text_encoder is not None or pipe.image_encoder is not None):
+        raise ValueError(
+            "`class_labels` is for networks that were trained on classes (`train_paella.py --condition class`); this"
+            " one was trained on the vectors of its CLIP: pass `prompt`, or what `encode_image` gives as"
+            " `prompt_embeds`."
+        )
+    labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+    labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+    if not labels:
+        raise ValueError("`class_labels` is empty; pass at least one class.")
+    num_classes = pipe.unet.config["condition_dim"]
+    return [find_class(label, num_classes, pipe.class_names, "class_labels") for label in labels]
 
 
 def check_latents(pipe: Any, latents: Any, shape: tuple[int, int, int], name: str = "latents") -> None:
@@ -171,6 +191,8 @@ def _check_embeds(pipe: Any, name: str, embeds: Any, grid: tuple[int, int]) -> N
 
 def _check_projection(pipe: Any, name: str) -> None:
     width = getattr(pipe, name).config.projection_dim
+    if pipe.unet is None:  # encoding needs none
+        return
     if width != pipe.unet.config["condition_dim"]:
         raise ValueError(
             f"The components do not fit together: {name}.config.projection_dim={width} differs from"

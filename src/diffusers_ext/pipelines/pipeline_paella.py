@@ -47,6 +47,7 @@ class PaellaPipeline(PaellaBasePipeline):
 
         pipe(["a red circle", "a blue star"])                      # two pictures
         pipe(["a red circle", "a blue star"], regions="columns")   # one picture, left and right
+        pipe(class_labels=["three", 7])                            # networks that were trained on classes
         pipe.interpolate(["a red circle", "a blue star"], num_frames=8, interpolation="slerp")
     """
 
@@ -71,6 +72,7 @@ class PaellaPipeline(PaellaBasePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         regions: Any = None,
+        class_labels: Any = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images.
 
@@ -98,6 +100,8 @@ class PaellaPipeline(PaellaBasePipeline):
                 the order of the prompts), "column_ramp" or "row_ramp" (each place between two prompts), or a list with
                 one entry a prompt: a box `(left, top, right, bottom)` in pixels, a mask of the picture's size, or None
                 for the rest. See `encode_regions`.
+            class_labels: One class or several, by number or name, in place of `prompt`, for networks that were trained
+                on classes (`train_paella.py --condition class`). See `encode_labels`.
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
                 that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
             callback_on_step_end_tensor_inputs: Which tensors it gets, by default `["latents"]`; `pred_original_sample`
@@ -113,6 +117,11 @@ class PaellaPipeline(PaellaBasePipeline):
         size = self._resolve_size(height, width, latents)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        if class_labels is not None:
+            if prompt is not None or prompt_embeds is not None:
+                raise ValueError("Pass one of `prompt`, `prompt_embeds` and `class_labels`; received more.")
+            check_components(self)
+            prompt_embeds = self.encode_labels(class_labels)
         one_picture = None
         if regions is not None:
             one_picture = self._check_regions(prompt, prompt_embeds, regions, *size)

@@ -43,8 +43,17 @@ from .checks import (
     check_integer,
     check_output_type,
 )
-from .checks_paella import check_components, check_conditions, check_image_components, check_latents, check_size
+from .checks_paella import (
+    check_components,
+    check_conditions,
+    check_image_components,
+    check_labels,
+    check_latents,
+    check_size,
+    check_text_components,
+)
 from .clip_vectors import image_vectors, text_ids
+from .listed_options import read_option, record_option
 from .sharing import SharingPipeline
 from .tokenization import warn_of_cuts
 
@@ -65,9 +74,12 @@ class PaellaBasePipeline(SharingPipeline):
         feature_extractor: Its image processor.
         default_sample_size: Side of the token grid when a call names no size.
         default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
+        id2label: Names of the classes 0, 1, ... of a network whose condition is a class, a dict by number (which is how
+            the config holds them) or a list.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vqvae"
+    _one_checkpoint = True  # of all its subclasses: each loads what another one saved
     _optional_components = ["tokenizer", "text_encoder", "image_encoder", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
 
@@ -88,6 +100,7 @@ class PaellaBasePipeline(SharingPipeline):
         feature_extractor: CLIPImageProcessor | None = None,
         default_sample_size: int = 32,
         default_guidance_scale: float = 5.0,
+        id2label: dict[int, str] | list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -99,12 +112,21 @@ class PaellaBasePipeline(SharingPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_to_config(default_sample_size=default_sample_size, default_guidance_scale=default_guidance_scale)
+        self.register_to_config(
+            default_sample_size=default_sample_size,
+            default_guidance_scale=default_guidance_scale,
+            id2label=record_option("id2label", id2label),
+        )
         self.vae_scale_factor = downsample_factor(vqvae) if vqvae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = default_guidance_scale
         self._num_timesteps = 0
         self._interrupt = False
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes 0, 1, ..., see `id2label`."""
+        return read_option(self.config.get("id2label"))
 
     @property
     def guidance_scale(self) -> float:
@@ -187,6 +209,8 @@ class PaellaBasePipeline(SharingPipeline):
         Returns:
             Both conditions, each `(n * num_images_per_prompt, d)` (or spatial); the second is None without guidance.
         """
+        if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt is not None):
+            check_text_components(self)
         device = device if device is not None else self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self._encode_texts(as_texts("prompt", prompt), device)
@@ -222,6 +246,20 @@ class PaellaBasePipeline(SharingPipeline):
         check_image_components(self)
         device = device if device is not None else self._execution_device
         return image_vectors(self.feature_extractor, self.image_encoder, image_list(image), device)
+
+    def encode_labels(self, class_labels: Any, device: torch.device | str | None = None) -> Tensor:
+        """Classes as one-hot vectors `(n, d)`, to pass as `prompt_embeds` to any Paella pipeline.
+
+        For networks that were trained on classes (`train_paella.py --condition class`).
+
+        Args:
+            class_labels: One class or several, by number or, if the checkpoint has names (`class_names`), by name.
+            device: Where the vectors are made; by default where the pipeline runs.
+        """
+        labels = check_labels(self, class_labels)
+        vectors = torch.zeros(len(labels), self.unet.config["condition_dim"], dtype=self.unet.dtype)
+        vectors[range(len(labels)), labels] = 1
+        return vectors.to(device if device is not None else self._execution_device)
 
     def prepare_latents(
         self,

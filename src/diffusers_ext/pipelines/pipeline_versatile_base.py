@@ -30,7 +30,7 @@ from .checks_versatile import NULL_IMAGES, check_choice, check_parts
 from .clip_vectors import text_ids
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
-from .sharing import SharingPipeline
+from .sharing import LOOKUP_ARGUMENTS, SharingPipeline
 from .tokenization import warn_of_cuts
 from .versatile_conditions import Conditions, read_conditions
 from .versatile_contexts import (
@@ -46,7 +46,6 @@ _MODEL_ARGUMENTS = (  # of the pipeline's `from_pretrained`, which the network's
     "cache_dir", "device_map", "disable_mmap", "dtype", "force_download", "local_files_only", "low_cpu_mem_usage",
     "proxies", "revision", "token", "torch_dtype", "use_safetensors", "variant",
 )  # fmt: skip
-_LOOKUP_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _NEEDED_BY = {  # components that only some flows need
     "-to-image": ["vae"],
     "-to-text": ["optimus", "encoder_tokenizer", "decoder_tokenizer"],
@@ -140,7 +139,7 @@ class VersatileBasePipeline(SharingPipeline):
             ValueError: for flows that the network does not know or that were not saved; lists those it has. For a
                 repository in the format of diffusers' former pipelines, naming the function that reads it.
         """
-        lookup = {name: value for name, value in kwargs.items() if name in _LOOKUP_ARGUMENTS}
+        lookup = {name: value for name, value in kwargs.items() if name in LOOKUP_ARGUMENTS}
         if "image_unet" in cls.load_config(pretrained_model_name_or_path, **lookup):
             raise ValueError(
                 f"{str(pretrained_model_name_or_path)!r} is a repository of diffusers' former Versatile Diffusion, "

@@ -1,10 +1,11 @@
 """What pipelines that share components with others have in common."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, create_repo
 from huggingface_hub.errors import EntryNotFoundError
@@ -12,8 +13,12 @@ from torch import nn
 
 from ..models.blocks.wrappers import unwrap
 from .adapters import AdapterMixin
+from .recognition import check_component, check_folder
 from .saving import check_saveable
 
+LOOKUP_ARGUMENTS = (  # of `from_pretrained`, which finding a file on the Hub takes too
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token",
+)  # fmt: skip
 _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
@@ -128,10 +133,35 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
         )
 
     def register_modules(self, **kwargs: Any) -> None:
-        super().register_modules(**{name: _visible_component(name, part) for name, part in kwargs.items()})
+        super().register_modules(**{name: self._fitting_component(name, part) for name, part in kwargs.items()})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _visible_component(name, value))
+        super().__setattr__(name, self._fitting_component(name, value))
+
+    def _fitting_component(self, name: str, value: Any) -> Any:
+        if not isinstance(value, nn.Module):
+            return value
+        value = _visible_component(name, value)
+        check_component(type(self), name, value, _family())
+        return value
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """diffusers' `from_pretrained`, except that a folder of another pipeline is refused before it is read.
+
+        Without `dtype` all parts are float32, whatever the files hold; with one, as in diffusers: a dtype, or a dict
+        of one each.
+
+        Raises:
+            ValueError: for a folder of another pipeline; names its class.
+        """
+        lookup = {name: value for name, value in kwargs.items() if name in LOOKUP_ARGUMENTS}
+        index = cls.load_config(pretrained_model_name_or_path, **lookup)
+        if kwargs.get("custom_pipeline") is None:
+            check_folder(cls, str(pretrained_model_name_or_path), index, kwargs, _family())
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32  # parts of transformers would keep the file's
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
@@ -148,14 +178,20 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
         return super().to(*args, **kwargs)
 
 
-def _visible_component(name: str, component: Any) -> Any:
+def _family(base: type = SharingPipeline) -> Iterator[type]:
+    """All pipeline classes of the house that have been imported, without those that are no pipelines by themselves."""
+    for child in base.__subclasses__():
+        if not child.__name__.endswith("BasePipeline"):
+            yield child
+        yield from _family(child)
+
+
+def _visible_component(name: str, component: nn.Module) -> nn.Module:
     """The component in a form whose config and methods can be reached.
 
     Raises:
         TypeError: for an unknown wrapper, which would hide what the pipeline has to know.
     """
-    if not isinstance(component, nn.Module):
-        return component
     bare = unwrap(component)
     if not hasattr(bare, "config"):
         raise TypeError(
