@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Sample a grid of pictures.", allow_abbrev=False)
     parser.add_argument("checkpoint", help="pipeline folder or Hub id")
-    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("prompts", nargs="+", help="of a network that was trained on classes: their names or numbers")
     parser.add_argument("--negative_prompt")
     parser.add_argument("--num_images_per_prompt", type=int, default=4)
     parser.add_argument("--num_inference_steps", type=int, default=12)
@@ -49,8 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
         torch.Generator(args.device).manual_seed(args.seed + i)
         for i in range(len(args.prompts) * args.num_images_per_prompt)
     ]
+    if pipe.text_encoder is None:
+        condition = {"class_labels": [int(label) if label.isdecimal() else label for label in args.prompts]}
+    else:
+        condition = {"prompt": args.prompts}
     images = pipe(
-        args.prompts,
+        **condition,
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps,

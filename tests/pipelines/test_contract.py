@@ -1,7 +1,9 @@
 """What every public pipeline owes to its users, checked over the table of `contract.py`: one section a promise."""
 
 import inspect
+import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import accelerate
 import diffusers
@@ -19,12 +21,13 @@ from diffusers.callbacks import (
 )
 from PIL import Image
 from pipelines.contract import CASES, GUIDED_CASES, ONE_EACH, Result, assert_alike, equal, sample
-from pipelines.tiny_ldm import tiny_mask
+from pipelines.tiny_ldm import tiny_mask, tiny_unet
 from pipelines.tiny_paella import quiet, tiny_picture
 from safetensors.torch import load_file
 from torch.nn.utils import prune
 
 import diffusers_ext
+from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
 from diffusers_ext.training_utils.lora import add_lora, save_lora
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -771,6 +774,45 @@ def _arguments(pipe):
     return {**{name: pipe.config[name] for name in options}, **pipe.components}
 
 
+ONE = pytest.mark.parametrize("name", ONE_EACH)
+
+
+@ONE
+def test_a_missing_part_is_named_by_encoders_and_properties(name):
+    arguments = {"encode_prompt": "a star", "encode_image": tiny_picture(1), "get_label_ids": 1}
+    for part in CASES[name].build().components:
+        pipe = CASES[name].build()
+        pipe = quiet(type(pipe)(**_arguments(pipe) | {part: None}))
+        uses = {key: partial(getattr(pipe, key), value) for key, value in arguments.items() if hasattr(pipe, key)}
+        for key in dir(type(pipe)):
+            if isinstance(getattr(type(pipe), key, None), property):
+                uses[key] = partial(getattr, pipe, key)
+        for key, use in uses.items():
+            try:
+                use()
+            except ValueError as error:
+                assert re.search(rf"without [\w, ]*\b{part}\b", str(error)), f"{part}, {key}: {error}"
+
+
+@ONE
+def test_a_network_of_a_wrong_class_is_refused_before_anything_runs(name):
+    pipe = CASES[name].build()
+    strangers = {"unet": LDMSpatialRescaler(3), "vqvae": pipe.unet, "vae": pipe.unet, "text_encoder": pipe.unet}
+    for part, stranger in strangers.items():
+        if part in pipe.components:
+            message = rf"`{part}` is a {type(stranger).__name__}, {type(pipe).__name__} needs a "
+            with pytest.raises(ValueError, match=message):
+                setattr(pipe, part, stranger)
+            with pytest.raises(ValueError, match=message):
+                type(pipe)(**pipe.components | {part: stranger})
+
+
+def test_the_message_names_the_pipelines_that_take_the_network():
+    pipe = CASES["paella"].build()
+    with pytest.raises(ValueError, match="A UNet2DConditionModel belongs into .*LDMTextPipeline"):
+        pipe.unet = tiny_unet(context=True)
+
+
 # --- long prompts, options without effect
 
 
@@ -823,3 +865,49 @@ def test_pictures_are_float32_whatever_the_networks_dtype(name):
 
 
 # --- loading: folders of another family, dtypes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each pipeline saved, in half precision."""
+    saved = {}
+    for name in ONE_EACH:
+        saved[name] = tmp_path_factory.mktemp(name) / "pipe"
+        CASES[name].build().to(torch.bfloat16).save_pretrained(saved[name])
+    return saved
+
+
+@ONE
+def test_without_a_dtype_all_parts_are_float32_and_with_one_they_have_it(name, folders):
+    cls = getattr(diffusers_ext, CASES[name].pipeline)
+    for options, wanted in (
+        ({}, lambda part: torch.float32),
+        ({"dtype": torch.bfloat16}, lambda part: torch.bfloat16),
+        ({"dtype": {"unet": torch.float16}}, lambda part: torch.float16 if part == "unet" else torch.float32),
+    ):
+        pipe = cls.from_pretrained(folders[name], **options)
+        found = {key: part.dtype for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        assert found == {key: wanted(key) for key in found}
+
+
+def test_a_folder_of_another_pipeline_is_refused_and_its_own_class_named(folders):
+    for name, folder in folders.items():
+        saver = CASES[name].pipeline
+        for other in ONE_EACH:
+            cls = getattr(diffusers_ext, CASES[other].pipeline)
+            if cls.__name__ == saver or {cls.__name__[:6], saver[:6]} == {"Paella"}:  # modes of one checkpoint
+                assert type(cls.from_pretrained(folder)) is cls
+                continue
+            with pytest.raises(ValueError, match=rf"is no checkpoint of {cls.__name__}: .*`{saver}\.from_pretrained`"):
+                cls.from_pretrained(folder)
+
+
+def test_a_stock_folder_is_judged_by_its_parts(tmp_path):
+    parts = CASES["ldm-text"].build().components
+    diffusers.LDMTextToImagePipeline(**parts).save_pretrained(tmp_path)
+    assert diffusers_ext.LDMTextPipeline.from_pretrained(tmp_path).bert is not None
+    message = "its `unet` is a UNet2DConditionModel, wanted is a PaellaUNet.*`LDMTextToImagePipeline.from_pretrained`"
+    with pytest.raises(ValueError, match=message):
+        diffusers_ext.PaellaPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it has no `class_embedder`, a LDMClassEmbedder"):
+        diffusers_ext.LDMClassConditionalPipeline.from_pretrained(tmp_path)

@@ -54,6 +54,60 @@ def count_runs(pipe: PaellaPipeline) -> list[str]:
     return runs
 
 
+# --- networks that were trained on classes
+
+CLASS_LABELS = [f"class {k}" for k in range(CONDITION_DIM)]
+NO_CLIP = {"tokenizer": None, "text_encoder": None}
+
+
+def test_classes_by_number_or_name_are_one_hot_conditions(tmp_path):
+    make_pipe(**NO_CLIP, id2label=dict(enumerate(CLASS_LABELS))).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["id2label"]["3"] == "class 3"  # no list of strings
+    pipe = PaellaPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.class_names == CLASS_LABELS
+    one_hot = torch.eye(CONDITION_DIM)[[3, 5]]
+    assert torch.equal(pipe.encode_labels(torch.tensor([3, 5])), one_hot)
+    call = {"num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": 2}
+    found = pipe(class_labels=["class 3", 5], generator=Generator().manual_seed(0), **call).images
+    wanted = pipe(prompt_embeds=one_hot, generator=Generator().manual_seed(0), **call).images
+    assert found.shape[0] == 4 and torch.equal(found, wanted)
+    assert make_pipe(**NO_CLIP)(class_labels=3, **call).images.shape[0] == 2  # a folder from before, without names
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "error", "message"),
+    [
+        (NO_CLIP, {"class_labels": CONDITION_DIM}, ValueError, "`class_labels` is 12: .* classes 0 to 11"),
+        (
+            NO_CLIP,
+            {"class_labels": "class 3"},
+            ValueError,
+            "has no `class_names`: name a class by its number",
+        ),
+        (NO_CLIP, {"class_labels": []}, ValueError, "`class_labels` is empty"),
+        (NO_CLIP, {"class_labels": 0.5}, TypeError, "name of a class or its number, received 0.5"),
+        (NO_CLIP | {"id2label": CLASS_LABELS}, {"class_labels": "clas 3"}, ValueError, "did you mean 'class 3'"),
+        (NO_CLIP | {"id2label": CLASS_LABELS}, {"prompt": "a"}, ValueError, "pass `prompt_embeds` or `class_labels`"),
+        (NO_CLIP, {"class_labels": 1, "prompt": "a"}, ValueError, "Pass one of .* and `class_labels`; received more"),
+        ({}, {"class_labels": 1}, ValueError, "`class_labels` is for networks that were trained on classes"),
+        (
+            NO_CLIP,
+            {"class_labels": [1, 2], "regions": "columns", "height": 1},
+            ValueError,
+            "`height` must be a multiple",
+        ),
+    ],
+)
+def test_bad_classes_are_refused_before_any_model_runs(options, call, error, message):
+    pipe = make_pipe(**options)
+    runs = []
+    pipe.unet.token_embedding.register_forward_pre_hook(lambda *_: runs.append("unet"))
+    with pytest.raises(error, match=message):
+        pipe(**call)
+    assert not runs
+
+
 # --- what comes out
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
 from diffusers_ext.data.photographs import tile_photographs
-from diffusers_ext.data.scenes import load_scenes, write_scenes
+from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.models.vq_paella import encode_indices
 from diffusers_ext.training_utils import loop
 
@@ -237,6 +237,9 @@ def test_every_condition_trains_and_samples(stages, tmp_path, options):
         condition = {"prompt": "a small blue star on the left"}
     elif options[1] == "semantic":
         condition = {"prompt_embeds": torch.zeros(1, 7, 8, 8).index_fill(1, torch.tensor([2]), 1.0)}
+    elif options[1] == "class":
+        assert pipe.class_names == list(CLASS_NAMES)
+        condition = {"class_labels": "blue star"}
     else:
         condition = {"prompt_embeds": torch.zeros(1, pipe.unet.config.condition_dim)}
     image = pipe(**condition, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]

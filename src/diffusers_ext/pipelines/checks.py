@@ -14,6 +14,16 @@ from torch import Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def check_parts(pipe: Any, what: str, *names: str) -> None:
+    """The components are there that `what` needs; for properties too, since diffusers swallows an `AttributeError`."""
+    missing = [name for name in names if getattr(pipe, name) is None]
+    if missing:
+        raise ValueError(
+            f"The pipeline was built without {', '.join(missing)}; {what} needs {'them' if missing[1:] else 'it'}."
+            f" Pass `{missing[0]}=...` to `from_pretrained` or to the constructor."
+        )
+
+
 def check_integer(name: str, value: Any, minimum: int | None = None) -> None:
     """An integer (of Python or numpy, but no bool), at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -182,9 +182,7 @@ def check_mask(mask: Tensor, picture: Tensor) -> None:
 
 
 def check_rescaler(pipe: Any) -> None:
-    """The rescaler is there, and shrinks by the first stage's factor."""
-    if pipe.spatial_rescaler is None:
-        raise ValueError("The pipeline was built without spatial_rescaler; sampling needs it.")
+    """The rescaler shrinks by the first stage's factor."""
     config = pipe.spatial_rescaler.config
     factor = config["multiplier"] ** -config["num_stages"]
     if factor != pipe.vae_scale_factor:

@@ -29,6 +29,7 @@ from .checks import (
     check_generator,
     check_guidance_scale,
     check_output_type,
+    check_parts,
     check_predictions,
 )
 from .checks_ldm import (
@@ -99,11 +100,14 @@ class LDMBasePipeline(SharingPipeline):
     def latent_scale(self) -> float:
         """By what latents are multiplied before diffusion."""
         given = self.config["latent_scale"]
+        if given is None:
+            check_parts(self, "the scale of the latents", "vqvae")
         return latent_scale(self.vqvae) if given is None else float(given)
 
     @property
     def size_multiple(self) -> int:
         """Valid sides are multiples of this many pixels."""
+        check_parts(self, "the size of pictures", "unet")
         # a U-Net with cross-attention resizes on its way up to what it met on its way down
         resizes = isinstance(unwrap(self.unet), UNet2DConditionModel)
         halvings = 0 if resizes else len(self.unet.config["block_out_channels"]) - 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..conditions.named_boxes import find_class
 from ..models.encoders_ldm import LDMClassEmbedder
 from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
+from .checks import check_integer, check_parts
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
 from .listed_options import read_option
@@ -186,6 +186,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
         if not labels:
             raise ValueError("`class_labels` is empty; pass at least one class.")
+        check_parts(self, "a class", "class_embedder")
         num_classes, names = self.class_embedder.config["num_class_embeds"], self.class_names
         return [find_class(label, num_classes, names, "class_labels") for label in labels]
 
@@ -193,6 +194,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         self, labels: list[int], num_images_per_prompt: int = 1, *, device: torch.device | str | None = None
     ) -> LDMCondition:
         """One token a picture, and the null class's if the run is guided."""
+        check_parts(self, "a class", "class_embedder")
         device = device if device is not None else self._execution_device
         tokens = self.class_embedder(torch.tensor(labels, device=device))  # (n, 1, d)
         null = None

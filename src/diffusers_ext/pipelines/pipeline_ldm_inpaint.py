@@ -18,7 +18,7 @@ from ..conditions.inpainting import composite
 from ..conditions.masks import mask_batch
 from ..models.unet_ldm import LDMUNet
 from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
+from .checks import check_integer, check_parts
 from .checks_ldm import check_components, check_count, check_mask
 from .ldm_denoising import LDMCondition
 from .ldm_first_stage import encode_masked_image, first_stage_channels
@@ -148,6 +148,7 @@ class LDMInpaintPipeline(LDMBasePipeline):
         self, pictures: Tensor, mask: Tensor, num_images_per_prompt: int = 1, *, tiles: Tiles | None = None
     ) -> LDMCondition:
         """Pictures (n, 3, H, W) in [-1, 1] and masks (n, 1, H, W), 1 in the hole, to channels beside the latents."""
+        check_parts(self, "a picture with a hole", "vqvae")
         maps = encode_masked_image(self.vqvae, pictures, mask, grid=None if tiles is None else tiles.encode)
         maps = maps.repeat_interleave(num_images_per_prompt, dim=0)
         return LDMCondition(concat=maps, null_concat=self._null_maps(maps))

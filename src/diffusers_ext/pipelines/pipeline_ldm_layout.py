@@ -19,7 +19,7 @@ from ..conditions.layout import LayoutObject, LayoutTokenizer
 from ..conditions.named_boxes import draw_layout, read_layouts
 from ..models.encoders_ldm import LDMLayoutEncoder
 from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
+from .checks import check_integer, check_parts
 from .checks_ldm import check_components
 from .ldm_denoising import LDMCondition
 from .ldm_tiling import Tiles
@@ -101,6 +101,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
         names, num_classes = self.class_names, self.config["num_classes"]
         if num_classes is None and names is None:
             raise ValueError("The pipeline knows neither `class_names` nor `num_classes`: build it with one of them.")
+        check_parts(self, "a layout", "layout_encoder")
         tokenizer = LayoutTokenizer(
             num_classes=len(names) if num_classes is None else num_classes,
             max_objects=self.config["max_objects"],

@@ -17,7 +17,7 @@ from ..conditions.label_maps import label_batch, resize_labels
 from ..models.encoders_ldm import LDMSpatialRescaler
 from ..models.unet_ldm import LDMUNet
 from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
+from .checks import check_integer, check_parts
 from .checks_ldm import check_components, check_rescaler
 from .ldm_denoising import LDMCondition
 from .listed_options import read_option
@@ -110,8 +110,8 @@ class LDMSemanticPipeline(LDMBasePipeline):
         scale = self._resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        check_components(self, concat_channels=None if self.spatial_rescaler is None else self._channels())
         check_rescaler(self)
-        check_components(self, concat_channels=self._channels())
         labels = label_batch(label_map, self.num_labels, palette=self.label_palette)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         batch_size = len(labels) * num_images_per_prompt
@@ -159,6 +159,7 @@ class LDMSemanticPipeline(LDMBasePipeline):
 
     @property
     def num_labels(self) -> int:
+        check_parts(self, "a label map", "spatial_rescaler")
         return self.spatial_rescaler.config["in_channels"]
 
     def encode_labels(self, labels: Tensor, num_images_per_prompt: int = 1) -> LDMCondition:
@@ -167,6 +168,7 @@ class LDMSemanticPipeline(LDMBasePipeline):
         Args:
             labels: integers (n, H, W), on the rescaler's device.
         """
+        check_parts(self, "a label map", "spatial_rescaler")
         maps = self.spatial_rescaler(labels).repeat_interleave(num_images_per_prompt, dim=0)
         return LDMCondition(concat=maps, null_concat=self._null_maps(maps))
 

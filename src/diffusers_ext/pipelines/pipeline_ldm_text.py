@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .callbacks import Callback, callback_tensor_names
-from .checks import as_texts, check_integer
+from .checks import as_texts, check_integer, check_parts
 from .checks_ldm import check_components
 from .clip_vectors import text_window
 from .ldm_denoising import LDMCondition
@@ -197,6 +197,7 @@ class LDMTextPipeline(LDMBasePipeline):
     @property
     def text_window(self) -> int:
         """How many tokens the text encoder reads, the first and the last included."""
+        check_parts(self, "a text", "tokenizer", "bert")
         return text_window(self.tokenizer, self.bert)
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:

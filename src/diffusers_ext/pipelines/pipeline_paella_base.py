@@ -74,8 +74,8 @@ class PaellaBasePipeline(SharingPipeline):
         feature_extractor: Its image processor.
         default_sample_size: Side of the token grid when a call names no size.
         default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
-        id2label: Names of the classes 0, 1, ... of a network whose condition is a class, a dict by number (which is how
-            the config holds them) or a list.
+        id2label: Names of the classes 0, 1, ... of a network whose condition is a class, as a list or by number, which
+            is how the config holds them.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vqvae"

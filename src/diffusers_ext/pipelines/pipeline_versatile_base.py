@@ -164,6 +164,7 @@ class VersatileBasePipeline(SharingPipeline):
     @property
     def size_multiple(self) -> int:
         """Sides of pictures that are made are multiples of this many pixels."""
+        check_parts(self, "the size of pictures", "unet")
         return self.vae_scale_factor * self.unet.downsample_factor
 
     @property
