@@ -40,6 +40,7 @@ from diffusers_ext.models.vq_paella import (
     nearest_codes,
 )
 from diffusers_ext.training_utils.loop import keyed_generator
+from diffusers_ext.training_utils.weights import load_whole
 
 if TYPE_CHECKING:
     from train_autoencoder import AutoencoderArgs
@@ -62,14 +63,14 @@ def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> Autoenc
     """
     kind = KINDS[args.model]
     if args.pretrained_model_name_or_path:
-        place = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "subfolder": args.subfolder}
-        name = kind.load_config(**place)["_class_name"]
+        name_or_path = args.pretrained_model_name_or_path
+        name = kind.load_config(name_or_path, subfolder=args.subfolder)["_class_name"]
         if name != kind.__name__:
             raise ValueError(
                 f"{args.pretrained_model_name_or_path!r} holds a {name}, but --model={args.model} trains a "
                 f"{kind.__name__}."
             )
-        autoencoder = kind.from_pretrained(**place)
+        autoencoder = load_whole(kind, name_or_path, subfolder=args.subfolder)
     else:
         autoencoder = new_autoencoder(kind, args, resolution)
     factor = downsample_factor(autoencoder)

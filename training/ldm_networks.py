@@ -27,6 +27,7 @@ from diffusers_ext.pipelines.pipeline_ldm_unconditional import LDMUnconditionalP
 from diffusers_ext.pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.record import learn_once
+from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 BERT_VOCABULARY = 30522  # of bert-base-uncased
 PAPER_CHANNELS = 3  # of the latents of kl-f4 and vq-f4
@@ -159,12 +160,11 @@ def load_first_stage(args: LDMArgs) -> FirstStage:
             "--pretrained_vqvae_name_or_path is needed: train a first stage with training/train_autoencoder.py "
             "(--model kl or vq), or name one on the Hub."
         )
-    place = {"pretrained_model_name_or_path": name, "subfolder": args.vqvae_subfolder}
     kinds = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
-    found = VQModel.load_config(**place)["_class_name"]
+    found = VQModel.load_config(name, subfolder=args.vqvae_subfolder)["_class_name"]
     if found not in kinds:
         raise ValueError(f"{name!r} holds a {found}: a first stage is one of {', '.join(kinds)}.")
-    vqvae = kinds[found].from_pretrained(**place)
+    vqvae = load_whole(kinds[found], name, subfolder=args.vqvae_subfolder)
     channels = first_stage_channels(vqvae)
     if args.latent_channels not in (None, channels):
         raise ValueError(
@@ -254,7 +254,7 @@ def load_pipeline(args: LDMArgs, names: Names | None) -> LDMBasePipeline:
     wanted = [name for name in (kind.pipeline.__name__, kind.stock) if name]
     if found not in wanted:
         raise ValueError(f"{place!r} holds a {found}, but --task {args.task} trains a {' or '.join(wanted)}.")
-    pipe = kind.pipeline.from_pretrained(place)
+    pipe = load_whole_pipeline(kind.pipeline, place)
     count = model_labels(pipe, args.task)
     if names is not None and count is not None and names.count > count:
         raise ValueError(f"{place!r} knows {count} classes, but the data have {names.count}.")

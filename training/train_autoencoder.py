@@ -44,6 +44,7 @@ from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.weights import load_whole, refuse_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +203,10 @@ def main(argv: list[str] | None = None) -> None:
     if train.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     objective = OBJECTIVES[args.model](autoencoder, args, train.max_train_steps)
-    perceptual = perceptual_distance(args.perceptual_model, lpips_dropout=args.lpips_dropout)
-    features = CLIPDistance(args.feature_model, "--feature_model") if args.feature_model else None
+    perceptual = perceptual_distance(args.perceptual_model, lpips_dropout=args.lpips_dropout, load=load_whole)
+    features = CLIPDistance(args.feature_model, "--feature_model", load=load_whole) if args.feature_model else None
+    if perceptual is not None:
+        refuse_not_finite(perceptual, args.perceptual_model)
     train_set, validation_set = load_pictures(data)
     logger.info("%d training pictures, %d for validation", len(train_set), len(validation_set))
     if fit_autoencoder(
@@ -423,9 +426,9 @@ def fit_autoencoder(
             values["disc_loss"] = disc_loss.detach() * weight
             accelerator.unscale_gradients(disc_optimizer)
             norm = torch.nn.utils.get_total_norm([p.grad for p in discriminator.parameters() if p.grad is not None])
-            loop.check_finite(accelerator, norm, disc_loss, step, window, of="the discriminator in ")
+            loop.check_finite(accelerator, norm, disc_loss.detach(), step, window, of="the discriminator in ")
             disc_optimizer.step()
-            disc_skipped.add(disc_optimizer.step_was_skipped, step, disc_loss)
+            disc_skipped.add(disc_optimizer.step_was_skipped, step, disc_loss.detach())
             disc_schedule.step()
             disc_optimizer.zero_grad(set_to_none=True)
         log.add(values, sum(len(keys) for _, keys, _ in window) * accelerator.num_processes)

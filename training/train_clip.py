@@ -38,6 +38,7 @@ from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def load_clip(name_or_path: str, resolution: int) -> CLIPModel:
     Raises:
         ValueError: it sees pictures of another size.
     """
-    clip = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32)
+    clip = load_whole(CLIPModel, name_or_path, dtype=torch.float32)
     if (size := clip.config.vision_config.image_size) != resolution:
         raise ValueError(f"--resolution={resolution}, but the CLIP in {name_or_path} sees {size} pixels: pass those.")
     return clip

@@ -33,6 +33,7 @@ from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def build_model(
     """
     if args.pretrained_model_name_or_path:
         folder = args.pretrained_model_name_or_path
-        model = AutoencoderOptimus.from_pretrained(folder, dropout=args.dropout)
+        model = load_whole(AutoencoderOptimus, folder, dropout=args.dropout)
         encoder, decoder = (AutoTokenizer.from_pretrained(folder, subfolder=f"{part}_tokenizer") for part in PARTS)
         return model, (encoder, decoder)
     if args.pretrained_encoder_name_or_path:
@@ -214,8 +215,8 @@ def vocabulary(encoder: PreTrainedTokenizerBase, decoder: PreTrainedTokenizerBas
 
 def join_pretrained(args: OptimusArgs) -> tuple[AutoencoderOptimus, Tokenizers]:
     """BERT and GPT-2 with new projections between them, and three more words for GPT-2."""
-    bert = BertModel.from_pretrained(args.pretrained_encoder_name_or_path)
-    gpt2 = GPT2Model.from_pretrained(args.pretrained_decoder_name_or_path)
+    bert = load_whole(BertModel, args.pretrained_encoder_name_or_path)
+    gpt2 = load_whole(GPT2Model, args.pretrained_decoder_name_or_path)
     encoder = AutoTokenizer.from_pretrained(args.pretrained_encoder_name_or_path)
     decoder = AutoTokenizer.from_pretrained(args.pretrained_decoder_name_or_path)
     decoder.add_special_tokens(SPECIAL_TOKENS)

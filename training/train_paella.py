@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from diffusers import VQModel
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -51,6 +50,7 @@ from diffusers_ext.training_utils.cache import (
 )
 from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -165,15 +165,10 @@ CLIP_COMPONENTS = {
 def load_clip(name_or_path: str) -> dict[str, Any]:
     """The pipeline components of a CLIP: from a folder or Hub id of a CLIP model, or from the folder of a pipeline."""
     is_pipeline = (Path(name_or_path) / "model_index.json").is_file()
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # each tower ignores the other one's weights, and says so at length
-    try:
-        return {
-            name: kind.from_pretrained(Path(name_or_path, name) if is_pipeline else name_or_path)
-            for name, kind in CLIP_COMPONENTS.items()
-        }
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    return {
+        name: load_whole(kind, Path(name_or_path, name) if is_pipeline else name_or_path)
+        for name, kind in CLIP_COMPONENTS.items()
+    }
 
 
 def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
@@ -183,7 +178,7 @@ def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
         ValueError: an option that names a part is missing, or the pretrained pipeline does not take `--condition`.
     """
     if args.pretrained_model_name_or_path:
-        pipe = PaellaPipeline.from_pretrained(args.pretrained_model_name_or_path)
+        pipe = load_whole_pipeline(PaellaPipeline, args.pretrained_model_name_or_path)
         needed = {"text": pipe.text_encoder, "image": pipe.image_encoder}
         width = pipe.unet.config.condition_dim
         if args.condition in needed and needed[args.condition] is None:
@@ -233,7 +228,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
             f"--pretrained_vqvae_name_or_path={folder} holds a {name}, which has no codes. Known are "
             f"{', '.join(kinds)}: train one with training/train_autoencoder.py."
         )
-    return kinds[name].from_pretrained(folder)
+    return load_whole(kinds[name], folder)
 
 
 def condition_column(args: PaellaArgs, data: DataArgs) -> str:

@@ -40,6 +40,7 @@ from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -222,9 +223,9 @@ def load_unet(args: VersatileArgs, parts: Mapping[str, Any]) -> VersatileUNet:
         "context_dim": parts["text_encoder"].config.projection_dim,
     }
     if args.pretrained_model_name_or_path:
-        unet = VersatileUNet.from_pretrained(args.pretrained_model_name_or_path, subfolder="unet")
+        unet = load_whole(VersatileUNet, args.pretrained_model_name_or_path, subfolder="unet")
     elif args.pretrained_unet_name_or_path:
-        unet = VersatileUNet.from_pretrained(args.pretrained_unet_name_or_path)
+        unet = load_whole(VersatileUNet, args.pretrained_unet_name_or_path)
     else:
         return build_unet(args, **sizes)
     config = unet.config

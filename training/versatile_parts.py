@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from train_optimus import OptimusArgs, build_model
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
+from diffusers_ext.training_utils.weights import load_whole
 
 if TYPE_CHECKING:
     from train_versatile import VersatileArgs
@@ -60,16 +60,11 @@ def load_parts(args: "VersatileArgs") -> dict[str, Any]:
         built |= build_optimus()
     if new:
         logger.warning("%s: built anew and never trained, good for trying the recipe out only", " and ".join(new))
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # each tower ignores the other one's weights, and says so at length
-    try:
-        return {
-            name: built[name] if built.get(name) is not None
-            else PARTS[name].from_pretrained(source, **({} if folder is None else {"subfolder": folder}))
-            for name, (source, folder) in places.items()
-        }  # fmt: skip
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    return {
+        name: built[name] if built.get(name) is not None
+        else load_whole(PARTS[name], source, **({} if folder is None else {"subfolder": folder}))
+        for name, (source, folder) in places.items()
+    }  # fmt: skip
 
 
 def untrained_parts(args: "VersatileArgs") -> list[str]:

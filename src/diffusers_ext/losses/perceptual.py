@@ -1,8 +1,9 @@
 """Perceptual distances; each names the network whose features it compares, and figures carry that name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +114,13 @@ class CLIPDistance(nn.Module):
         folder: Holds a transformers CLIP model or its image tower with its image processor, or is the folder of a
             pipeline that has both; nothing is downloaded.
         option: The option that named the folder, for the message.
+        load: `(class, folder) -> network`; `from_pretrained` of the class when unset.
 
     Raises:
         ValueError: there is no such folder.
     """
 
-    def __init__(self, folder: str, option: str = "--perceptual_model"):
+    def __init__(self, folder: str, option: str = "--perceptual_model", load: Callable[..., Any] | None = None):
         super().__init__()
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -133,7 +135,10 @@ class CLIPDistance(nn.Module):
                     "training/train_clip.py for example."
                 )
         self.name = f"clip-{Path(folder).name}"
-        self.network = CLIPVisionModelWithProjection.from_pretrained(tower)
+        if load is None:
+            self.network = CLIPVisionModelWithProjection.from_pretrained(tower)
+        else:
+            self.network = load(CLIPVisionModelWithProjection, tower)
         processor = CLIPImageProcessor.from_pretrained(processor_folder)
         self.mean: Tensor
         self.std: Tensor
@@ -161,8 +166,10 @@ class CLIPDistance(nn.Module):
         return torch.stack([(a - b).square().sum(-1).mean(-1) for a, b in pairs]).mean(0)
 
 
-def perceptual_distance(model: str | None, *, lpips_dropout: bool = False) -> LPIPSDistance | CLIPDistance | None:
-    """The distance that `--perceptual_model` asks for: `none`, `lpips`, or the folder of a CLIP model."""
+def perceptual_distance(
+    model: str | None, *, lpips_dropout: bool = False, load: Callable[..., Any] | None = None
+) -> LPIPSDistance | CLIPDistance | None:
+    """The distance that `--perceptual_model` asks for: `none`, `lpips`, or the folder of a CLIP model (see there)."""
     if model is None or model == "none":
         return None
-    return LPIPSDistance(lpips_dropout) if model == "lpips" else CLIPDistance(model)
+    return LPIPSDistance(lpips_dropout) if model == "lpips" else CLIPDistance(model, load=load)

@@ -365,10 +365,13 @@ def load_state(folder: Path, parts: Mapping[str, Any], optional: Collection[str]
                 f"{path} is missing: the checkpoint was written with other options (EMA, stage, recipe)."
             )
         try:
-            if isinstance(part, nn.Module):
-                part.load_state_dict(load_file(path))
-            else:
-                part.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            is_network = isinstance(part, nn.Module)
+            state = load_file(path) if is_network else torch.load(path, map_location="cpu", weights_only=True)
+            if (tensor := first_not_finite(state)) is not None:
+                raise CheckpointError(f"`{tensor}` in {path} is not finite: resume from an older checkpoint.")
+            part.load_state_dict(state)
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit, it was written with other options: {error}") from error
 

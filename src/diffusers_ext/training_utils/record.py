@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,7 +30,6 @@ OPTIONS = "options.json"
 LEARNT = "learnt"  # folder of a checkpoint: what was learnt from the data at the start
 PACKAGES = (
     "diffusers_ext",
-    "torch",
     "diffusers",
     "transformers",
     "accelerate",
@@ -175,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", platform.python_version())]
+    found = [("python", platform.python_version()), ("torch", torch.__version__)]  # with its build
     for package in PACKAGES:
         try:
             found.append((package, version(package)))
