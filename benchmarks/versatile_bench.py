@@ -89,7 +89,7 @@ class Bench:
         if data_type == "text":
             options |= {"temperature": self.args.temperature, "max_text_length": self.longest}
         # texts that the text encoder cannot read to their end are cut, as in the training
-        options = {"num_inference_steps": self.args.num_inference_steps, "truncate": True, **options}
+        options = {"num_inference_steps": self.args.num_inference_steps, **options}
         for start in range(0, count, self.args.batch_size):
             stop = min(start + self.args.batch_size, count)
             out = self.pipe(

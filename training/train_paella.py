@@ -208,12 +208,14 @@ def build_pipeline(args: PaellaArgs, resolution: int) -> PaellaPipeline:
             )
         components = load_clip(clip)
         condition_dim = components["text_encoder"].config.projection_dim
-    codes = vqvae.config.num_vq_embeddings
+    codes, side = vqvae.config.num_vq_embeddings, resolution // downsample_factor(vqvae)
+    unet = build_unet(args, num_vq_embeddings=codes, condition_dim=condition_dim)
+    unet.register_to_config(sample_size=side)
     return PaellaPipeline(
         vqvae=vqvae,
-        unet=build_unet(args, num_vq_embeddings=codes, condition_dim=condition_dim),
+        unet=unet,
         scheduler=DiscreteRenoisingScheduler(num_vec_classes=codes, typical_mass=args.typical_mass),
-        default_sample_size=resolution // downsample_factor(vqvae),
+        default_sample_size=side,
         default_guidance_scale=args.guidance_scale,
         **components,
     )

@@ -396,9 +396,11 @@ def main(argv: list[str] | None = None) -> None:
             unet.save_lora_adapter(folder)
             unet.fuse_lora()
             unet.unload_lora()
+        side = data.resolution // vae_factor(parts)
+        unet.register_to_config(sample_size=side)
         pipe = VersatilePipeline(
             unet=unet, scheduler=scheduler, **parts, default_guidance_scale=args.guidance_scale,
-            default_sample_size=data.resolution // vae_factor(parts),
+            default_sample_size=side,
         )  # fmt: skip
         pipe.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """What every public pipeline owes to its users, checked over the table of `contract.py`: one section a promise."""
 
 import inspect
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -862,6 +863,51 @@ def test_pictures_are_float32_whatever_the_networks_dtype(name):
 
 
 # --- pipelines made of another's components
+
+
+TRAINED_SIZE = ["paella", "paella-variation", "ldm-class", "ldm-text", "ldm-layout", "ldm-unconditional"]
+TRAINED_SIZE += ["versatile-text-to-image", "versatile-dual"]
+
+
+def _without_size(name):
+    """The options of a call that do not say how large the result is."""
+    taken = inspect.signature(getattr(diffusers_ext, CASES[name].pipeline).__call__).parameters
+    return {key: None for key in ("height", "width") if key in taken}
+
+
+@pytest.mark.parametrize("name", TRAINED_SIZE)
+def test_pipeline_made_of_components_samples_the_size_of_its_network(name):
+    pipe = CASES[name].build()
+    pipe.unet.register_to_config(sample_size=12)
+    options = {"class_names", "num_classes", "max_objects", "null_condition"} & pipe.config.keys()
+    made = quiet(type(pipe)(**pipe.components, **{option: pipe.config[option] for option in options}))
+    side = 12 * made.vae_scale_factor
+    assert sample(made, name, **_without_size(name)).shape[-2:] == (side, side)
+    shared = quiet(type(pipe).from_pipe(made))
+    assert sample(shared, name, **_without_size(name)).shape[-2:] == (side, side)
+
+
+@pytest.mark.parametrize("pair", [[4, 8], (4, 8), {"height": 4, "width": 8}, {"0": 4, "1": 8}])
+@pytest.mark.parametrize("name", TRAINED_SIZE)
+def test_default_size_may_be_a_pair(name, pair):
+    pipe = CASES[name].build()
+    parts = _arguments(pipe)
+    made = quiet(type(pipe)(**{**parts, "default_sample_size": pair}))
+    height, width = 4 * made.vae_scale_factor, 8 * made.vae_scale_factor
+    assert sample(made, name, **_without_size(name)).shape[-2:] == (height, width)
+    recorded = json.loads(made.to_json_string())["default_sample_size"]
+    assert recorded == {"0": 4, "1": 8}  # no list, which the Hub route takes for a component
+    for wrong in (0, [4], [4, 8, 2], "4x8", 4.5):
+        with pytest.raises(ValueError, match="`default_sample_size` must be one side or \\(height, width\\)"):
+            type(pipe)(**{**parts, "default_sample_size": wrong})
+
+
+def test_default_size_of_a_pair_survives_saving(tmp_path):
+    pipe = CASES["paella"].build()
+    made = quiet(type(pipe)(**{**_arguments(pipe), "default_sample_size": (4, 8)}))
+    made.save_pretrained(tmp_path)
+    loaded = quiet(type(pipe).from_pretrained(tmp_path))
+    assert equal(sample(loaded, "paella"), sample(made, "paella"))
 
 
 # --- loading: folders of another family, dtypes

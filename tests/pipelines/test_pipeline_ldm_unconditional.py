@@ -262,3 +262,9 @@ def test_guidance_needs_to_know_the_noise():
 def test_functions_that_cannot_guide(pipe, function, message):
     with pytest.raises(ValueError, match=message):
         sample(pipe, guidance_fn=function)
+
+
+def test_guidance_by_gradients_is_refused_in_inference_mode():
+    pipe = tiny_ldm("unconditional")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"`guidance_fn` needs gradients, .*inference_mode"):
+        pipe(guidance_fn=lambda pictures: pictures.square().sum(), num_inference_steps=2)

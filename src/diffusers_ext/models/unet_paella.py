@@ -166,6 +166,7 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time_embed_dim: width of the sinusoidal time embedding, at least 4.
         kernel_size: side of the depthwise convolutions, odd.
         layer_scale_init: initial value of the residual branches' per-channel scale.
+        sample_size: side or (height, width) of the token grid it was trained on, which pipelines sample by default.
 
     Raises:
         ValueError: for levels of unequal count or without layers, an even kernel or a time embedding below 4.
@@ -187,6 +188,7 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time_embed_dim: int = 64,
         kernel_size: int = 3,
         layer_scale_init: float = 1e-6,
+        sample_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         _check_config(block_out_channels, down_layers_per_block, up_layers_per_block, time_embed_dim, kernel_size)

@@ -58,6 +58,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         norm_num_groups: groups of every normalisation.
         dropout: in residual blocks and transformers.
         flows: names such as "text-to-image" of the flows whose layers are built; None: all.
+        sample_size: side or (height, width) of the latents it was trained on, which pipelines sample by default.
 
     Raises:
         ValueError: for sizes that do not fit each other, type names that are no identifiers, unknown flows.
@@ -83,6 +84,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         norm_num_groups: int = 32,
         dropout: float = 0.0,
         flows: list[str] | tuple[str, ...] | None = None,
+        sample_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         num_levels = len(block_out_channels)

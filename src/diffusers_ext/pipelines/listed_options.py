@@ -5,8 +5,11 @@ class. So a list is recorded as a dict from its places, as in `DiTPipeline`: `{"
 from before that hold lists, which load from disk; both are read here.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
+
+from ..models.blocks.wrappers import unwrap
 
 
 def record_option(name: str, value: Any) -> Any:
@@ -33,3 +36,32 @@ def read_option(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [value[str(place)] for place in range(len(value))]
     return list(value) if isinstance(value, tuple) else value
+
+
+def sample_sides(name: str, value: Any) -> tuple[int, int]:
+    """Rows and columns of a size that is one side or a pair, whichever way it was recorded.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    pair = isinstance(value, Mapping) and {"height", "width"} == set(value)
+    sides = [value["height"], value["width"]] if pair else read_option(value)
+    sides = list(sides) if isinstance(sides, (list, tuple)) else [sides, sides]
+    whole = [side for side in sides if isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0]
+    if len(sides) != 2 or len(whole) != 2:
+        raise ValueError(f"`{name}` must be one side or (height, width), positive integers; received {value!r}.")
+    return int(sides[0]), int(sides[1])
+
+
+def record_sample_size(value: Any, unet: Any, otherwise: int | None) -> Any:
+    """The size of a pipeline's samples as it is recorded: the given one, else the network's own, else another.
+
+    The network's is `sample_size` of its config, so that a pipeline made of another's components samples its size.
+    """
+    if value is None:
+        value = None if unet is None else unwrap(unet).config.get("sample_size")
+        value = otherwise if value is None else value
+    if value is None:
+        return None
+    sides = sample_sides("default_sample_size", value)
+    return sides[0] if sides[0] == sides[1] else record_option("default_sample_size", sides)

@@ -51,7 +51,7 @@ from .ldm_first_stage import (
 )
 from .ldm_guidance import GuidanceFn, guide_prediction, split_prediction
 from .ldm_tiling import Tiles
-from .listed_options import read_option, record_option
+from .listed_options import record_option, record_sample_size, sample_sides
 from .sharing import SharingPipeline
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -82,6 +82,8 @@ class LDMBasePipeline(SharingPipeline):
     def __init__(self, components: dict[str, Any], options: dict[str, Any]):
         super().__init__()
         self.register_modules(**components)
+        if options.get("default_sample_size") is not None:
+            options["default_sample_size"] = record_sample_size(options["default_sample_size"], None, None)
         self.register_to_config(**{name: record_option(name, value) for name, value in options.items()})
         vqvae: Any = components["vqvae"]
         self.vae_scale_factor = 8 if vqvae is None else first_stage_factor(vqvae)
@@ -232,7 +234,7 @@ class LDMBasePipeline(SharingPipeline):
 
     def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
         """Fills in the sizes that the caller left out; checks nothing else."""
-        sides = read_option(self.config.get("default_sample_size"))
+        sides = self.config.get("default_sample_size")
         sides = self.unet.config["sample_size"] if sides is None else sides
         if isinstance(latents, Tensor) and latents.ndim == 4:
             sides = tuple(latents.shape[-2:])
@@ -243,7 +245,7 @@ class LDMBasePipeline(SharingPipeline):
                 "`height` and `width` are needed: neither the pipeline's `default_sample_size` nor"
                 " unet.config.sample_size says what size the network was trained on."
             )
-        rows, columns = sides if isinstance(sides, (list, tuple)) else (sides, sides)
+        rows, columns = sample_sides("default_sample_size", sides)
         return (
             rows * self.vae_scale_factor if height is None else height,
             columns * self.vae_scale_factor if width is None else width,

@@ -107,8 +107,8 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
                 those of `latents`, else what the network was trained on. Larger ones work, in one piece or in tiles.
             num_inference_steps: sampling steps, at least 1; the authors use 20 to 250 with DDIM.
             guidance_scale: s in u + s * (c - u), finite and >= 0: 1 is the plain conditional prediction at half the
-                cost, more follows the condition more closely. By default the checkpoint's, else the authors'; other
-                values than 1 need a network that was also trained without its condition.
+                cost, more follows the condition more closely, 0 ignores it. By default the checkpoint's, else the
+                authors'; other values than 1 need a network that was also trained without its condition.
             eta: noise of DDIM's steps in [0, 1], 0 for none; schedulers without it ignore it.
             num_images_per_prompt: pictures for each class; those of the first come first.
             generator: one for the batch, or a list with one a picture: then picture k depends on generator k alone.
@@ -121,8 +121,10 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
                 as the network sees them, not decoded.
             return_dict: False for a plain tuple.
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
-                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
-            callback_on_step_end_tensor_inputs: which tensors it gets, by default `["latents"]`;
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps, and
+                `pipe._guidance_scale` may be set: 1 (or 0, as diffusers' callbacks do) turns guidance off.
+            callback_on_step_end_tensor_inputs: which tensors it gets, by default `["latents"]`; `prompt_embeds` and
+                `negative_prompt_embeds` are the condition, whatever it is made of (context or maps), and
                 `pred_original_sample` holds the clean latents that the step's prediction amounts to.
 
         Returns:

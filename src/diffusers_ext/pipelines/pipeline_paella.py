@@ -103,7 +103,8 @@ class PaellaPipeline(PaellaBasePipeline):
             class_labels: One class or several, by number or name, in place of `prompt`, for networks that were trained
                 on classes (`train_paella.py --condition class`). See `encode_labels`.
             callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
-                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps, and
+                `pipe._guidance_scale` may be set: 1 (or 0, as diffusers' callbacks do) turns guidance off.
             callback_on_step_end_tensor_inputs: Which tensors it gets, by default `["latents"]`; `pred_original_sample`
                 holds the step's tokens before renoising, the better preview.
 

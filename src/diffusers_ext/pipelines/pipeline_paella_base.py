@@ -53,7 +53,7 @@ from .checks_paella import (
     check_text_components,
 )
 from .clip_vectors import image_vectors, text_ids
-from .listed_options import read_option, record_option
+from .listed_options import read_option, record_option, record_sample_size, sample_sides
 from .sharing import SharingPipeline
 from .tokenization import warn_of_cuts
 
@@ -72,7 +72,8 @@ class PaellaBasePipeline(SharingPipeline):
         scheduler: Draws the tokens of each step and renoises them.
         image_encoder: CLIP image tower of the same embedding space, for conditions that are pictures.
         feature_extractor: Its image processor.
-        default_sample_size: Side of the token grid when a call names no size.
+        default_sample_size: Side or (height, width) of the token grid when a call names no size; by default
+            `unet.config.sample_size`, else 32.
         default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
         id2label: Names of the classes 0, 1, ... of a network whose condition is a class, as a list or by number, which
             is how the config holds them.
@@ -98,7 +99,7 @@ class PaellaBasePipeline(SharingPipeline):
         scheduler: DiscreteRenoisingScheduler,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
-        default_sample_size: int = 32,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float = 5.0,
         id2label: dict[int, str] | list[str] | None = None,
     ):
@@ -113,7 +114,7 @@ class PaellaBasePipeline(SharingPipeline):
             feature_extractor=feature_extractor,
         )
         self.register_to_config(
-            default_sample_size=default_sample_size,
+            default_sample_size=record_sample_size(default_sample_size, unet, 32),
             default_guidance_scale=default_guidance_scale,
             id2label=record_option("id2label", id2label),
         )
@@ -295,7 +296,7 @@ class PaellaBasePipeline(SharingPipeline):
 
     def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
         """Fills in the sizes that the caller left out; checks nothing."""
-        rows = columns = self.config["default_sample_size"]
+        rows, columns = sample_sides("default_sample_size", self.config["default_sample_size"])
         if isinstance(latents, Tensor) and latents.ndim == 3:
             rows, columns = latents.shape[1:]
         return (

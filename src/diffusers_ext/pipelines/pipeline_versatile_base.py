@@ -28,6 +28,7 @@ from ..models.unet_versatile import VersatileUNet
 from .checks import as_generators, as_texts
 from .checks_versatile import NULL_IMAGES, check_choice, check_parts
 from .clip_vectors import text_ids
+from .listed_options import record_sample_size, sample_sides
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
 from .sharing import LOOKUP_ARGUMENTS, SharingPipeline
@@ -68,7 +69,8 @@ class VersatileBasePipeline(SharingPipeline):
         optimus: Texts to latents and back; needed where texts are made.
         encoder_tokenizer: Of its encoder, needed only for `edit_image`.
         decoder_tokenizer: Of its decoder.
-        default_sample_size: Side of the latents of pictures when a call names no size.
+        default_sample_size: Side or (height, width) of the latents of pictures when a call names no size; by default
+            `unet.config.sample_size`, else 64.
         default_guidance_scale: Guidance scale when a call names none.
     """
 
@@ -101,7 +103,7 @@ class VersatileBasePipeline(SharingPipeline):
         optimus: AutoencoderOptimus | None = None,
         encoder_tokenizer: PreTrainedTokenizerBase | None = None,
         decoder_tokenizer: PreTrainedTokenizerBase | None = None,
-        default_sample_size: int = 64,
+        default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float = 7.5,
     ):
         super().__init__()
@@ -117,7 +119,10 @@ class VersatileBasePipeline(SharingPipeline):
             encoder_tokenizer=encoder_tokenizer,
             decoder_tokenizer=decoder_tokenizer,
         )
-        self.register_to_config(default_sample_size=default_sample_size, default_guidance_scale=default_guidance_scale)
+        self.register_to_config(
+            default_sample_size=record_sample_size(default_sample_size, unet, 64),
+            default_guidance_scale=default_guidance_scale,
+        )
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = default_guidance_scale
@@ -169,8 +174,8 @@ class VersatileBasePipeline(SharingPipeline):
 
     @property
     def default_side(self) -> int:
-        """Pixels of a picture's side where a call names none."""
-        return self.config["default_sample_size"] * self.vae_scale_factor
+        """Pixels of a square picture's side where a call names none; of a pair the longer one."""
+        return max(sample_sides("default_sample_size", self.config["default_sample_size"])) * self.vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:
@@ -376,7 +381,7 @@ class VersatileBasePipeline(SharingPipeline):
 
     def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
         """Fills in the sizes that the caller left out; checks nothing."""
-        rows = columns = self.config["default_sample_size"]
+        rows, columns = sample_sides("default_sample_size", self.config["default_sample_size"])
         if isinstance(latents, Tensor) and latents.ndim == 4:
             rows, columns = latents.shape[2:]
         return (

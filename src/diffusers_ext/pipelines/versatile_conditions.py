@@ -52,8 +52,8 @@ def read_conditions(
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is allowed.
     """
-    texts = [] if prompt is None else _nested("prompt", prompt, _is_text, "a string")
-    images = [] if image is None else _nested("image", image, _is_picture, "a picture")
+    texts = [] if prompt is None else _nested("prompt", prompt, _is_text, "a string", "text")
+    images = [] if image is None else _nested("image", image, _is_picture, "a picture", "picture")
     pictures = [[_one_picture(entry) for entry in sample] for sample in images]
     if texts and pictures and 1 not in (len(texts), len(pictures)) and len(texts) != len(pictures):
         raise ValueError(
@@ -72,7 +72,7 @@ def read_conditions(
     )
 
 
-def _nested(name: str, value: Any, is_one: Any, what: str) -> list[list[Any]]:
+def _nested(name: str, value: Any, is_one: Any, what: str, noun: str) -> list[list[Any]]:
     """One, a list, or a list of lists as the last of these."""
     if is_one(value):
         return [[value]]
@@ -82,7 +82,7 @@ def _nested(name: str, value: Any, is_one: Any, what: str) -> list[list[Any]]:
         raise TypeError(f"`{name}` must be {what}, a list, or a list of lists, received {type(value).__name__}.")
     samples = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in value]
     if not samples or not all(samples):
-        raise ValueError(f"`{name}` holds an empty list; pass at least one {what.split()[-1]} a sample.")
+        raise ValueError(f"`{name}` holds an empty list; pass at least one {noun} a sample.")
     for entry in (entry for sample in samples for entry in sample):
         if not is_one(entry):
             raise TypeError(f"`{name}` must hold {what} each, received {type(entry).__name__}.")
@@ -112,7 +112,7 @@ def _read_masks(masks: Any, images: list[list[Tensor]], count: int) -> list[list
     if not images:
         raise ValueError("`image_masks` is given without `image`: a mask says which part of a picture is read.")
     is_one = lambda mask: mask is None or _is_mask(mask)  # noqa: E731 # as short as its name
-    samples = _nested("image_masks", masks, is_one, "a mask (or None)")
+    samples = _nested("image_masks", masks, is_one, "a mask (or None)", "mask (or None)")
     if len(samples) != len(images) or any(len(a) != len(b) for a, b in zip(samples, images, strict=True)):
         raise ValueError(
             f"`image_masks` holds {[len(sample) for sample in samples]} masks a sample and `image`"
