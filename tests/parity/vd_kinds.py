@@ -87,7 +87,7 @@ def fcblock(case: Case) -> None:
         x, y = case[f"{name}.x"], case[f"{name}.y"]
         layer, op = build_fc(name, kind, x, y, case.facts["emb_dim"])
         own = {key: value for key, value in weights.items() if key.startswith(f"{name}.")}
-        load_strict(layer, rename_keys(own, under(f"{name}.", "", data_layer_rules("vector", op))))
+        load_strict(layer, rename_keys(own, under(f"{name}.", "", data_layer_rules("vector"))))
         case.check(f"{name}.y", layer(x, case["emb"]) if op == "res" else layer(x))
 
 

@@ -67,6 +67,11 @@ def adm_blocks(layers: Sequence[int], attention_levels: Sequence[bool]) -> Itera
     yield ADMBlock("out", "out.", "")
 
 
+def adm_level_starts(layers: Sequence[int]) -> list[int]:
+    """Number of the input block with which each level starts. Number 0 is the first convolution of the network."""
+    return [1 + sum(layers[:level]) + level for level in range(len(layers))]
+
+
 def adm_layers(keys: Collection[str]) -> list[int]:
     """Residual blocks of each level on the way down, finest level first.
 

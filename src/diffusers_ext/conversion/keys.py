@@ -136,10 +136,10 @@ def require(weights: Mapping[str, Tensor], what: str, *keys: str) -> None:
         )
 
 
-def count_keys(weights: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
+def count_keys(keys: Iterable[str], prefix: str, suffix: str) -> int:
     """Number of keys `prefix<index>suffix`."""
     pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
-    return sum(pattern.fullmatch(key) is not None for key in weights)
+    return sum(pattern.fullmatch(key) is not None for key in keys)
 
 
 def count_heads(name: str, width: int, heads: int | None, head_width: int = 64) -> int:

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ..models.unet_ldm import LDMUNet
-from .adm import adm_layers, adm_rules, split_qkv
+from .adm import adm_layers, adm_level_starts, adm_rules, split_qkv
 from .keys import ATTENTION, Rules, build_empty, count_heads, load_strict, rename_keys, require, unwrap_state_dict
 
 _SPATIAL_TRANSFORMER: Rules = [
@@ -54,7 +54,7 @@ def convert_ldm_unet(
             "original's config sets; the shapes do not tell."
         )
     layers = adm_layers(weights)
-    first = [f"input_blocks.{1 + sum(layers[:level]) + level}." for level in range(len(layers))]  # of each level
+    first = [f"input_blocks.{number}." for number in adm_level_starts(layers)]  # of each level
     widths = [weights[prefix + "0.out_layers.3.weight"].shape[0] for prefix in first]
     has_attention = [prefix + "1.norm.weight" in weights for prefix in first]
     is_transformer = "middle_block.1.proj_in.weight" in weights

@@ -1,18 +1,17 @@
 """Checkpoints of Versatile Diffusion, in the original's two layouts and in diffusers', to `VersatileUNet`.
 
 Xu et al., arXiv 2211.08332; SHI-Labs/Versatile-Diffusion@cf0f4a2 (current layout) and @99f1831 (first release), code
-MIT. All layouts hold the same blocks under other names. Put into the order in which the network runs them, a block has
-the same number in each, and the shapes tell the configuration, except for the number of heads. The other networks of a
-checkpoint are in `versatile_checkpoint.py`.
+MIT. All layouts hold the same blocks under other names: the first release those of ADM (see `adm.py`), diffusers its
+own, the current one numbers in the order of running. So the names are made from the levels, and the shapes tell the
+rest, except for the number of heads. The other networks of a checkpoint are in `versatile_checkpoint.py`.
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -28,51 +27,40 @@ from transformers import (
 from ..models.blocks.versatile import versatile_walk
 from ..models.unet_versatile import CONTEXT_TYPES, DATA_TYPES, VersatileUNet, flow_name
 from ..pipelines.pipeline_versatile import VersatilePipeline
-from .keys import Rules, build_empty, load_original, load_strict, rename_keys, under, unwrap_state_dict
+from .adm import ADM_RESNET, ADM_TIME, adm_blocks, adm_layers, adm_level_starts
+from .keys import (
+    Rules,
+    build_empty,
+    count_keys,
+    listing,
+    load_original,
+    load_strict,
+    rename_keys,
+    require,
+    under,
+    unwrap_state_dict,
+)
 
-# The layouts of a U-Net: what stands before the name of a block.
-_LAYOUTS = {
-    "current": re.compile(r"diffuser\.(?P<type>\w+)\."),
-    "first release": re.compile(r"model\.diffusion_model\.unet_(?P<type>\w+)\."),
-    "diffusers": re.compile(r"(?P<type>\w+)_unet\."),
-}
-_STABLE_DIFFUSION = re.compile(r"(?:model\.diffusion_model\.)?(?P<type>)")
-_TIME = re.compile(r"(?:.*\.)?(?:time_embed|time_embedding)\.")
-_TRANSFORMER = ("norm.", "proj_in.", "transformer_blocks.", "proj_out.")
-# Names of a block, and its place in the order of running; the current layout counts data and context blocks apart.
-_PLACES: list[tuple[re.Pattern[str], Callable[..., tuple[int, ...]]]] = [
-    (re.compile(pattern), place)
-    for pattern, place in (
-        (r"(data|context)_blocks\.(\d+)\.0\.", lambda kind, i: (("data", "context").index(kind), int(i))),
-        (r"input_blocks\.(\d+)\.(\d+)\.", lambda i, part: (0, int(i), int(part))),
-        (r"middle_block\.(\d+)\.", lambda part: (1, int(part))),
-        (r"output_blocks\.(\d+)\.(\d+)\.", lambda i, part: (2, int(i), int(part))),
-        (r"out\.", lambda: (3,)),
-        (r"conv_in\.", lambda: (0,)),
-        (r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", lambda level, *turn: (0, int(level), *_turn(*turn))),
-        (r"down_blocks\.(\d+)\.downsamplers\.0\.", lambda level: (0, int(level) + 1)),
-        (r"mid_block\.(resnets|attentions)\.(\d+)\.", lambda *turn: (1, *_turn(*turn))),
-        (r"up_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.", lambda level, *turn: (2, int(level), *_turn(*turn))),
-        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda level: (2, int(level) + 1)),
-        (r"(?=conv_norm_out\.|conv_out\.)", lambda: (3,)),
-    )
-]
-# Names within a block: the original's and diffusers', then ours; {} is "conv" for maps and "linear" for vectors.
-_RESIDUAL = [
-    (("in_layers.0", "norm1"), "norm1"),
-    (("in_layers.2", "conv1"), "{}1"),
-    (("emb_layers.1", "time_emb_proj"), "time_emb_proj"),
-    (("out_layers.0", "norm2"), "norm2"),
-    (("out_layers.3", "conv2"), "{}2"),
-    (("skip_connection", "conv_shortcut"), "{}_shortcut"),
-]
-_HEAD = (("0", "conv_norm_out"), ("2", "conv_out"))
 _UNETS = ("image_unet", "text_unet")  # folders of the repository
-_TIME_RULES: Rules = [
-    (f"{source}.*", f"time_embedding.linear_{layer}.*")
-    for layer, sources in ((1, ("0", "linear_1")), (2, ("2", "linear_2")))
-    for source in sources
-]
+
+
+class _Layout(NamedTuple):
+    """How a checkpoint names the blocks of a data and context type."""
+
+    prefix: re.Pattern[str]  # what stands before the names, with the type
+    first: str  # the data block that runs first
+    context: str  # a context block that every type with contexts has
+
+
+_LAYOUTS = {
+    "current": _Layout(re.compile(r"diffuser\.(?P<type>\w+)\."), "data_blocks.0.0.", "context_blocks.0.0."),
+    "first release": _Layout(
+        re.compile(r"model\.diffusion_model\.unet_(?P<type>\w+)\."), "input_blocks.0.0.", "middle_block.1."
+    ),
+    "diffusers": _Layout(re.compile(r"(?P<type>\w+)_unet\."), "conv_in.", "mid_block.attentions.0."),
+}
+_TIME = re.compile(r"(?:.*\.)?(?P<own>time_embed(?:ding)?\.)")
+_UNET = "a U-Net of Versatile Diffusion"
 
 
 def convert_versatile_unet(
@@ -107,20 +95,33 @@ def read_versatile_unet(
     Args, errors: as `convert_versatile_unet`. Tensors may be on the meta device.
     """
     weights = unwrap_state_dict(state_dict)
-    names = [name for name, pattern in _LAYOUTS.items() if any(map(pattern.match, weights))]
+    types = {
+        name: {match["type"]: match[0] for key in weights if (match := layout.prefix.match(key))}
+        for name, layout in _LAYOUTS.items()
+    }
+    names = [name for name, found in types.items() if found]
     if len(names) != 1:
         raise ValueError(
             f"`state_dict` has the layout of {' and '.join(names) or 'nothing known'}: expected exactly one of "
             f"{', '.join(_LAYOUTS)}. It starts with {list(weights)[:3]}. For Stable Diffusion use "
             "`convert_stable_diffusion_unet`."
         )
-    blocks, time = _blocks(weights, _LAYOUTS[names[0]])
-    data = {name: found for name, every in blocks.items() if (found := [b for b in every if not b.is_context])}
-    contexts = {name: found for name, every in blocks.items() if (found := [b for b in every if b.is_context])}
-    order = None
-    if names[0] != "current" and data:
-        order = [block.is_context for block in max(blocks.values(), key=len)]
-    return _assemble(data, contexts, time, order, attention_levels)
+    (name,) = names
+    layout, prefixes = _LAYOUTS[name], types[name]
+    strangers = [key for key in weights if not (_TIME.match(key) or key.startswith(tuple(prefixes.values())))]
+    if strangers:
+        raise ValueError(
+            f"The checkpoint holds keys that this converter does not know: {listing(strangers)}. A checkpoint of "
+            "several networks is taken apart by `split_versatile_checkpoint`."
+        )
+    data = {kind: prefix for kind, prefix in prefixes.items() if f"{prefix}{layout.first}weight" in weights}
+    contexts = {kind: p for kind, p in prefixes.items() if any(k.startswith(p + layout.context) for k in weights)}
+    if not data or not contexts:
+        raise ValueError(
+            f"The checkpoint holds the data groups {list(data)} and the context groups {list(contexts)}: at least one "
+            "of each is needed."
+        )
+    return _read(weights, name, data, contexts, attention_levels)
 
 
 def convert_stable_diffusion_unet(
@@ -145,14 +146,15 @@ def convert_stable_diffusion_unet(
     if context_type not in CONTEXT_TYPES:
         raise ValueError(f"`context_type` is {context_type!r}: expected one of {', '.join(CONTEXT_TYPES)}.")
     weights = unwrap_state_dict(state_dict)
-    if unet := {key: value for key, value in weights.items() if key.startswith("model.diffusion_model.")}:
+    prefix = "model.diffusion_model."
+    if unet := {key: value for key, value in weights.items() if key.startswith(prefix)}:
         weights = unet  # of a whole checkpoint
+    else:
+        prefix = ""
     _refuse_linear_projections(weights)
-    all_blocks, time = _blocks(weights, _STABLE_DIFFUSION)
-    blocks = all_blocks.get("", [])
-    data, contexts = ([block for block in blocks if block.is_context == wanted] for wanted in (False, True))
-    order = [block.is_context for block in blocks]
-    config, renamed = _assemble({"image": data}, {context_type: contexts}, time, order, None)
+    layout = "diffusers" if "conv_in.weight" in weights else "first release"
+    require(weights, "a U-Net of Stable Diffusion", f"{prefix}{_LAYOUTS[layout].first}weight")
+    config, renamed = _read(weights, layout, {"image": prefix}, {context_type: prefix}, None)
     return load_strict(build_empty(VersatileUNet, num_attention_heads=num_heads, **config), renamed)
 
 
@@ -210,25 +212,6 @@ def load_versatile_repository(
     return VersatilePipeline(unet=unet, **components)
 
 
-@dataclass
-class _Block:
-    """A block of a checkpoint: `prefix` and a name within the block make the whole key."""
-
-    prefix: str
-    weights: dict[str, Tensor]
-
-    @property
-    def is_context(self) -> bool:
-        return all(name.startswith(_TRANSFORMER) for name in self.weights)
-
-    @property
-    def is_residual(self) -> bool:
-        return any(self.get(names) is not None for names, _ in _RESIDUAL)
-
-    def get(self, names: Sequence[str]) -> Tensor | None:
-        return next((self.weights[key] for name in names if (key := f"{name}.weight") in self.weights), None)
-
-
 def _refuse_linear_projections(weights: Mapping[str, Tensor]) -> None:
     """Stable Diffusion 2.x has linear layers around its transformers, and heads of 64 instead of 8 in number."""
     for key, value in weights.items():
@@ -240,188 +223,152 @@ def _refuse_linear_projections(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-def _turn(kind: str, index: str) -> tuple[int, int]:
-    return int(index), ("resnets", "attentions").index(kind)
-
-
-def _blocks(
-    weights: Mapping[str, Tensor], layout: re.Pattern[str]
-) -> tuple[dict[str, list[_Block]], dict[str, dict[str, Tensor]]]:
-    """The blocks of each type in the order of running, and the time embeddings by their prefix."""
-    found: dict[str, dict[tuple[int, ...], _Block]] = {}
-    time: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, value in weights.items():
-        if match := _TIME.match(key):
-            time.setdefault(match[0], {})[key[match.end() :]] = value
-            continue
-        if (owner := layout.match(key)) is None:
-            unknown.append(key)
-            continue
-        for pattern, place in _PLACES:
-            if match := pattern.match(key, owner.end()):
-                blocks = found.setdefault(owner["type"], {})
-                block = blocks.setdefault(place(*match.groups()), _Block(key[: match.end()], {}))
-                block.weights[key[match.end() :]] = value
-                break
-        else:
-            unknown.append(key)
-    if unknown:
-        raise ValueError(
-            f"The checkpoint holds keys that this converter does not know: {', '.join(unknown[:20])}. A checkpoint of "
-            "several networks is taken apart by `split_versatile_checkpoint`."
-        )
-    return {name: [blocks[place] for place in sorted(blocks)] for name, blocks in found.items()}, time
-
-
-def _assemble(
-    data: Mapping[str, list[_Block]],
-    contexts: Mapping[str, list[_Block]],
-    time: Mapping[str, dict[str, Tensor]],
-    order: Sequence[bool] | None,
+def _read(
+    weights: Mapping[str, Tensor],
+    layout: str,
+    data: Mapping[str, str],
+    contexts: Mapping[str, str],
     attention_levels: Sequence[bool] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the weights under the names of `VersatileUNet`.
 
     Args:
-        order: whether each block is a context block, in the order of running, where the layout tells.
+        layout: a name of `_LAYOUTS`.
+        data, contexts: what stands before the names of each type's data and context blocks.
+        attention_levels: see `convert_versatile_unet`.
     """
-    if not data or not contexts or not time:
-        raise ValueError(
-            f"The checkpoint holds the data groups {list(data)}, the context groups {list(contexts)} and "
-            f"{len(time)} time embeddings: at least one of each is needed."
-        )
-    data_types = {name: _latents(name, blocks) for name, blocks in data.items()}
-    name, blocks = next(iter(data.items()))
-    layers, widths = _levels(name, blocks, data_types[name].get("positions", 1))
-    context_widths = [_need(block, ("norm",)).shape[0] for block in next(iter(contexts.values()))]
-    levels = _attention_levels(widths, layers, context_widths, order, attention_levels)
+    prefixes = {*data.values(), *contexts.values()}
+    names = {key.removeprefix(prefix) for key in weights for prefix in prefixes if key.startswith(prefix)}
+    layers, told = _levels(layout, names)
+    data_names, context_names = _block_names(layout, layers, told or [True] * len(layers))
+    first = {name: weights[f"{prefix}{_LAYOUTS[layout].first}weight"] for name, prefix in data.items()}
+    kinds = {name: "map" if weight.ndim == 4 else "vector" for name, weight in first.items()}
+    rules: list[tuple[str, str]] = []
+    for name, prefix in data.items():
+        for index, source in enumerate(data_names):
+            rules += under(prefix + source, f"data_layers.{name}.{index}.", data_layer_rules(kinds[name]))
+    for name, prefix in contexts.items():
+        rules += [(f"{prefix}{source}*", f"context_layers.{name}.{i}.*") for i, source in enumerate(context_names)]
+    blocks = {key: value for key, value in weights.items() if not _TIME.match(key)}
+    renamed = rename_keys(blocks, rules) | _time_weights(weights)
+
+    data_types: dict[str, dict[str, Any]] = {}
+    widths: list[int] = []
+    for name, kind in kinds.items():
+        inner, layer = ("", "conv") if kind == "map" else ("linear.", "linear")
+        width, channels = renamed[f"data_layers.{name}.0.{inner}weight"].shape[:2]
+        data_types[name], positions = {"kind": kind, "channels": channels}, 1
+        if kind == "vector":
+            positions = width // _rows(renamed, f"data_layers.{name}.{len(data_names) - 1}.norm.weight")
+            data_types[name]["positions"] = positions
+        starts = [f"data_layers.{name}.{number}.{layer}2.weight" for number in adm_level_starts(layers)]
+        widths = widths or [_rows(renamed, key) // positions for key in starts]
+    context_keys = {name: f"context_layers.{name}.0.transformer_blocks.0.attn2.to_k.weight" for name in contexts}
+    require(renamed, _UNET, *context_keys.values())
+    fitting = [told] if told is not None else _fitting_attention_levels(renamed, next(iter(contexts)), widths, layers)
     config = {
         "data_types": DATA_TYPES | data_types,  # the others can be added and trained
-        "context_types": CONTEXT_TYPES | {name: _context_width(blocks[0]) for name, blocks in contexts.items()},
+        "context_types": CONTEXT_TYPES | {name: renamed[key].shape[1] for name, key in context_keys.items()},
         "block_out_channels": tuple(widths),
         "layers_per_block": tuple(layers),
-        "attention_levels": levels,
+        "attention_levels": _choose_attention_levels(fitting, attention_levels),
         "flows": [flow_name(context, name) for name in data for context in contexts],
     }
-    ops = [s.op for s in versatile_walk(widths, layers, levels) if s.op not in ("context", "save", "load")]
-    weights: dict[str, Tensor] = {}
-    for name, blocks in data.items():
-        if len(blocks) != len(ops):
-            raise ValueError(f"The data group {name} has {len(blocks)} blocks; its shapes ask for {len(ops)}.")
-        for index, (block, op) in enumerate(zip(blocks, ops, strict=True)):
-            rules = data_layer_rules(data_types[name]["kind"], op)
-            weights |= _renamed(block, f"data_layers.{name}.{index}.", rules)
-    for name, blocks in contexts.items():
-        for index, block in enumerate(blocks):
-            weights |= _renamed(block, f"context_layers.{name}.{index}.", [("*", "*")])
-    return config, weights | _time_weights(time)
+    return config, renamed
 
 
-def _renamed(block: _Block, target: str, rules: Rules) -> dict[str, Tensor]:
-    original = {block.prefix + name: value for name, value in block.weights.items()}
-    return rename_keys(original, under(block.prefix, target, rules))
+def _levels(layout: str, names: Collection[str]) -> tuple[list[int], tuple[bool, ...] | None]:
+    """Residual blocks of each level on the way down, finest first, and which have contexts, if the names tell it."""
+    first = None  # context block of each level
+    if layout == "first release":
+        layers = adm_layers(names)
+        first = [f"input_blocks.{number}.1." for number in adm_level_starts(layers)]
+    elif layout == "diffusers":
+        levels = range(len({name.split(".")[1] for name in names if name.startswith("down_blocks.")}))
+        layers = [count_keys(names, f"down_blocks.{level}.resnets.", ".conv2.weight") for level in levels]
+        first = [f"down_blocks.{level}.attentions.0." for level in levels]
+    else:  # runs of residual blocks lie between the others; that of the deepest level holds the middle, too
+        numbers = {int(name.split(".")[1]) for name in names if name.startswith("data_blocks.")}
+        residual = {int(name.split(".")[1]) for name in names if re.match(r"data_blocks\.\d+\.0\.\w+_layers", name)}
+        runs = [len(list(run)) for found, run in groupby(sorted(numbers), residual.__contains__) if found]
+        layers = [*runs[: len(runs) // 2], (runs[len(runs) // 2] - 3) // 2] if runs else []
+    if not layers or min(layers) < 1:
+        raise ValueError(f"The levels hold {layers} residual blocks: each needs one at least. Keys are missing.")
+    return layers, first and tuple(any(name.startswith(start) for name in names) for start in first)
 
 
-def data_layer_rules(kind: str, op: str) -> Rules:
-    """Names within a data layer: the original's and diffusers' to ours.
-
-    Args:
-        kind: of the data type, "map" or "vector".
-        op: the step of the walk, "in", "res", "down", "up" or "out".
-    """
-    layer, inner = ("conv", "") if kind == "map" else ("linear", "linear.")
-    if op == "res":
-        return [(f"{source}.*", f"{target.format(layer)}.*") for sources, target in _RESIDUAL for source in sources]
-    if op == "out":
-        targets = ("norm.*", f"proj.{inner}*")
-        return [(f"{source}.*", new) for sources, new in zip(_HEAD, targets, strict=True) for source in sources]
-    if op == "in" or kind == "vector":
-        return [("*", f"{inner}*")]
-    return [("op.*", "conv.*"), ("conv.*", "conv.*")]  # down, up
+def _block_names(layout: str, layers: Sequence[int], attention_levels: Sequence[bool]) -> tuple[list[str], list[str]]:
+    """The names of the data blocks and of the context blocks, both in the order of running."""
+    blocks = list(adm_blocks(layers, attention_levels))
+    groups = [[b for b in blocks if b.op != "attention"], [b for b in blocks if b.op == "attention"]]
+    if layout == "first release":
+        data, contexts = ([block.adm for block in group] for group in groups)
+    elif layout == "diffusers":
+        data, contexts = ([block.diffusers for block in group] for group in groups)
+    else:  # numbers; there are as many context blocks as the levels have that `attention_levels` will name
+        data = [f"data_blocks.{number}.0." for number in range(len(groups[0]))]
+        contexts = [f"context_blocks.{number}.0." for number in range(len(groups[1]))]
+    return data, contexts
 
 
-def _time_weights(time: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The one time embedding; diffusers' layout holds a copy of it in each U-Net."""
-    (prefix, first), *others = time.items()
+def data_layer_rules(kind: str) -> Rules:
+    """Names within a data layer of a kind, "map" or "vector": the original's and diffusers' to ours."""
+    residual = [*ADM_RESNET, *((target, target) for _, target in ADM_RESNET)]
+    head = [("0.*", "norm.*"), ("conv_norm_out.*", "norm.*"), ("2.*", "proj.*"), ("conv_out.*", "proj.*")]
+    if kind == "map":  # down- and upsampling, first layer
+        same = [(name, name) for name in ("conv.*", "weight", "bias")]
+        return [*residual, *head, ("op.*", "conv.*"), *same]
+    residual = [(source, target.replace("conv", "linear")) for source, target in residual]
+    head = [(source, target.replace("proj", "proj.linear")) for source, target in head]
+    return [*residual, *head, ("weight", "linear.weight"), ("bias", "linear.bias")]
+
+
+def _time_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The one time embedding, under our names. diffusers' layout holds a copy of it in each U-Net."""
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        if match := _TIME.match(key):
+            copies.setdefault(match[0], {})[match["own"] + key[match.end() :]] = value
+    if not copies:
+        raise ValueError("The checkpoint holds no time embedding ('time_embed.' or 'time_embedding.').")
+    (prefix, first), *others = copies.items()
     for other_prefix, other in others:
         same = first.keys() == other.keys() and all(
             value.is_meta or torch.equal(value, other[name]) for name, value in first.items()
         )
         if not same:
             raise ValueError(f"{prefix} and {other_prefix} differ: the flows must share one time embedding.")
-    return _renamed(_Block(prefix, first), "", _TIME_RULES)
+    return rename_keys(first, [*ADM_TIME, *((target, target) for _, target in ADM_TIME)])
 
 
-def _need(block: _Block, names: Sequence[str]) -> Tensor:
-    weight = block.get(names)
-    if weight is None:
-        raise ValueError(f"The checkpoint lacks {block.prefix}{names[0]}.weight; it has {sorted(block.weights)[:8]}.")
-    return weight
+def _rows(weights: Mapping[str, Tensor], key: str) -> int:
+    require(weights, _UNET, key)
+    return weights[key].shape[0]
 
 
-def _latents(name: str, blocks: Sequence[_Block]) -> dict[str, Any]:
-    """What a data type's first block takes, as `VersatileUNet` describes it."""
-    first = blocks[0].weights.get("weight")
-    if first is None or first.ndim not in (2, 4):
-        raise ValueError(f"The data group {name} does not start with a convolution or a linear layer.")
-    if first.ndim == 4:
-        return {"kind": "map", "channels": first.shape[1]}
-    channels = _need(blocks[-1], _HEAD[0]).shape[0]
-    return {"kind": "vector", "channels": first.shape[1], "positions": first.shape[0] // channels}
+def _fitting_attention_levels(
+    weights: Mapping[str, Tensor], context: str, widths: Sequence[int], layers: Sequence[int]
+) -> list[tuple[bool, ...]]:
+    """The choices of levels that give context blocks of the widths that a type has."""
+    number = count_keys(weights, f"context_layers.{context}.", ".norm.weight")
+    found = [_rows(weights, f"context_layers.{context}.{index}.norm.weight") for index in range(number)]
+    return [
+        levels
+        for levels in product((True, False), repeat=len(widths))
+        if [step.out_channels for step in versatile_walk(widths, layers, levels) if step.op == "context"] == found
+    ]
 
 
-def _levels(name: str, blocks: Sequence[_Block], positions: int) -> tuple[list[int], list[int]]:
-    """(layers, widths) of the levels, finest first, told by the runs of residual blocks between resampling blocks."""
-    runs: list[list[_Block]] = []
-    for block in blocks:
-        if not block.is_residual:
-            runs.append([])
-        elif runs:
-            runs[-1].append(block)
-    runs = runs[:-1]  # nothing follows the head
-    deepest = len(runs) // 2
-    layers = [len(run) for run in runs[:deepest]] + [(len(runs[deepest]) - 3) // 2] if runs else []
-    if len(runs) % 2 == 0 or min(layers) < 1:
+def _choose_attention_levels(fitting: Sequence[tuple[bool, ...]], wanted: Sequence[bool] | None) -> tuple[bool, ...]:
+    """The user's levels if they fit; without a wish the only ones that fit, or those of the released models."""
+    released = [levels for levels in fitting if all(levels[:-1]) and not levels[-1]]
+    candidates = released or fitting if wanted is None else [levels for levels in fitting if levels == tuple(wanted)]
+    if len(candidates) != 1:
         raise ValueError(
-            f"The data group {name} has runs of {[len(run) for run in runs]} residual blocks: expected the way down, "
-            "the middle and the way back up."
+            f"`attention_levels` is {wanted}; the context blocks fit {list(fitting) or 'no choice of levels'}: pass "
+            "one of these."
         )
-    last = [run[count - 1] for run, count in zip(runs, layers, strict=False)]
-    return layers, [_need(block, _RESIDUAL[4][0]).shape[0] // positions for block in last]
-
-
-def _context_width(block: _Block) -> int:
-    return _need(block, ("transformer_blocks.0.attn2.to_k",)).shape[1]
-
-
-def _attention_levels(
-    widths: Sequence[int],
-    layers: Sequence[int],
-    context_widths: Sequence[int],
-    order: Sequence[bool] | None,
-    wanted: Sequence[bool] | None,
-) -> tuple[bool, ...]:
-    """Which levels have context layers: what fits the widths of the context blocks and, if known, their order."""
-    fitting = []
-    for levels in product((True, False), repeat=len(widths)):
-        walk = versatile_walk(widths, layers, levels)
-        same_widths = [step.out_channels for step in walk if step.op == "context"] == list(context_widths)
-        walked = [step.op == "context" for step in walk if step.op not in ("save", "load")]
-        if same_widths and (order is None or walked == list(order)):
-            fitting.append(levels)
-    released = (*(True,) * (len(widths) - 1), False)
-    choice = released if wanted is None and released in fitting else None
-    if wanted is not None and tuple(wanted) in fitting:
-        choice = tuple(map(bool, wanted))  # 1 and 0 will do
-    elif wanted is None and len(fitting) == 1:
-        choice = fitting[0]
-    if choice is None:
-        raise ValueError(
-            f"`attention_levels` is {wanted}; the context blocks fit {fitting or 'no choice of levels'}: pass one of "
-            "these."
-        )
-    return choice
+    return candidates[0]
 
 
 def _find_weights(folder: Path, variant: str | None) -> Path:
