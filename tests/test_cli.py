@@ -1,6 +1,7 @@
 """`diffusers-ext`: each command end to end, and its errors as one line with status 2."""
 
 import json
+import re
 import sys
 from importlib.metadata import entry_points
 
@@ -17,6 +18,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import diffusers_ext
 from diffusers_ext import cli
+from diffusers_ext.conversion.catalogue import KINDS
+from diffusers_ext.models.unet_versatile import CONTEXT_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +31,60 @@ def saved(tmp_path_factory):
 
 def test_the_console_script_is_installed(capsys):
     (script,) = entry_points(group="console_scripts", name="diffusers-ext")
-    assert script.load() is cli.main
+    assert callable(script.load())
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0 and all(command in printed for command in ("convert", "export-hub", "scenes"))
+
+
+def test_help_and_wrong_words_load_no_network(run_python):
+    """As the console script starts: torch comes with the first command that needs it, and with it the registration."""
+    printed = run_python("""
+import contextlib, io, sys
+import diffusers_ext_command
+def run(*words):
+    sys.argv = ["diffusers-ext", *words]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            status = diffusers_ext_command.main()
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue()
+from importlib.metadata import version
+assert run("--version") == (0, f"diffusers-ext {version('diffusers-ext')}\\n")
+for words, expected in [
+    (["--help"], 0), (["convert", "--help"], 0), (["convert", "ldm", "--help"], 0), (["export-hub", "--help"], 0),
+    (["scenes", "--help"], 0), ([], 2), (["paint"], 2), (["convert", "ldm", "x"], 2), (["convert", "unknown"], 2),
+    (["convert", "ldm", "x", "y", "--license", "mit", "--ignore", "z"], 2),
+]:
+    status, text = run(*words)
+    assert status == expected and (status == 0 or text.count("\\n") == 1), (words, status, text)
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+assert run("export-hub", "nowhere")[0] == 2
+import diffusers, diffusers_ext
+assert diffusers.PaellaPipeline is diffusers_ext.PaellaPipeline
+print("all")
+""").stdout
+    assert printed.split()[-1] == "all"
+
+
+def test_each_kind_lists_its_own_options_alone(capsys):
+    for name, kind in KINDS.items():
+        with pytest.raises(SystemExit):
+            cli.main(["convert", name, "--help"])
+        listed = set(re.findall(r"--(\w[\w-]*)", capsys.readouterr().out))
+        switches = {"no-use_ema"} if "use_ema" in kind.options else set()
+        assert listed == {"help", "license", "allow_pickle"} | kind.options.keys() | switches
+    assert KINDS["versatile-start"].options["context_type"]["choices"] == tuple(CONTEXT_TYPES)
+
+
+def test_the_kind_may_stand_behind_options(original, tmp_path):
+    weights = str(original / "v1_unet_forward" / "weights.safetensors")
+    words = ["--license", "mit", "--time_embed_dim", "16", "paella-unet", weights, str(tmp_path / "optimus")]
+    assert cli.main(["convert", *words]) == 0
+    assert diffusers_ext.PaellaUNet.from_pretrained(tmp_path / "optimus").config.time_embed_dim == 16
 
 
 def test_scenes_writes_a_folder_with_captions(tmp_path):
@@ -150,7 +202,10 @@ def test_convert_optimus_writes_the_tokenizers_that_are_named(tmp_path, capsys):
         (["optimus", "weights.safetensors", "--attention_levels", "1"], "optimus takes no --attention_levels"),
         (["paella-unet", "weights.safetensors", "--encoder_tokenizer", "x"], "takes no --encoder_tokenizer"),
         (["versatile-unet", "weights.safetensors", "--context_type", "text"], "takes no --context_type"),
-        (["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"], "paella-vqgan takes no --time_embed_dim"),
+        (
+            ["paella-vqgan", "weights.safetensors", "--time_embed_dim", "16"],
+            "paella-vqgan takes no --time_embed_dim. Its --help lists",
+        ),
         (["paella-unet", "nothing.pt"], "there is no such file"),
         (["paella-vqgan", "weights.safetensors"], "is not a Gumbel-VQGAN"),
         (["paella-vqgan-f4", "weights.safetensors"], "is not Paella's f4 tokenizer: it lacks in_block.1.weight"),

@@ -806,9 +806,9 @@ def write_scenes(
     return folder
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m diffusers_ext.data.scenes") -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_ext.data.scenes",
+        prog=prog,
         description="Write pictures of the built-in data set as an image folder with metadata.jsonl.",
         allow_abbrev=False,
     )
