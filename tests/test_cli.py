@@ -41,7 +41,7 @@ def test_the_console_script_is_installed(capsys):
 def test_help_and_wrong_words_load_no_network(run_python):
     """As the console script starts: torch comes with the first command that needs it, and with it the registration."""
     printed = run_python("""
-import contextlib, io, sys
+import contextlib, io, runpy, sys
 import diffusers_ext_command
 def run(*words):
     sys.argv = ["diffusers-ext", *words]
@@ -65,7 +65,11 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 assert run("export-hub", "nowhere")[0] == 2
 import diffusers, diffusers_ext
 assert diffusers.PaellaPipeline is diffusers_ext.PaellaPipeline
-print("all")
+try:
+    runpy.run_module("diffusers_ext.cli", run_name="__main__")  # python -m diffusers_ext.cli export-hub nowhere
+except SystemExit as end:
+    assert end.code == 2
+    print("all")
 """).stdout
     assert printed.split()[-1] == "all"
 

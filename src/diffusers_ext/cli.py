@@ -132,7 +132,7 @@ def run_export_hub(options: argparse.Namespace) -> int:
 
 def import_package() -> None:
     """Runs the package's `__init__`, which registers it with diffusers, if the console script has put that off."""
-    package = sys.modules[__package__]
+    package = sys.modules["diffusers_ext"]
     if not hasattr(package, "__version__"):
         package.__spec__.loader.exec_module(package)  # type: ignore[union-attr]
 

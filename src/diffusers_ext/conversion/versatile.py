@@ -294,7 +294,9 @@ def _levels(layout: str, names: Collection[str]) -> tuple[list[int], tuple[bool,
         layers = [*runs[: len(runs) // 2], (runs[len(runs) // 2] - 3) // 2] if runs else []
     if not layers or min(layers) < 1:
         raise ValueError(f"The levels hold {layers} residual blocks: each needs one at least. Keys are missing.")
-    return layers, first and tuple(any(name.startswith(start) for name in names) for start in first)
+    if first is None:
+        return layers, None
+    return layers, tuple(any(name.startswith(start) for name in names) for start in first)
 
 
 def _block_names(layout: str, layers: Sequence[int], attention_levels: Sequence[bool]) -> tuple[list[str], list[str]]:
