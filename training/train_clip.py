@@ -289,7 +289,10 @@ def _shared_target_loss(logits: Tensor, positives: Tensor) -> Tensor:
 
 def equal_texts(ids: Tensor, others: Tensor) -> Tensor:
     """(a, b): which of the token ids (a, l) and (b, l) are the same text as far as the text tower reads it."""
-    return (ids[:, None] == others[None]).all(dim=2)
+    same = torch.ones(len(ids), len(others), dtype=torch.bool, device=ids.device)
+    for one, other in zip(ids.T, others.T, strict=True):  # a place at a time: (a, b, l) would be large
+        same &= one[:, None] == other
+    return same
 
 
 def is_first(texts: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from first_stages import Quantized, new_autoencoder
 from ldm_networks import KINDS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from diffusers_ext.models.vq_paella import PaellaVQModel, codebook_weight
@@ -93,6 +94,18 @@ def test_several_trackers_and_all_that_are_installed():
     assert TrainArgs(report_to="tensorboard, tensorboard").trackers == ["tensorboard", "tensorboard"]
     assert TrainArgs(report_to="all").trackers == [str(name) for name in get_available_trackers()]
     assert TrainArgs().trackers == TrainArgs(report_to="None").trackers == []
+
+
+def test_a_tracker_gets_what_the_log_gets(tmp_path):
+    words = [str(PRESETS / "optimus-smoke.yaml"), "--max_train_steps", "2", "--logging_steps", "1"]
+    importlib.import_module("train_optimus").main(
+        [*words, "--report_to", "tensorboard", "--output_dir", str(tmp_path)]
+    )
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    read = EventAccumulator(str(events.parent)).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [line["loss"] for line in lines if "loss" in line]
+    assert [event.value for event in read.Scalars("loss")] == pytest.approx(logged, rel=1e-5) and len(logged) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +210,7 @@ def test_every_codebook_that_starts_with_means_needs_enough_pictures():
     train_autoencoder.check_sizes(args, 64, 8, 7)
 
 
-def test_first_and_new_codes_leave_the_running_statistics_alone():
+def test_first_and_new_codes_leave_the_running_statistics_alone(tmp_path):
     words = [str(PRESETS / "autoencoder-smoke.yaml"), "--model", "paella_vq", "--block_out_channels", "8", "16"]
     args, _, train = train_autoencoder.parse_args(words)
     objective = Quantized(new_autoencoder(PaellaVQModel, args, 32), args, train.max_train_steps).train()
@@ -206,7 +219,7 @@ def test_first_and_new_codes_leave_the_running_statistics_alone():
     def pictures(count):
         yield images, [torch.Generator() for _ in images]
 
-    accelerator = loop.start(TrainArgs(output_dir="/tmp"))
+    accelerator = loop.start(TrainArgs(output_dir=str(tmp_path)))
     before = {name: value.clone() for name, value in objective.named_buffers() if "running" in name}
     start, codes = objective.first_step, [codebook_weight(objective.autoencoder).clone()]
     for step in (start, start + args.restart_steps):
