@@ -267,7 +267,8 @@ def contrastive_losses(
         counted: (n,), which texts take part: the first of each, to contrast with distinct texts. All when unset.
     """
     image_embeds, text_embeds = F.normalize(image_embeds.float(), dim=-1), F.normalize(text_embeds.float(), dim=-1)
-    logits = scale.float() * image_embeds @ text_embeds.T  # (b, n)
+    with torch.autocast(image_embeds.device.type, enabled=False):  # in bf16 the logits would be whole steps of 1/16
+        logits = scale.float() * image_embeds @ text_embeds.T  # (b, n)
     count = len(image_embeds)
     if positives is None:
         positives = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)

@@ -40,6 +40,13 @@ def test_gumbel_codes_are_hard_in_value_and_soft_in_gradient():
     assert uniform.item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_gumbel_codes_are_not_rounded_under_autocast():
+    logits, codebook, uniforms = torch.randn(2, 5, 3, 3), torch.randn(5, 4), torch.rand(2, 5, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, _ = gumbel_quantize(logits, codebook, uniforms, temperature=0.5)
+    torch.testing.assert_close(codes, gumbel_quantize(logits, codebook, uniforms, temperature=0.5)[0])
+
+
 def test_gumbel_codes_follow_the_softmax_and_survive_extreme_draws():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 200, 200)

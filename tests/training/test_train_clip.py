@@ -107,6 +107,15 @@ def test_distinct_captions_give_the_plain_loss_to_the_bit():
         assert torch.equal(train_clip.contrastive_losses(images, texts, scale, positives)["loss"], plain)
 
 
+def test_the_contrast_is_in_float32_under_autocast():
+    torch.manual_seed(0)
+    images, texts, scale = torch.randn(6, 8), torch.randn(9, 8), torch.tensor(100.0)
+    plain = train_clip.contrastive_losses(images, texts, scale)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = train_clip.contrastive_losses(images, texts, scale)["loss"]
+    assert torch.equal(got, plain)
+
+
 def test_the_scale_of_the_logits_stays_within_the_papers_bound_and_can_come_back():
     objective, texts = build("a red circle", "a blue star", has_paraphrases=False)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1

@@ -50,7 +50,8 @@ def gumbel_quantize(
     soft = torch.softmax((logits.float() + gumbel) / temperature, dim=1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
     weights = hard - soft.detach() + soft
-    codes = torch.einsum("bkhw,kd->bdhw", weights, codebook.float())
+    with torch.autocast(weights.device.type, enabled=False):  # a code is taken as it is, not rounded
+        codes = torch.einsum("bkhw,kd->bdhw", weights, codebook.float())
     log_p = torch.log_softmax(logits.float(), dim=1)
     divergence = (log_p.exp() * (log_p + np.log(logits.shape[1]))).sum(1).mean()
     return codes, divergence
