@@ -175,33 +175,6 @@ def test_add_noise_takes_injected_draws():
     assert torch.equal(noisy, torch.where(mask, noise, x))
 
 
-@given(conventions, schedules, st.floats(0, 1), st.floats(0, 1), seeds)
-@many
-def test_step_up_arrives_at_the_law_of_the_noisier_level(convention, schedule, a, b, seed):
-    scheduler = make(time_convention=convention, noise_schedule=schedule)
-    low, high = sorted((a, b), key=lambda level: scheduler.noise_ratio(level).item())
-    g = gen(seed)
-    x, noise = torch.zeros(1, 64, 64, dtype=torch.long), torch.ones(1, 64, 64, dtype=torch.long)
-    up = scheduler.step_up(scheduler.add_noise(x, noise, low, generator=g), low, high, noise=noise, generator=g)
-    p, n = scheduler.noise_ratio(high).item(), x.numel()
-    assert abs(up.sum().item() - n * p) <= 6 * (n * p * (1 - p)) ** 0.5 + 1
-
-
-def test_step_up_by_hand():
-    scheduler = make(noise_schedule="linear")
-    x, noise, u = tokens(), tokens(1), torch.rand(2, 4, 3)
-    assert torch.equal(scheduler.step_up(x, 0.5, 0.5, generator=gen()), x)
-    assert torch.equal(scheduler.step_up(x, 0.0, 0.0, generator=gen()), x)
-    # from a quarter of noise to a half: a third of what is left, (1/2 - 1/4) / (1 - 1/4)
-    up = scheduler.step_up(x, 0.75, 0.5, noise=noise, uniforms=u)
-    assert torch.equal(up, torch.where(u < 1 / 3, noise, x))
-    from_clean = scheduler.step_up(x, 1.0, 0.3, generator=gen(4))
-    assert torch.equal(from_clean, scheduler.add_noise(x, None, 0.3, generator=gen(4)))
-    mask = torch.zeros(2, 4, 3).index_fill(2, torch.tensor([1]), 1)
-    up = scheduler.step_up(x, 1.0, 0.0, noise=noise, mask=mask, generator=gen())
-    assert torch.equal(up, torch.where(mask == 1, noise, x))
-
-
 # steps
 
 configs = st.fixed_dictionaries(
@@ -423,6 +396,9 @@ def test_config_round_trip(tmp_path):
     scheduler = make(**config)
     scheduler.save_pretrained(tmp_path)
     loaded = DiscreteRenoisingScheduler.from_pretrained(tmp_path)
+    assert {**loaded.config} == {
+        name: value for name, value in scheduler.config.items() if name != "_use_default_values"
+    }
     for name, value in {"num_vec_classes": V, **config}.items():
         kept = loaded.config[name]
         assert (tuple(kept) if isinstance(value, tuple) else kept) == value
@@ -576,6 +552,39 @@ def test_logits_that_cannot_be_sampled_stop_before_any_draw(value, where, messag
 
 
 @pytest.mark.parametrize(
+    "value, message",
+    [
+        (float("nan"), r"2 positions hold logits that are non-finite \(2 NaN, 0 \+inf\), 0 positions"),
+        (float("inf"), r"2 positions hold logits that are non-finite \(0 NaN, 2 \+inf\), 0 positions"),
+        (-float("inf"), r"0 positions .* 2 positions hold nothing but -inf"),
+    ],
+)
+def test_a_loop_may_ask_once_at_its_end_whether_all_could_be_sampled(value, message):
+    scheduler, out = make(), logits()
+    scheduler.set_timesteps(4)
+    unchecked = []
+    for index in range(3):
+        step(scheduler, model_output=out, timestep=scheduler.timesteps[index], step_index=index, unchecked=unchecked)
+    scheduler.check_sampled(unchecked)
+    scheduler.check_sampled([])
+    out[0, :, 1, 1] = out[1, :, 0, 1] = value
+    step(scheduler, model_output=out, timestep=0.25, step_index=1, unchecked=unchecked)
+    with pytest.raises(ValueError, match=r"step index 1 \(timestep 0.25\): " + message):
+        scheduler.check_sampled(unchecked)
+
+
+def test_a_step_goes_by_its_index():
+    scheduler = make()
+    scheduler.set_timesteps(4)
+    by_time, by_index = (step(scheduler, generator=gen(), timestep=0.5, **more) for more in ({}, {"step_index": 2}))
+    assert torch.equal(by_time.prev_sample, by_index.prev_sample)
+    other = step(scheduler, generator=gen(), timestep=0.5, step_index=0)
+    assert not torch.equal(other.prev_sample, by_index.prev_sample)
+    with pytest.raises(ValueError, match=r"`step_index` must be an integer in 0\.\.3 for this grid, got 4"):
+        step(scheduler, timestep=0.5, step_index=4)
+
+
+@pytest.mark.parametrize(
     "call, error, message",
     [
         (lambda s, x: s.add_noise(x), ValueError, "`timesteps` is needed"),
@@ -595,7 +604,6 @@ def test_logits_that_cannot_be_sampled_stop_before_any_draw(value, where, messag
             ValueError,
             "injected `uniforms` has shape",
         ),
-        (lambda s, x: s.step_up(x, 0.2, 0.4), ValueError, "`to_timestep` must be at least as noisy .* is `step`"),
     ],
 )
 def test_bad_corruption_is_named(call, error, message):

@@ -396,6 +396,7 @@ class PaellaBasePipeline(SharingPipeline):
         """
         cond, null = cond.to(self.unet.dtype), null.to(self.unet.dtype)
         initial_tokens = tokens
+        unchecked: list[tuple[int, Tensor]] = []  # whether logits could be sampled, read once after the loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -408,6 +409,8 @@ class PaellaBasePipeline(SharingPipeline):
                     initial_noise=initial_tokens,
                     mask=mask,
                     generator=generator,
+                    step_index=i,
+                    unchecked=unchecked,
                     return_dict=False,
                 )
                 if callback is not None:
@@ -422,6 +425,7 @@ class PaellaBasePipeline(SharingPipeline):
                     cond = changed.get("prompt_embeds", cond)
                     null = changed.get("negative_prompt_embeds", null)
                 progress_bar.update()
+        self.scheduler.check_sampled(unchecked)
         return tokens
 
     def _end_run(

@@ -109,7 +109,8 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("renoise_mode", renoise_mode)
         _check_choice("renoise_positions", renoise_positions)
         check_typical(typical_mass, typical_min_tokens)
-        _check_temperature(temperature)
+        # a list, as it comes back from a file: a loaded scheduler has the same config
+        self.register_to_config(temperature=list(_check_temperature(temperature)))
         self.set_timesteps(12)  # the original's default, so that `timesteps` and `len` are never empty
         self.num_inference_steps = None
 
@@ -302,54 +303,6 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         noisy = torch.where(mask, noise.to(device), original_samples)
         return (noisy, mask) if return_mask else noisy
 
-    def step_up(
-        self,
-        sample: Tensor,
-        from_timestep: float | Tensor,
-        to_timestep: float | Tensor,
-        *,
-        noise: Tensor | None = None,
-        generator: Generators = None,
-        mask: Tensor | None = None,
-        uniforms: Tensor | None = None,
-    ) -> Tensor:
-        """Take tokens at one level of noise to a noisier one, so that their law is that of `add_noise` there.
-
-        If a share p of the tokens is already replaced and q >= p is wanted, each position is replaced with probability
-        (q - p) / (1 - p): then 1 - q of the clean tokens survive. From the clean level this is `add_noise`.
-
-        Args:
-            sample: LongTensor (b, h, w), tokens at `from_timestep`.
-            from_timestep: their level, in [0, 1].
-            to_timestep: the wanted level, of equal or higher `noise_ratio`.
-            noise: what replaced positions receive. Default: uniform random tokens.
-            generator: a generator, or one per image; draws uniforms (h, w), then tokens (h, w).
-            mask: (b, h, w), 1 where tokens are generated; other positions stay.
-            uniforms: (b, h, w) uniforms in [0, 1), injected in place of the draw.
-
-        Returns:
-            LongTensor (b, h, w).
-
-        Raises:
-            ValueError: if `to_timestep` is the cleaner one.
-        """
-        _check_tokens("sample", sample)
-        shape, device = sample.shape, sample.device
-        generators = _check_generators(generator, shape[0])
-        present, wanted = self.noise_ratio(from_timestep).to(device), self.noise_ratio(to_timestep).to(device)
-        if not bool((wanted >= present).all()):
-            raise ValueError(
-                f"`to_timestep` must be at least as noisy as `from_timestep`, got {to_timestep} (noise ratio "
-                f"{wanted.tolist()}) after {from_timestep} (noise ratio {present.tolist()}): going down is `step`."
-            )
-        ratio = torch.where(present < 1, (wanted - present) / (1 - present).clamp(min=1e-7), torch.zeros_like(wanted))
-        uniforms = _draw(torch.rand, shape, generators, device, "uniforms", uniforms)
-        replaced = replaced_positions(uniforms, ratio.reshape(-1, *[1] * (len(shape) - 1)))
-        if mask is not None:
-            replaced = replaced & _check_mask("mask", mask, shape, device)
-        noise = self.random_tokens(shape, device, generator=generators) if noise is None else noise.to(device)
-        return torch.where(replaced, noise, sample)
-
     def step(
         self,
         model_output: Tensor,
@@ -365,6 +318,8 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         renoise_uniforms: Tensor | None = None,
         renoise_mask: Tensor | None = None,
         renoise_tokens: Tensor | None = None,
+        step_index: int | None = None,
+        unchecked: list[tuple[int, Tensor]] | None = None,
         return_dict: bool = True,
     ) -> DiscreteRenoisingSchedulerOutput | tuple[Tensor, Tensor]:
         """One step: tokens drawn from the logits, then renoised to the level of the next step.
@@ -387,6 +342,10 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
             renoise_uniforms: injected draw (b, h, w) in [0, 1).
             renoise_mask: injected positions (b, h, w), 1 = renoise; `renoise_uniforms` are then not drawn.
             renoise_tokens: injected random tokens (b, h, w), for `rand`.
+            step_index: which of `timesteps` this is; a loop that passes it spares an accelerator the question what
+                number `timestep` is.
+            unchecked: a list for `check_sampled`, to which the step adds whether the logits could be sampled, instead
+                of waiting for the answer.
             return_dict: return a plain tuple if False.
 
         Returns:
@@ -396,9 +355,12 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
             ValueError: no `set_timesteps` yet, an unknown timestep, wrong shapes, a missing `initial_noise`, or logits
                 with NaN, +inf, or nothing but -inf at a position.
         """
-        index = self._index_for_timestep(timestep)
+        index = self._index_for_timestep(timestep, step_index)
         self._check_step(model_output, sample)
-        _check_finite(model_output, index, self._timestep_values[index])
+        if unchecked is None:
+            self._check_finite(model_output, index)
+        else:
+            unchecked.append((index, _unfit_positions(model_output)))
         b, v, h, w = model_output.shape
         shape, device = sample.shape, model_output.device
         generators = _check_generators(generator, b)
@@ -453,9 +415,43 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, pred_original_sample
         return DiscreteRenoisingSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
-    def _index_for_timestep(self, timestep: float | Tensor) -> int:
+    def check_sampled(self, unchecked: Sequence[tuple[int, Tensor]]) -> None:
+        """After a loop, reads back what its steps left `unchecked`, all at once.
+
+        Raises:
+            ValueError: for the first step whose logits could not be sampled; what was drawn since then is worthless.
+        """
+        counts = torch.stack([found for _, found in unchecked]).tolist() if unchecked else []
+        for (index, _), (nan, inf, empty) in zip(unchecked, counts, strict=True):
+            if nan + inf + empty:
+                self._refuse(
+                    index,
+                    f"{nan + inf} positions hold logits that are non-finite ({nan} NaN, {inf} +inf), {empty} "
+                    "positions hold nothing but -inf. The tokens drawn since then are worthless",
+                )
+
+    def _check_finite(self, logits: Tensor, index: int) -> None:
+        if not any(_unfit_positions(logits).tolist()):  # one read-back
+            return
+        nan, inf = int(logits.isnan().sum()), int((logits == torch.inf).sum())
+        empty = int((logits == -torch.inf).all(dim=1).sum())
+        self._refuse(
+            index,
+            f"{nan + inf} of {logits.numel()} logits are non-finite ({nan} NaN, {inf} +inf), {empty} positions hold "
+            "nothing but -inf. No token was drawn",
+        )
+
+    def _refuse(self, index: int, found: str) -> None:
+        raise ValueError(
+            f"`model_output` cannot be sampled at step index {index} (timestep {self._timestep_values[index]:.6g}): "
+            f"{found}; check the model's dtype (float16 may overflow: try bfloat16 or float32) and the guidance scale."
+        )
+
+    def _index_for_timestep(self, timestep: float | Tensor, step_index: int | None) -> int:
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
+        if step_index is not None:
+            return _check_integer("step_index", step_index, 0, len(self) - 1)
         values = torch.as_tensor(timestep).flatten().tolist()
         index = min(range(len(self)), key=lambda i: abs(self._timestep_values[i] - values[0])) if values else 0
         if not values or any(abs(self._timestep_values[index] - value) > 1e-4 for value in values):
@@ -575,18 +571,10 @@ def _check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.dev
         raise ValueError(f"`{name}` has shape {tuple(mask.shape)}, expected {tuple(shape)} (b, h, w).") from error
 
 
-def _check_finite(logits: Tensor, index: int, timestep: float) -> None:
-    # the maximum over classes is NaN, +inf or -inf exactly where a position cannot be sampled; one read-back
-    if bool(logits.amax(dim=1).isfinite().all()):
-        return
-    nan, inf = int(logits.isnan().sum()), int((logits == torch.inf).sum())
-    empty = int((logits == -torch.inf).all(dim=1).sum())
-    raise ValueError(
-        f"`model_output` cannot be sampled at step index {index} (timestep {timestep:.6g}): {nan + inf} of "
-        f"{logits.numel()} logits are non-finite ({nan} NaN, {inf} +inf), {empty} positions hold nothing but -inf. No "
-        "token was drawn; check the model's dtype (float16 may overflow: try bfloat16 or float32) and the guidance "
-        "scale."
-    )
+def _unfit_positions(logits: Tensor) -> Tensor:
+    """How many positions of (b, v, h, w) hold NaN, +inf, or nothing but -inf: (3,), on the device."""
+    largest = logits.amax(dim=1)  # NaN, +inf or -inf exactly where a position cannot be sampled
+    return torch.stack([largest.isnan().sum(), (largest == torch.inf).sum(), (largest == -torch.inf).sum()])
 
 
 def _check_choice(name: str, value: str) -> None:
