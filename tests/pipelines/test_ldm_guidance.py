@@ -80,3 +80,25 @@ def test_the_loss_of_a_small_picture():
     assert one[0] < 0.05 < one[1]
     shrunk = F.interpolate(large, size=(4, 6), mode="bicubic", antialias=True)[1]
     torch.testing.assert_close(one[1], 2 * (shrunk - small[0]).square().sum())
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-5, 1.0])
+def test_gradients_of_any_size_survive_float16(size):
+    """Also in a network whose inner gradients are 1000 times as large as those at its ends."""
+    noise, target, noisy = torch.randn(3, 2, 3, 4, 4)
+    t = torch.tensor(400)
+
+    def loss(pictures):
+        return size * (pictures.float() - target).square().sum(dim=(1, 2, 3))
+
+    def gradient(dtype):
+        def predict(z):
+            return 0 * z + noise.to(dtype)
+
+        def decode(z):
+            return (1e-3 * z.to(dtype)) * 1e3
+
+        arguments = (predict, decode, loss, 1 / size, noisy.to(dtype), t, scheduler("epsilon"))
+        return (guide_prediction(*arguments).float() - noise) / 1000
+
+    torch.testing.assert_close(gradient(torch.float16), gradient(torch.float32), atol=1e-3, rtol=2e-2)

@@ -109,3 +109,11 @@ def test_half_precision_is_blended_in_float32():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_are_made_once():
+    grid = TileGrid((24, 40), (16, 16), (8, 8), count_outer_sides=False)
+    assert all(one is other for one, other in zip(grid.weights(), grid.weights(), strict=True))
+    assert grid.normalization() is grid.normalization()
+    assert len({id(weight) for weight in grid.weights()}) < len(grid)  # many tiles have the same
+    torch.testing.assert_close(grid.apply(lambda tile: tile, torch.ones(1, 1, 24, 40)), torch.ones(1, 1, 24, 40))

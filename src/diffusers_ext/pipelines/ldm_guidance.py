@@ -72,6 +72,9 @@ def guide_prediction(
 ) -> Tensor:
     """A network's prediction, led towards pictures for which `guidance_fn` is small.
 
+    The backward pass also stores what gradients of the weights would need, unless the networks were frozen by
+    `requires_grad_(False)`.
+
     Args:
         predict: (b, c, h, w) -> the network's prediction.
         decode: clean latents -> pictures (b, 3, H, W) in [-1, 1].
@@ -92,7 +95,7 @@ def guide_prediction(
         pictures = decode(split_prediction(scheduler, prediction, scaled, timestep)[0])
         loss = guidance_fn(pictures)
         _check_loss(loss, len(scaled))
-        gradient = torch.autograd.grad(loss.sum(), scaled, allow_unused=True)[0] if loss.requires_grad else None
+        gradient = _gradient(loss.sum(), scaled) if loss.requires_grad else None
     if gradient is None:
         raise ValueError(
             "The loss that `guidance_fn` returned does not depend on the pictures, or was computed without gradients"
@@ -100,11 +103,25 @@ def guide_prediction(
         )
     prediction, scaled = prediction.detach(), scaled.detach()
     signal, noise_level = signal_and_noise(scheduler, timestep)
-    noise = split_prediction(scheduler, prediction, scaled, timestep)[1] + scale * noise_level * gradient.float()
+    noise = split_prediction(scheduler, prediction, scaled, timestep)[1] + scale * noise_level * gradient
     kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
     clean = (scaled.float() - noise_level * noise) / signal
     guided = {"sample": clean, "v_prediction": signal * noise - noise_level * clean}.get(kind, noise)
     return guided.to(prediction.dtype)
+
+
+def _gradient(loss: Tensor, latents: Tensor) -> Tensor | None:
+    """d loss / d latents in float32, None if there is none.
+
+    In float16 small gradients vanish within the network and large ones overflow: the loss is multiplied by as much as
+    the gradient bears.
+    """
+    for factor in (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0) if latents.dtype == torch.float16 else (1.0,):
+        scaled = loss if factor == 1 else loss.float() * factor
+        gradient = torch.autograd.grad(scaled, latents, allow_unused=True, retain_graph=factor > 1)[0]
+        if gradient is None or factor == 1 or bool(gradient.isfinite().all()):
+            break
+    return None if gradient is None else gradient.float() / factor
 
 
 def _check_loss(loss: Any, batch_size: int) -> None:

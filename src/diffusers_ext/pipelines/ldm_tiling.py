@@ -101,26 +101,45 @@ class TileGrid:
         rows, columns = self.tile_size
         return (values[..., top : top + rows, left : left + columns] for top, left in self.corners())
 
+    @cached_property
+    def _on_device(self) -> dict[torch.device, tuple[list[Tensor], Tensor]]:
+        """Weights and their sum by device: they are the same in every step of a run."""
+        return {}
+
+    def _weights_and_sum(self, device: str | torch.device | None) -> tuple[list[Tensor], Tensor]:
+        device = torch.device("cpu" if device is None else device)
+        if device not in self._on_device:
+            weights = list(self._make_weights(device))
+            total = torch.zeros(self._scaled(self.size[0]), self._scaled(self.size[1]), device=device)
+            for corner, weight in zip(self.corners(), weights, strict=True):
+                self._window(total, corner).add_(weight)
+            self._on_device[device] = weights, total
+        return self._on_device[device]
+
     def weights(self, device: str | torch.device | None = None) -> Iterator[Tensor]:
         """The weights (kh', kw') of each tile in the result, before the division by their sum."""
+        return iter(self._weights_and_sum(device)[0])
+
+    def normalization(self, device: str | torch.device | None = None) -> Tensor:
+        """Sum of the weights over each place of the result, (h', w')."""
+        return self._weights_and_sum(device)[1]
+
+    def _make_weights(self, device: torch.device) -> Iterator[Tensor]:
         sides = [self._scaled(side) for side in self.tile_size]
         rows, columns = self.starts
         ties = torch.ones(len(self))
         if self.tie_breaker:
             grid = border_weights((len(rows), len(columns)), self.min_tie_weight, self.max_tie_weight)
             ties = grid.flatten()
-        for (top, left), tie in zip(self.corners(), ties.to(device), strict=True):
+        made: dict[tuple, Tensor] = {}  # most tiles have the weights of another one
+        for (top, left), tie in zip(self.corners(), ties.tolist(), strict=True):
             counted = (True, True, True, True)
             if not self.count_outer_sides:
                 counted = (top != rows[0], top != rows[-1], left != columns[0], left != columns[-1])
-            yield border_weights((sides[0], sides[1]), self.min_weight, self.max_weight, counted).to(device) * tie
-
-    def normalization(self, device: str | torch.device | None = None) -> Tensor:
-        """Sum of the weights over each place of the result, (h', w')."""
-        total = torch.zeros(self._scaled(self.size[0]), self._scaled(self.size[1]), device=device)
-        for corner, weight in zip(self.corners(), self.weights(device), strict=True):
-            self._window(total, corner).add_(weight)
-        return total
+            if (counted, tie) not in made:
+                border = border_weights((sides[0], sides[1]), self.min_weight, self.max_weight, counted)
+                made[counted, tie] = (border * tie).to(device)
+            yield made[counted, tie]
 
     def apply(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Calls `function` with the tiles of all inputs, one place after the other, and blends what it returns.

@@ -63,7 +63,9 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
 
     @property
     def no_guidance_because(self) -> str:
-        return "an unconditional network has no condition to guide by: leave it at 1, and guide with `guidance_fn`"
+        return (
+            "an unconditional network has no condition to guide by: leave the scale at 1, and guide with `guidance_fn`"
+        )
 
     @torch.no_grad()
     def __call__(
@@ -72,7 +74,6 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -94,7 +95,6 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             batch_size: how many.
             height: pixels, a multiple of the first stage's factor times the network's; `width` alike. By default those
                 of `image` or `latents`, else what the network was trained on.
-            guidance_scale: 1; there is nothing else to ask of a network without a condition.
             image: the picture whose part is known, one for all samples or one a sample (see
                 `conditions.images.image_batch`). The first stage sees all of it, so what lies in the hole may shine
                 through at its border: blacken it if that matters.
@@ -120,7 +120,6 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             batch_size,
             *size,
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
             eta=eta,
             generator=generator,
             latents=latents,
@@ -130,7 +129,7 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             callback_on_step_end_tensor_inputs=callback_names,
             size_names=("height", "width") if source is None else ("image.height", "image.width"),
         )
-        timesteps = self._begin_run(num_inference_steps, guidance_scale)
+        timesteps = self._begin_run(num_inference_steps, 1.0)
 
         # 2. What is known, and the initial noise
         known = None if source is None else self._known_region(*source, tiles, timesteps.device)

@@ -169,7 +169,6 @@ class PaellaPipeline(PaellaBasePipeline):
         # 4. Tokens to pixels
         return self._end_run(tokens, output_type, return_dict)
 
-    @torch.no_grad()
     def encode_regions(
         self,
         prompt: str | list[str] | None,

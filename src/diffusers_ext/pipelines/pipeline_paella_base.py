@@ -233,7 +233,6 @@ class PaellaBasePipeline(SharingPipeline):
                 negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
-    @torch.no_grad()
     def encode_image(self, image: Any, device: torch.device | str | None = None) -> Tensor:
         """Pictures as condition vectors `(n, d)`, un-normalised, to pass as `prompt_embeds` to any Paella pipeline.
 

@@ -194,7 +194,6 @@ class VersatileBasePipeline(SharingPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: Any,
@@ -237,7 +236,6 @@ class VersatileBasePipeline(SharingPipeline):
             negative = negative.expand(samples, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
         return embeds.repeat_interleave(num_images_per_prompt, dim=0), negative
 
-    @torch.no_grad()
     def encode_image(
         self,
         image: Any,
@@ -312,13 +310,11 @@ class VersatileBasePipeline(SharingPipeline):
             latents = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=self.unet.dtype)
         return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1]."""
         pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config["scaling_factor"], return_dict=False)[0]
         return ((pixels.float() + 1) / 2).clamp(0, 1)
 
-    @torch.no_grad()
     def decode_texts(
         self,
         latents: Tensor,
