@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.manual_seed(args.seed)
     config = dict(UNet2DModel.load_config(args.checkpoint, subfolder="unet"))
+    for name in ("_class_name", "num_attention_heads"):  # of an LDMUNet: the same sizes, with the stock heads
+        config.pop(name, None)
     resolution = config["sample_size"] * FACTOR
     # the weights are new: only widths and depths are taken over
     unet = UNet2DModel.from_config({**config, "in_channels": 3, "out_channels": 3 * FACTOR**2})

@@ -2,10 +2,12 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
-from pipelines.tiny_paella import tiny_paella_components
+from pipelines.tiny_ldm import tiny_unet
+from pipelines.tiny_paella import tiny_paella_components, tiny_vqvae
 
 import diffusers_ext
 from diffusers_ext.registration import register
@@ -229,3 +231,21 @@ report(diffusers_ext.PaellaPipeline.from_pretrained({str(tmp_path / "plain")!r})
     # Such a folder loads in a registered process too.
     registered = diffusers_ext.PaellaPipeline.from_pretrained(tmp_path / "plain")
     assert list(registered.config["unet"]) == ["diffusers_ext", "PaellaUNet"]
+
+
+@pytest.mark.parametrize("name, parent", [("LDMUNet", "UNet2DModel"), ("GumbelVQModel", "VQModel")])
+def test_a_stock_class_refuses_the_folder_of_our_subclass(name, parent, tmp_path):
+    """It drops what it does not know (the number of heads, the projection) and computes something else."""
+    network = tiny_unet(heads=4) if name == "LDMUNet" else tiny_vqvae(gumbel=True)
+    network.save_pretrained(tmp_path)
+    register()  # twice changes nothing
+    message = rf"config of a {name}, with which a {parent} .* `diffusers_ext\.{name}\.from_pretrained`"
+    with pytest.raises(ValueError, match=message):
+        getattr(diffusers, parent).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        getattr(diffusers, parent).from_config(network.config)
+    assert type(diffusers.AutoModel.from_pretrained(str(tmp_path))) is type(network)
+    stock = tiny_unet() if name == "LDMUNet" else tiny_vqvae()
+    stock.save_pretrained(tmp_path / "stock")
+    assert type(type(stock).from_pretrained(tmp_path / "stock")) is type(stock)
+    assert type(type(network).from_pretrained(tmp_path / "stock")) is type(network)

@@ -58,11 +58,38 @@ def register() -> bool:
         public = getattr(package, name)
         if isinstance(public, type) and issubclass(public, bases) and not hasattr(diffusers, name):
             setattr(diffusers, name, public)
+        if isinstance(public, type) and issubclass(public, ModelMixin):
+            _guard_parents(public)
     if AUTO_MODULE in sys.modules:
         _add_auto_pipelines(sys.modules[AUTO_MODULE])
     elif not any(isinstance(finder, _AutoPipelineWatch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoPipelineWatch())
     return True
+
+
+def _guard_parents(model: type[ModelMixin]) -> None:
+    """Lets the stock class that `model` derives from refuse what `model` saved.
+
+    It would drop the settings that it does not know without a word (since it knows the name of the class that has
+    them), take the weights, and compute something else.
+    """
+    for parent in model.__bases__:
+        stock = (
+            issubclass(parent, ModelMixin) and parent is not ModelMixin and parent.__module__.startswith("diffusers.")
+        )
+        if not stock or "extract_init_dict" in vars(parent) or not hasattr(parent, "extract_init_dict"):
+            continue
+        original = parent.extract_init_dict.__func__
+
+        def extract_init_dict(cls, config_dict, *args, parent=parent, original=original, **kwargs):
+            if cls is parent and config_dict.get("_class_name") == model.__name__:
+                raise ValueError(
+                    f"This is the config of a {model.__name__}, with which a {cls.__name__} computes something else: "
+                    f"load it with `{LIBRARY}.{model.__name__}.from_pretrained`."
+                )
+            return original(cls, config_dict, *args, **kwargs)
+
+        parent.extract_init_dict = classmethod(extract_init_dict)
 
 
 def _add_auto_pipelines(auto_pipeline) -> None:

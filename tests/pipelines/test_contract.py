@@ -174,6 +174,27 @@ def test_layerwise_casting_is_the_pipeline_with_rounded_weights(name):
     assert_alike(sample(pipe, name), sample(rounded, name))
 
 
+# --- public helpers
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_public_helpers_keep_gradients(name):
+    """For textual inversion and the like: only a whole run is without."""
+    pipe, made = CASES[name].build(), []
+    if hasattr(pipe, "encode_prompt"):
+        made.append(pipe.encode_prompt("a red circle")[0])
+    if hasattr(pipe, "encode_image"):
+        encoded = pipe.encode_image([tiny_picture(1)])
+        made.append(encoded if isinstance(encoded, torch.Tensor) else encoded[0])
+    if hasattr(pipe, "decode_latents"):
+        made.append(pipe.decode_latents(torch.randn(1, first_stage(pipe).config.latent_channels, 4, 4)))
+    assert made and all(tensor.requires_grad for tensor in made)
+
+
+def first_stage(pipe):
+    return pipe.vae if hasattr(pipe, "vae") else pipe.vqvae
+
+
 # --- callbacks: cut-off, scales changed in a run, tensors given and taken
 
 

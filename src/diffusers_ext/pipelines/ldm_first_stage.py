@@ -3,6 +3,10 @@
 Rombach et al., arXiv 2112.10752, sections 3.1 and D.1, appendix G; original: CompVis/latent-diffusion@a506df5
 :ldm/models/diffusion/ddpm.py (`get_first_stage_encoding`, `decode_first_stage`, MIT). Training and sampling use the
 same functions, so that a model meets the latents that it was trained on.
+
+Autoencoders compute in their own dtype: `force_upcast` of their config is not heeded, since casting a component within
+a call would change it for everybody who shares it. Where float16 overflows in one, load it with
+`dtype={"vqvae": torch.float32, "default": torch.float16}`.
 """
 
 from typing import Any
