@@ -101,7 +101,7 @@ def test_export_hub_checks_and_copies(saved, tmp_path, capsys):
     assert cli.main(["export-hub", str(saved)]) == 0
     assert "holds a PaellaPipeline" in capsys.readouterr().out
     copy = tmp_path / "copy"
-    assert cli.main(["export-hub", str(saved), "--self-contained", "--output_dir", str(copy)]) == 0
+    assert cli.main(["export-hub", str(saved), "--no-import", "--output_dir", str(copy)]) == 0
     assert json.loads((copy / "model_index.json").read_text())["_class_name"] == ["pipeline", "PaellaPipeline"]
 
 
@@ -119,8 +119,9 @@ def test_export_hub_pushes_and_tells_success_from_failure(saved, hub, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--self-contained"], "--self-contained and --output_dir go together"),
-        (["--output_dir", "x"], "--self-contained and --output_dir go together"),
+        (["--no-import"], "--no-import and --output_dir go together"),
+        (["--self-contained"], "--no-import and --output_dir go together"),
+        (["--output_dir", "x"], "--no-import and --output_dir go together"),
         (["--push"], "--push and --hub_model_id go together"),
         (["--hub_model_id", "user/x"], "--push and --hub_model_id go together"),
     ],
@@ -132,7 +133,7 @@ def test_export_hub_rejects(saved, words, message, capsys):
 
 def test_export_hub_rejects_a_folder_that_is_no_pipeline(tmp_path, capsys):
     assert cli.main(["export-hub", str(tmp_path)]) == 2
-    assert "holds no model_index.json" in capsys.readouterr().err
+    assert "holds no model_index.json and no config.json" in capsys.readouterr().err
 
 
 @pytest.fixture

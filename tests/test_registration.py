@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+from pipelines.contract import CASES, ONE_EACH
 from pipelines.tiny_ldm import tiny_unet
 from pipelines.tiny_paella import tiny_paella_components, tiny_vqvae
 
@@ -83,6 +84,36 @@ def test_one_checkpoint_loads_into_every_mode(saved, tmp_path, name, auto):
         shared = auto.from_pipe(diffusers_ext.PaellaPipeline.from_pipe(pipe))
         assert type(shared) is cls and shared.unet is pipe.unet and shared.vqvae is pipe.vqvae
         assert type(auto_pipeline.AutoPipelineForText2Image.from_pipe(shared)) is diffusers_ext.PaellaPipeline
+
+
+TEXT, IMAGE, INPAINT = "AutoPipelineForText2Image", "AutoPipelineForImage2Image", "AutoPipelineForInpainting"
+# Case of `contract.py` -> what AutoPipeline makes of its folder and of the pipeline itself.
+AUTO = {
+    **dict.fromkeys(
+        ("paella", "paella-inpaint", "paella-img2img"),
+        {TEXT: "PaellaPipeline", IMAGE: "PaellaImg2ImgPipeline", INPAINT: "PaellaInpaintPipeline"},
+    ),
+    "paella-variation": {IMAGE: "PaellaImageVariationPipeline"},
+    "ldm-text": {TEXT: "LDMTextPipeline"},
+    "ldm-upscale": {IMAGE: "LDMUpscalePipeline"},
+    "ldm-inpaint": {INPAINT: "LDMInpaintPipeline"},
+    "versatile-text-to-image": dict.fromkeys((TEXT, IMAGE), "VersatilePipeline"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_auto_pipeline_knows_every_pipeline_that_fits_a_task(name, tmp_path):
+    pipe = CASES[name].build()
+    pipe.save_pretrained(tmp_path)
+    for task in (TEXT, IMAGE, INPAINT):
+        auto, wanted = getattr(auto_pipeline, task), AUTO.get(name, {}).get(task)
+        if wanted is None:
+            with pytest.raises(ValueError, match="can't find a pipeline linked to"):
+                auto.from_pipe(pipe)
+        else:
+            shared = auto.from_pipe(pipe)
+            assert type(shared).__name__ == wanted and shared.unet is pipe.unet
+            assert type(auto.from_pretrained(tmp_path)).__name__ == wanted
 
 
 def test_registering_again_changes_nothing_and_takes_no_name():
@@ -207,7 +238,7 @@ DiffusionPipeline.from_pretrained({str(exported)!r}, trust_remote_code=True)
     result = run_python(code, check=False, HF_HOME=str(tmp_path / "home"))
     assert result.returncode == 1
     assert "without import: " in result.stdout and "PaellaPipeline" in result.stdout
-    assert "ImportError: This model needs the package diffusers_ext: run `pip install diffusers-ext`." in result.stderr
+    assert "This model needs the package diffusers_ext: run `pip install .` in a checkout" in result.stderr
 
 
 def test_opting_out_leaves_diffusers_alone(saved, run_python, tmp_path):

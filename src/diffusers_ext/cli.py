@@ -59,14 +59,18 @@ def build_parser() -> Parser:
 
     export = commands.add_parser(
         "export-hub",
-        help="make a saved pipeline ready to share, and upload it",
-        description="Checks a saved pipeline; with --self-contained makes a copy that loads without an import line.",
+        help="make a saved pipeline or model ready to share, and upload it",
+        description="Checks a saved pipeline or model; --no-import makes a copy that loads without an import line.",
     )
-    export.add_argument("folder", type=Path, help="a pipeline saved by diffusers_ext")
+    export.add_argument("folder", type=Path, help="a pipeline or model saved by diffusers_ext")
     export.add_argument(
-        "--self-contained", action="store_true", help="loads without `import diffusers_ext`, with trust"
+        "--no-import",
+        "--self-contained",
+        action="store_true",
+        help="loads without `import diffusers_ext`, with trust_remote_code=True; the package must still be installed "
+        "(formerly --self-contained)",
     )
-    export.add_argument("--output_dir", type=Path, help="new folder for the self-contained copy")
+    export.add_argument("--output_dir", type=Path, help="new folder for that copy")
     export.add_argument("--push", action="store_true", help="upload the result")
     export.add_argument("--hub_model_id", help="repository to upload to, `user/name`")
     export.add_argument("--private", action="store_true", help="make the repository private if it is new")
@@ -110,18 +114,19 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def run_export_hub(options: argparse.Namespace) -> int:
     from .training_utils import hub
+    from .training_utils.saved_folders import LIBRARY, read_saved
 
-    if options.self_contained != (options.output_dir is not None):
-        raise ValueError("--self-contained and --output_dir go together: the export writes a changed copy.")
+    if options.no_import != (options.output_dir is not None):
+        raise ValueError("--no-import and --output_dir go together: the export writes a changed copy.")
     if options.push != (options.hub_model_id is not None):
         raise ValueError("--push and --hub_model_id go together.")
-    folder = options.folder
-    if options.self_contained:
-        folder = hub.export_self_contained(folder, options.output_dir)
-        print(f"Wrote {folder}: DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)")
+    folder, saved = options.folder, read_saved(options.folder)
+    if options.no_import:
+        folder = hub.export_self_contained(folder, options.output_dir, hub_model_id=options.hub_model_id)
+        print(f"Wrote {folder}. Where {LIBRARY} is installed, it loads like this:")
+        print(saved.usage(str(folder), without_import=True))
     else:
-        index = hub.read_index(folder)
-        print(f"{folder} holds a {index['_class_name']}; it loads after `import diffusers_ext`.")
+        print(f"{folder} holds a {saved.class_name}; it loads after `import {saved.loader.split('.')[0]}`.")
     if options.push:
         url = hub.push_folder(folder, options.hub_model_id, private=options.private)
         if url is None:

@@ -24,11 +24,21 @@ OPT_OUT = "DIFFUSERS_EXT_NO_REGISTER"
 LIBRARY = __name__.partition(".")[0]
 AUTO_MODULE = "diffusers.pipelines.auto_pipeline"
 
-# AutoPipeline table -> its key -> our pipeline. The same key in two tables links the variants for `from_pipe`.
+# AutoPipeline table -> its key -> our pipeline. The same key in two tables links the variants for `from_pipe`, which
+# share all components: those of latent diffusion share none of their networks, so each has a key of its own.
 AUTO_PIPELINES = {
-    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaPipeline", "ldm": "LDMTextPipeline"},
-    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {"paella": "PaellaImg2ImgPipeline"},
-    "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline"},
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {
+        "paella": "PaellaPipeline",
+        "ldm": "LDMTextPipeline",
+        "versatile": "VersatilePipeline",
+    },
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {
+        "paella": "PaellaImg2ImgPipeline",
+        "paella-variation": "PaellaImageVariationPipeline",
+        "ldm-upscale": "LDMUpscalePipeline",
+        "versatile": "VersatilePipeline",
+    },
+    "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline", "ldm-inpaint": "LDMInpaintPipeline"},
 }
 
 

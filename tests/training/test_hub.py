@@ -2,13 +2,21 @@
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from diffusers import AutoModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard, constants
+from pipelines.tiny_ldm import LABELS, PALETTE, tiny_ldm
+from safetensors.torch import load_file, save_file
 
-from diffusers_ext.training_utils.hub import export_self_contained, push_folder, write_model_card
+from diffusers_ext import LDMSpatialRescaler
+from diffusers_ext.pipelines import cards
+from diffusers_ext.training_utils import hub
+from diffusers_ext.training_utils.hub import export_self_contained, name_repository, push_folder, write_model_card
 
 
 @pytest.fixture
@@ -126,23 +134,130 @@ def test_push_rejects_an_empty_folder(tmp_path):
         push_folder(tmp_path, "user/mine")
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A pipeline with components of this library and of others, and with options that are lists."""
+    folder = tmp_path_factory.mktemp("export") / "semantic"
+    tiny_ldm("semantic").save_pretrained(folder)
+    return folder
+
+
+def changed_copy(saved: Path, folder: Path, **entries) -> Path:
+    shutil.copytree(saved, folder)
+    index = json.loads((folder / "model_index.json").read_text()) | entries
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("index", "message"),
+    ("entries", "message"),
     [
-        (None, "holds no model_index.json"),
-        ({"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}, "wanted is a pipeline saved with"),
-        ({"_class_name": ["pipeline", "X"], "unet": ["diffusers_ext", "Y"]}, "wanted is a pipeline saved with"),
+        (
+            {"_class_name": "DDPMPipeline"},
+            "'DDPMPipeline': wanted is a pipeline of diffusers_ext, one of LDMClass",
+        ),
+        ({"_class_name": ["pipeline", "X"]}, "wanted is a pipeline of diffusers_ext"),
+        ({"_class_name": ["other", "LDMSemanticPipeline"]}, "wanted is a pipeline of diffusers_ext"),
+        ({"_class_name": "LDMSemanticPipeline\nimport os"}, "wanted is a pipeline of diffusers_ext"),
+        ({"_class_name": "LDMUNet"}, "wanted is a pipeline of diffusers_ext"),
+        ({"..": ["diffusers_ext", "PaellaUNet"]}, r"for the component '\.\.': these are no names"),
+        ({"/tmp": ["diffusers_ext", "PaellaUNet"]}, "for the component '/tmp': these are no names"),
+        ({"unet": ["diffusers_ext", "PaellaUNet\n    print(1)"]}, "for the component 'unet': these are no names"),
+        ({"unet": ["diffusers_ext/../os", "PaellaUNet"]}, "for the component 'unet': these are no names"),
+        (
+            {"unet": ["diffusers_ext", "register"]},
+            "'register' of diffusers_ext for 'unet': there is no such class",
+        ),
+        ({"unet": ["diffusers_ext", 3]}, "for the component 'unet': these are no names"),
+        ({"prior": ["diffusers_ext", "PaellaUNet"]}, "the component 'prior', but there is no such folder beside it"),
     ],
 )
-def test_export_rejects_what_is_no_pipeline_of_ours(tmp_path, index, message):
-    if index is not None:
-        (tmp_path / "model_index.json").write_text(json.dumps(index))
+def test_export_rejects_what_its_index_must_not_say(saved, tmp_path, entries, message):
+    """Names become paths and code; nothing is written, beside the output folder or in it."""
+    folder = changed_copy(saved, tmp_path / "in", **entries)
+    before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):
+        export_self_contained(folder, tmp_path / "out" / "copy")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_export_leaves_nothing_half_written(saved, tmp_path, monkeypatch):
+    def full_disk(*args, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hub, "write_model_card", full_disk)  # the last thing that is written
+    with pytest.raises(OSError, match="No space left"):
+        export_self_contained(saved, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_rejects_a_folder_of_something_else(tmp_path):
+    with pytest.raises(ValueError, match="holds no model_index.json and no config.json"):
+        export_self_contained(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"architectures": ["a b"]}')
+    with pytest.raises(ValueError, match="names 'a b' as its class: wanted is a saved model"):
         export_self_contained(tmp_path, tmp_path / "out")
 
 
-def test_export_rejects_an_existing_output(tmp_path):
-    index = {"_class_name": "PaellaPipeline", "unet": ["diffusers_ext", "PaellaUNet"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+def test_export_rejects_an_existing_output(saved, tmp_path):
     with pytest.raises(ValueError, match="choose a new folder"):
-        export_self_contained(tmp_path, tmp_path)
+        export_self_contained(saved, tmp_path)
+
+
+def test_export_rejects_weights_with_matrices_beside_them(saved, tmp_path):
+    folder = changed_copy(saved, tmp_path / "in")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {key.replace("conv_in.weight", "conv_in.base_layer.weight"): v for key, v in load_file(file).items()}
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"with LoRA matrices beside its weights \(conv_in.base_layer.weight"):
+        export_self_contained(folder, tmp_path / "out")
+
+
+def test_export_of_an_export_and_of_a_folder_with_lists(saved, tmp_path):
+    """Both give what an export of the folder itself gives."""
+    first = export_self_contained(saved, tmp_path / "first", hub_model_id="user/x")
+    second = export_self_contained(first, tmp_path / "second", hub_model_id="user/x")
+    old = changed_copy(saved, tmp_path / "old", label_names=LABELS, label_palette=PALETTE)
+    third = export_self_contained(old, tmp_path / "third", hub_model_id="user/x")
+    indices = [json.loads((folder / "model_index.json").read_text()) for folder in (first, second, third)]
+    assert indices[0] == indices[1] == indices[2] and indices[0]["label_names"]["1"] == LABELS[1]
+    cards = [(folder / "README.md").read_text() for folder in (first, second)]
+    assert all(card.count('DiffusionPipeline.from_pretrained("user/x"') == 1 + (card is cards[1]) for card in cards)
+    assert all((folder / "spatial_rescaler" / "diffusers_ext.py").is_file() for folder in (first, second, third))
+
+
+def test_a_model_of_ours_is_exported_for_auto_model(tmp_path):
+    tiny_ldm("semantic").spatial_rescaler.save_pretrained(tmp_path / "model")
+    exported = export_self_contained(tmp_path / "model", tmp_path / "exported")
+    assert "AutoModel.from_pretrained" in (exported / "README.md").read_text()
+    loaded = AutoModel.from_pretrained(str(exported), trust_remote_code=True)
+    assert type(loaded) is LDMSpatialRescaler
+    assert type(LDMSpatialRescaler.from_pretrained(exported)) is LDMSpatialRescaler
+
+
+def test_old_lists_go_up_as_dicts(saved, online, tmp_path):
+    old = changed_copy(saved, tmp_path / "old", label_names=LABELS)
+    assert push_folder(old, "user/old", token="hf_double")
+    index = json.loads(online.repos["user/old"]["model_index.json"])
+    assert index["label_names"] == {str(place): name for place, name in enumerate(LABELS)}
+    assert json.loads((old / "model_index.json").read_text())["label_names"] == LABELS  # the folder itself stays
+    assert 'LDMSemanticPipeline.from_pretrained("user/old"' in online.repos["user/old"]["README.md"].decode()
+
+
+def test_cards_name_the_repository_in_their_python_lines_alone():
+    card = """# mine
+```shell
+python x.py runs/mine
+```
+```python
+a("runs/mine"); b('/data/runs/mine', subfolder="mine"); c("runs/mine-2", "other/mine.png"); d("me")
+```
+"""
+    named = name_repository(card, ("runs/mine", "me"), "user/mine")
+    assert "python x.py runs/mine\n" in named
+    assert 'a("user/mine"); b(\'user/mine\', subfolder="user/mine")' in named
+    assert 'c("runs/mine-2", "other/mine.png"); d("user/mine")' in named
+
+
+def test_both_places_say_the_same_install_line():
+    assert hub.INSTALL == cards.INSTALL and not re.search(r"install diffusers", hub.INSTALL)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin, _fetch_state_dict
 from diffusers.models.unets.unet_2d import UNet2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -216,6 +216,8 @@ def _check_components(components: Sequence[str]) -> None:
 
 def _read_matrices(source: str | Path | Mapping[str, Tensor], **place: Any) -> tuple[dict[str, Tensor], dict | None]:
     """The matrices of a file by the network's own names, and the settings that were saved with them."""
+    if place.get("subfolder") and place.get("weight_name") is None:
+        place["weight_name"] = LORA_WEIGHT_NAME_SAFE  # diffusers would look for a file beside the subfolder
     state_dict, metadata = _fetch_state_dict(
         dict(source) if isinstance(source, Mapping) else str(source),
         **dict.fromkeys(_PLACE) | place,

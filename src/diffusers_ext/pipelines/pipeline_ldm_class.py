@@ -5,6 +5,7 @@ CompVis/latent-diffusion@a506df5:configs/latent-diffusion/cin256-v2.yaml and its
 Differences: see `pipeline_ldm_base.py`; classes may be named.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
             list, or a dict by number, which is how the config holds them.
     """
 
+    _pipeline_tag = "unconditional-image-generation"  # the Hub has no task for classes
+    _card_tags = ("class-conditional",)
     model_cpu_offload_seq = "class_embedder->unet->vqvae"
     _usual_guidance_scale = 3.0
 
@@ -79,6 +82,11 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
             "the network was trained without a null class (class_embedder.config.null_class is None), so nothing can"
             " be guided away from: leave it at 1, or train with labels dropped at times"
         )
+
+    @classmethod
+    def example_lines(cls, config: Mapping[str, Any], prompt: str | None = None) -> str:
+        names = read_option(config.get("class_names"))
+        return f"image = pipe({names[0] if names else 0!r}).images[0]"
 
     @torch.no_grad()
     def __call__(

@@ -39,6 +39,13 @@ class LDMInpaintPipeline(LDMBasePipeline):
         null_condition: whether the network also learnt zeros in place of picture and mask, which guidance needs.
     """
 
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("inpainting",)
+    _example = """from diffusers.utils import load_image
+
+picture, mask = load_image("picture.png"), load_image("mask.png").convert("L")  # white: to draw
+image = pipe(image=picture, mask_image=mask).images[0]"""
+
     def __init__(
         self,
         vqvae: AutoencoderKL | VQModel,

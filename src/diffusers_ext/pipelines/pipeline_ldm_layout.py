@@ -5,6 +5,7 @@ which published the network, but neither its data set class nor any way to give 
 `pipeline_ldm_base.py` and `conditions/layout.py`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class LDMLayoutPipeline(LDMBasePipeline):
         null_condition: whether the network also learnt sequences of nothing but "none", which guidance needs.
     """
 
+    _pipeline_tag = "text-to-image"
+    _card_tags = ("layout-to-image",)
     model_cpu_offload_seq = "layout_encoder->unet->vqvae"
 
     layout_encoder: LDMLayoutEncoder
@@ -117,6 +120,11 @@ class LDMLayoutPipeline(LDMBasePipeline):
                 f" takes {longest}: build the pipeline with the number of objects that it was trained with."
             )
         return tokenizer
+
+    @classmethod
+    def example_lines(cls, config: Mapping[str, Any], prompt: str | None = None) -> str:
+        names = read_option(config.get("class_names"))
+        return f"image = pipe([(0.1, 0.2, 0.5, 0.9)], [{names[0] if names else 0!r}]).images[0]"
 
     @torch.no_grad()
     def __call__(

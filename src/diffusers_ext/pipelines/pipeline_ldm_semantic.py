@@ -40,6 +40,12 @@ class LDMSemanticPipeline(LDMBasePipeline):
         null_condition: whether the network also learnt maps of zeros behind the rescaler, which guidance needs.
     """
 
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("semantic-image-synthesis",)
+    _example = """from PIL import Image
+
+image = pipe(Image.open("labels.png")).images[0]  # one label a pixel"""
+
     model_cpu_offload_seq = "spatial_rescaler->unet->vqvae"
 
     spatial_rescaler: LDMSpatialRescaler

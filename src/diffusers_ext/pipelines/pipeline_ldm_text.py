@@ -39,6 +39,9 @@ class LDMTextPipeline(LDMBasePipeline):
         null_condition: whether the network also learnt the empty text, which guidance needs.
     """
 
+    _pipeline_tag = "text-to-image"
+    _example = 'image = pipe("{prompt}").images[0]'
+
     model_cpu_offload_seq = "bert->unet->vqvae"
     _optional_components = ["bert", "tokenizer"]
     _usual_guidance_scale = 5.0

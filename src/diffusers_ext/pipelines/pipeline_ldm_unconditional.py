@@ -46,6 +46,9 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         vqvae, unet, scheduler, latent_scale, default_sample_size: see `LDMBasePipeline`.
     """
 
+    _pipeline_tag = "unconditional-image-generation"
+    _example = "images = pipe(batch_size=4).images"
+
     _callback_tensor_inputs = ["latents", "pred_original_sample"]
 
     def __init__(

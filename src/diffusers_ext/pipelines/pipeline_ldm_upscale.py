@@ -36,6 +36,12 @@ class LDMUpscalePipeline(LDMBasePipeline):
         null_condition: whether the network also learnt zeros in place of the small picture, which guidance needs.
     """
 
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("super-resolution",)
+    _example = """from diffusers.utils import load_image
+
+larger = pipe(image=load_image("small.png")).images[0]"""
+
     def __init__(
         self,
         vqvae: AutoencoderKL | VQModel,

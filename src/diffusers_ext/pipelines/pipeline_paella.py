@@ -51,6 +51,9 @@ class PaellaPipeline(PaellaBasePipeline):
         pipe.interpolate(["a red circle", "a blue star"], num_frames=8, interpolation="slerp")
     """
 
+    _pipeline_tag = "text-to-image"
+    _example = 'image = pipe("{prompt}").images[0]'
+
     @torch.no_grad()
     def __call__(
         self,

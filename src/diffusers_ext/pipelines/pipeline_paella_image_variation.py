@@ -28,6 +28,12 @@ class PaellaImageVariationPipeline(PaellaBasePipeline):
         pipe(picture, num_images_per_prompt=4)
     """
 
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("image-variation",)
+    _example = """from diffusers.utils import load_image
+
+image = pipe(load_image("picture.png")).images[0]"""
+
     @torch.no_grad()
     def __call__(
         self,

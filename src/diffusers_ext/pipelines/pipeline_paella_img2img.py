@@ -30,6 +30,11 @@ class PaellaImg2ImgPipeline(PaellaBasePipeline):
         pipe("a blue star", image=picture, strength=2 / 3, guidance_scale=6)
     """
 
+    _pipeline_tag = "image-to-image"
+    _example = """from diffusers.utils import load_image
+
+image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0]"""
+
     @torch.no_grad()
     def __call__(
         self,

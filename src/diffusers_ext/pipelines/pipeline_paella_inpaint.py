@@ -40,6 +40,13 @@ class PaellaInpaintPipeline(PaellaBasePipeline):
         pipe("a blue star", image=picture, width=128, position=(0, 0))           # outpainting to the right
     """
 
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("inpainting",)
+    _example = """from diffusers.utils import load_image
+
+picture, mask = load_image("picture.png"), load_image("mask.png").convert("L")  # white: to draw
+image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
+
     @torch.no_grad()
     def __call__(
         self,

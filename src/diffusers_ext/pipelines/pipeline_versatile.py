@@ -7,7 +7,7 @@ one for each result; the number of steps is exact; what is cut off from too long
 Shapes: b results, c x h x w latents, H x W pixels, l x d context tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..conditions.focus import select_ranks
 from ..schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, step_arguments
 from .callbacks import Callback, callback_tensor_names, report_step, start_scale
+from .cards import PROMPT
 from .checks import (
     as_generators,
     check_callback_tensors,
@@ -79,6 +80,9 @@ class VersatilePipeline(VersatileBasePipeline):
 
     Its components are those of `VersatileBasePipeline`; a call needs only the ones that its flow uses.
     """
+
+    _pipeline_tag = "text-to-image"
+    _card_tags = ("image-to-image", "image-to-text")
 
     def check_inputs(
         self,
@@ -156,6 +160,16 @@ class VersatilePipeline(VersatileBasePipeline):
         if latents is not None:
             check_latents(latents, self._latent_shape(data_type, total, height, width))
         return list(sizes), total
+
+    @classmethod
+    def example_lines(cls, config: Mapping[str, Any], prompt: str | None = None) -> str:
+        def lacks(name: str) -> bool:
+            return name in config and config[name][0] is None
+
+        inputs = 'image=load_image("picture.png")' if lacks("text_encoder") else f"{prompt or PROMPT!r}"
+        result = 'text = pipe({}, data_type="text").texts[0]' if lacks("vae") else "image = pipe({}).images[0]"
+        imports = "from diffusers.utils import load_image\n\n" if lacks("text_encoder") else ""
+        return imports + result.format(inputs)
 
     @torch.no_grad()
     def __call__(

@@ -1,18 +1,19 @@
 """What pipelines that share components with others have in common."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, create_repo
+from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from ..models.blocks.wrappers import unwrap
 from .adapters import AdapterMixin
+from .cards import CardMixin, pipeline_card
 from .recognition import check_component, check_folder
 from .saving import check_saveable
 
@@ -22,13 +23,7 @@ LOOKUP_ARGUMENTS = (  # of `from_pretrained`, which finding a file on the Hub ta
 _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
-# `training_utils/hub.py` says the same: neither of the two may import the other.
-INSTALL = (
-    """pip install .  # in a checkout of diffusers_ext, or with its wheel: pip install path/to/diffusers_ext-*.whl"""
-)
-
-
-class SharingPipeline(AdapterMixin, DiffusionPipeline):
+class SharingPipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     """A pipeline whose `from_pipe` leaves the shared components as they are, that saves only what loads back equal,
     takes LoRA matrices, and pushes a card that says how to load it.
 
@@ -36,25 +31,6 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
     `DataParallel`, which hide its config and methods, the pipeline keeps the network: sampling has nothing to
     synchronise. Other wrappers are refused.
     """
-
-    _pipeline_tag: str | None = None  # the Hub's name of the task
-    _example = ""  # Python lines that draw with `pipe`
-
-    @classmethod
-    def usage(cls, name: str, config: Mapping[str, Any] | None = None) -> str:
-        """Python lines for a model card: load the pipeline from `name` and draw.
-
-        Args:
-            name: Repository on the Hub, or a folder.
-            config: The pipeline's own, or its `model_index.json`; some lines depend on it.
-        """
-        load = f'pipe = diffusers_ext.{cls.__name__}.from_pretrained("{name}", dtype=torch.float32)'
-        return f"import torch\n\nimport diffusers_ext\n\n{load}\n{cls.example_lines(config or {})}\n"
-
-    @classmethod
-    def example_lines(cls, config: Mapping[str, Any]) -> str:
-        """Lines that draw with `pipe`, for a pipeline of this class and config."""
-        return cls._example
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what would not load back as it is (adapters, fp8 storage ...) is refused."""
@@ -111,7 +87,7 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
             try:
                 card = ModelCard.load(repo_id, token=token)
             except EntryNotFoundError:
-                card = self._card(repo_id)
+                card = pipeline_card(type(self), repo_id, self.config)
             card.save(folder / "README.md")
         return self._upload_folder(
             str(folder),
@@ -120,16 +96,6 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
             commit_message=commit_message,
             create_pr=create_pr,
             subfolder=subfolder,
-        )
-
-    def _card(self, repo_id: str) -> ModelCard:
-        name = type(self).__name__
-        data = ModelCardData(
-            library_name="diffusers", pipeline_tag=self._pipeline_tag, tags=["diffusers", "diffusers_ext"]
-        )
-        usage = f"```shell\n{INSTALL}\n```\n\n```python\n{self.usage(repo_id, self.config).strip()}\n```"
-        return ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA `{name}`.\n\n## Use\n\n{usage}\n"
         )
 
     def register_modules(self, **kwargs: Any) -> None:
@@ -161,7 +127,10 @@ class SharingPipeline(AdapterMixin, DiffusionPipeline):
             check_folder(cls, str(pretrained_model_name_or_path), index, kwargs, _family())
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32  # parts of transformers would keep the file's
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("custom_pipeline") is None and not isinstance(loaded, cls):
+            return cls.from_pipe(loaded)  # a folder of `export-hub --no-import` names the class that diffusers builds
+        return loaded
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:

@@ -1,18 +1,25 @@
 """Sharing: a model card that says how the numbers came about, an upload that cannot lose the result, and an export
 that loads without `import diffusers_ext`."""
 
+import contextlib
 import json
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .saved_folders import LIBRARY, SavedFolder, options_as_dicts, package, read_saved
+
 logger = logging.get_logger(__name__)
 
-LIBRARY = "diffusers_ext"
-INSTALL = "pip install diffusers-ext"
+# `pipelines/cards.py` says the same: neither of the two may import the other.
+INSTALL = "pip install .  # in a checkout of diffusers_ext; with its wheel: pip install path/to/diffusers_ext-*.whl"
 # What a training leaves beside its result and nobody wants to download.
 NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp"]
 
@@ -22,12 +29,15 @@ def write_model_card(
     *,
     title: str,
     description: str,
-    license: str,
+    license: str | None,
     usage: str | None = None,
     command: str | None = None,
     log: Sequence[Mapping[str, object]] = (),
     tags: Sequence[str] = (),
     base_model: str | None = None,
+    pipeline_tag: str | None = None,
+    datasets: Sequence[str] = (),
+    picture: str | None = None,
 ) -> Path:
     """Writes `folder/README.md`: a Hub model card with metadata, description, usage, training command and log.
 
@@ -35,12 +45,16 @@ def write_model_card(
         folder: an existing folder, usually what `save_pretrained` wrote.
         title: the heading.
         description: Markdown; what the model does, what it was trained on, what was measured.
-        license: that of the *weights*, as an identifier that the Hub knows (`apache-2.0`, `mit`, `other`).
+        license: that of the *weights*, as an identifier that the Hub knows (`apache-2.0`, `mit`, `other`); None if it
+            is not known.
         usage: Python code that loads and runs the model; `import diffusers_ext` must stand in it.
         command: the shell command that trained the model.
         log: rows of the training log (one mapping a row, printed as a table with the keys of the first row).
         tags: the task and more; `diffusers` and `diffusers_ext` are added.
         base_model: Hub id or name of the model that was fine-tuned.
+        pipeline_tag: the Hub's name of the task (`text-to-image`).
+        datasets: Hub ids of the training data.
+        picture: a file in `folder` to show below the description.
 
     Returns:
         the path of the card.
@@ -52,7 +66,7 @@ def write_model_card(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` must be an existing folder, got {str(folder)!r}: save the model there first.")
-    if not license:
+    if license is not None and not license:
         raise ValueError("`license` is empty: name the licence of the weights, for example 'apache-2.0' or 'other'.")
     if usage is not None and LIBRARY not in usage:
         raise ValueError(f"`usage` must import {LIBRARY}, otherwise its reader cannot load the model; got {usage!r}.")
@@ -60,9 +74,13 @@ def write_model_card(
         license=license,
         library_name="diffusers",
         base_model=base_model,
+        pipeline_tag=pipeline_tag,
+        datasets=list(datasets) or None,
         tags=list(dict.fromkeys(["diffusers", LIBRARY, *tags])),
     )
     sections = [f"# {title}", description.strip()]
+    if picture is not None:
+        sections.append(f"![samples]({picture})")
     if usage is not None:
         sections += ["## Use", f"```shell\n{INSTALL}\n```\n\n```python\n{usage.strip()}\n```"]
     if command is not None:
@@ -90,6 +108,8 @@ def _table(rows: Sequence[Mapping[str, object]]) -> str:
 def push_folder(folder: str | Path, repo_id: str, token: str | None = None, *, private: bool = False) -> str | None:
     """Uploads `folder` (without training checkpoints and logs) to the Hub repository `repo_id`, made if missing.
 
+    The card that is uploaded names the repository wherever its Python lines load this folder, and options that
+    `model_index.json` holds as lists go up as dicts, since the Hub route takes every list for a component.
     The local result stays whatever happens: a failed upload is logged with its reason and the command that repeats it,
     and None is returned, so that a finished training still ends as a success. Returns the URL of the commit otherwise.
 
@@ -99,15 +119,16 @@ def push_folder(folder: str | Path, repo_id: str, token: str | None = None, *, p
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise ValueError(f"`folder` must be a folder with something in it, got {str(folder)!r}.")
-    api = HfApi(token=token)
+    api, asked = HfApi(token=token), repo_id
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            commit_message="Upload from diffusers_ext",
-            ignore_patterns=NOT_FOR_THE_HUB,
-        )
+        with tempfile.TemporaryDirectory() as staging:
+            commit = api.upload_folder(
+                folder_path=_stage(folder, Path(staging, "folder"), (asked, repo_id)),
+                repo_id=repo_id,
+                commit_message="Upload from diffusers_ext",
+                ignore_patterns=NOT_FOR_THE_HUB,
+            )
     except (
         Exception
     ) as error:  # network, login, quota, wrong name: hours of training lie in `folder`, so none may end it
@@ -122,54 +143,137 @@ def push_folder(folder: str | Path, repo_id: str, token: str | None = None, *, p
     return str(commit.commit_url)
 
 
-_SHIM = '''"""Written by `diffusers-ext export-hub --self-contained`: lets this folder load without an import line."""
+def _stage(folder: Path, staging: Path, names: tuple[str, str]) -> Path:
+    """The folder as it goes up: links to its files, and the card and index that a stranger can use."""
+    asked, repo_id = names
+    shutil.copytree(folder.resolve(), staging, copy_function=os.symlink, ignore=_not_for_others)
+    card, index = staging / "README.md", staging / "model_index.json"
+    if not card.is_file():
+        with contextlib.suppress(ValueError):  # whatever else is in the folder goes up without a card
+            write_card_of(read_saved(folder), staging, repo_id)
+    else:
+        text = name_repository(card.read_text(encoding="utf-8"), (str(folder), asked), repo_id)
+        card.unlink()
+        card.write_text(text, encoding="utf-8")
+    if index.is_file():
+        content = json.dumps(options_as_dicts(json.loads(index.read_text()), folder), indent=2) + "\n"
+        index.unlink()
+        index.write_text(content)
+    return staging
+
+
+def _not_for_others(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith("checkpoint-") or name == "logs"]
+
+
+def name_repository(card: str, names: Sequence[str], repo_id: str) -> str:
+    """A card whose Python lines load from `repo_id` where they loaded from a folder of this machine.
+
+    Args:
+        card: Markdown.
+        names: what the folder is called so far: paths, or another name of the repository.
+        repo_id: `user/name`.
+    """
+    last = {Path(name).name for name in names}
+    known = "|".join(re.escape(name) for name in {*names, *last})
+    ending = "|".join(re.escape(f"/{name}") for name in last)
+    quoted = re.compile(rf"([\"'])(?:{known}|[^\"'\n]*(?:{ending}))\1")
+    blocks = re.compile(r"^```(?:python|py)\n.*?^```", re.M | re.S)
+    return blocks.sub(lambda block: quoted.sub(lambda found: f"{found[1]}{repo_id}{found[1]}", block[0]), card)
+
+
+_SHIM = '''"""Written by `diffusers-ext export-hub --no-import`: lets this folder load without an import line."""
 
 try:
     from {library} import {name}
 except ImportError as error:
-    raise ImportError("This model needs the package {library}: run `{install}`.") from error
+    raise ImportError("This model needs the package {library}: {install}.") from error
 '''
+_NEEDED = "run `pip install .` in a checkout of it, or `pip install path/to/diffusers_ext-*.whl` with its wheel"
 
 
-def export_self_contained(folder: str | Path, output_dir: str | Path) -> Path:
-    """Copies a saved pipeline to `output_dir` so that it loads in a process that has not imported diffusers_ext:
-    `DiffusionPipeline.from_pretrained(output_dir, trust_remote_code=True)`.
+def export_self_contained(folder: str | Path, output_dir: str | Path, *, hub_model_id: str | None = None) -> Path:
+    """Copies a saved pipeline or model to `output_dir` so that it loads where nobody has imported the package:
+    `DiffusionPipeline.from_pretrained(output_dir, trust_remote_code=True)`, of a model of this library `AutoModel`.
 
-    Writes `pipeline.py` and, for each component of this library, `<component>/diffusers_ext.py` (each imports one
-    class from the installed package), and names the pipeline class in list form. The price: such a folder *always*
-    needs `trust_remote_code=True`, which is why this is an export of its own and `output_dir` must be a new folder.
+    It saves the import line, not the installation. Writes `pipeline.py` and, for each component of this library,
+    `<component>/diffusers_ext.py` (each imports one class from the installed package), and names the pipeline class in
+    list form. The price: such a folder *always* needs `trust_remote_code=True`, AutoPipeline does not know it, and
+    diffusers builds the class that the folder names, whichever class loads it. That is why this is an export of its
+    own and `output_dir` must be a new folder; it appears when it is complete.
+
+    Args:
+        hub_model_id: where it will be uploaded, for its card.
 
     Raises:
-        ValueError: `folder` is no saved pipeline of this library, or `output_dir` exists.
+        ValueError: see `read_saved`; or `output_dir` exists.
     """
-    folder, output_dir = Path(folder), Path(output_dir)
-    index = read_index(folder)
+    output_dir = Path(output_dir)
     if output_dir.exists():
         raise ValueError(
             f"`output_dir` {str(output_dir)!r} exists: choose a new folder, the export changes its files."
         )
-    pipeline = index["_class_name"]
-    shutil.copytree(folder, output_dir, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
-    (output_dir / "pipeline.py").write_text(_SHIM.format(library=LIBRARY, name=pipeline, install=INSTALL))
-    for component, value in index.items():
-        if isinstance(value, list) and value[0] == LIBRARY:
-            shim = _SHIM.format(library=LIBRARY, name=value[1], install=INSTALL)
-            (output_dir / component / f"{LIBRARY}.py").write_text(shim)
-    index["_class_name"] = ["pipeline", pipeline]
-    (output_dir / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    saved = read_saved(folder)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as staging:
+        copy = Path(staging, "copy")
+        shutil.copytree(saved.folder, copy, ignore=_not_for_others)
+        if saved.index is None:
+            _add_model_shim(copy, saved)
+        else:
+            _add_pipeline_shims(copy, saved.class_name, saved.index)
+        _write_export_card(copy, saved, hub_model_id or output_dir.name, output_dir.name)
+        copy.rename(output_dir)
     return output_dir
 
 
-def read_index(folder: Path) -> dict:
-    """`model_index.json` of a pipeline saved by this library; ValueError otherwise."""
-    path = folder / "model_index.json"
+def _add_pipeline_shims(folder: Path, class_name: str, index: dict[str, Any]) -> None:
+    (folder / "pipeline.py").write_text(_SHIM.format(library=LIBRARY, name=class_name, install=_NEEDED))
+    for component, value in index.items():
+        if isinstance(value, list) and value[0] == LIBRARY:
+            shim = _SHIM.format(library=LIBRARY, name=value[1], install=_NEEDED)
+            (folder / component / f"{LIBRARY}.py").write_text(shim)
+    exported = index | {"_class_name": ["pipeline", class_name]}
+    (folder / "model_index.json").write_text(json.dumps(exported, indent=2, sort_keys=True) + "\n")
+
+
+def _add_model_shim(folder: Path, saved: SavedFolder) -> None:
+    if saved.is_ours:  # a stock model needs none
+        (folder / f"{LIBRARY}.py").write_text(_SHIM.format(library=LIBRARY, name=saved.class_name, install=_NEEDED))
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoModel": f"{LIBRARY}.{saved.class_name}"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_export_card(folder: Path, saved: SavedFolder, name: str, title: str) -> None:
+    """The folder's own card with lines for the export at its head, or a new one."""
+    path = folder / "README.md"
+    usage = saved.usage(name, without_import=True)
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} holds no model_index.json: give the folder of a saved pipeline.")
-    index = json.loads(path.read_text())
-    libraries = {value[0] for value in index.values() if isinstance(value, list) and value[0]}
-    if not isinstance(index.get("_class_name"), str) or LIBRARY not in libraries:
-        raise ValueError(
-            f"{str(path)!r} names {index.get('_class_name')!r} with components from {sorted(libraries)}: wanted is a "
-            f"pipeline saved with {LIBRARY} imported. Load it with its class and call `save_pretrained` again."
-        )
-    return index
+        write_card_of(saved, folder, name, title=title, without_import=True)
+        return
+    text = name_repository(path.read_text(encoding="utf-8"), (str(saved.folder), saved.folder.resolve().name), name)
+    body = text.split("\n---\n", 1)[1] if text.startswith("---\n") else text
+    header = text[: len(text) - len(body)]
+    heading = f"## Without an import line\n\n```shell\n{INSTALL}\n```\n\n```python\n{usage.strip()}\n```\n"
+    body = re.sub(r"(?ms)^## Without an import line\n.*?(?=^## |\Z)", "", body)  # of an earlier export
+    match = re.search(r"^# .*\n", body, re.M)
+    at = match.end() if match else 0
+    path.write_text(f"{header}{body[:at]}\n{heading}{body[at:]}", encoding="utf-8")
+
+
+def write_card_of(
+    saved: SavedFolder, folder: Path, name: str, *, title: str | None = None, without_import: bool = False
+) -> Path:
+    """A card for a saved folder of which nothing else is known."""
+    header: dict[str, Any] = {}
+    if saved.index is not None:
+        header = getattr(package(), saved.class_name).card_tags()
+    return write_model_card(
+        folder,
+        title=title or name.split("/")[-1],
+        description=f"A `{saved.class_name}`.",
+        license=None,
+        usage=saved.usage(name, without_import=without_import),
+        **header,
+    )

@@ -1,0 +1,223 @@
+"""Whatever this library saves, uploads or exports loads elsewhere, by every route, over a double of the Hub.
+
+The routes of the README and of `diffusers-ext export-hub`, each for all pipeline classes, all bundled checkpoints and
+a result of every recipe. Loads of one kind share a fresh process, since starting one takes longer than all of them.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hub_double import HubDouble
+from huggingface_hub import constants, hf_api
+from pipelines.contract import CASES, ONE_EACH, assert_alike, sample
+from pipelines.tiny_ldm import tiny_mask, tiny_picture
+
+from diffusers_ext import cli
+from diffusers_ext.training_utils.hub import export_self_contained, push_folder
+from diffusers_ext.training_utils.saved_folders import read_saved
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = sorted(path.name for path in (ROOT / "checkpoints").iterdir())
+RECIPES = ("autoencoder", "clip", "paella", "ldm", "optimus", "versatile")
+
+# What every fresh process begins with. `calls`: repository -> (class, arguments of a call, or None for a model).
+LOADING = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+calls, results = pickle.load(open(sys.argv[1], "rb")), {}
+def keep(route, repo, pipe):
+    pipe.set_progress_bar_config(disable=True)
+    call = calls[repo][1]
+    outcome = pipe(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+    results[route, repo] = type(pipe).__name__, outcome, pipe.unet.state_dict()
+def fingerprint(route, repo, model):
+    results[route, repo] = type(model).__name__, None, model.state_dict()
+"""
+SAVING = '\ntorch.save(results, sys.argv[1] + ".results")\n'
+
+
+@pytest.fixture(scope="module")
+def online():
+    """One double for the file; this process talks to it too."""
+    with HubDouble() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(hf_api.api, "endpoint", hub.url)  # behind `create_repo` and its like
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", "hf_double")
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+            patch.delenv(name, raising=False)
+        yield hub
+
+
+def call_of(name) -> dict:
+    case = CASES[name]
+    output = {} if case.returns_texts else {"output_type": "pt"}
+    return {"num_inference_steps": 2, **case.inputs(), **case.guided, **output}
+
+
+@pytest.fixture(scope="module")
+def pushed(online, tmp_path_factory) -> dict[str, tuple]:
+    """Every pipeline class on the Hub, pushed and exported: repository -> (class, call, result, weights)."""
+    folder, repositories = tmp_path_factory.mktemp("pushed"), {}
+    for name in ONE_EACH:
+        pipe = CASES[name].build()
+        pipe.push_to_hub(f"user/{name}")
+        pipe.save_pretrained(folder / name)
+        export_self_contained(folder / name, folder / f"{name}-exported", hub_model_id=f"user/{name}-exported")
+        assert push_folder(folder / f"{name}-exported", f"user/{name}-exported")
+        result = sample(pipe, name), pipe.unet.state_dict()
+        for repo in (f"user/{name}", f"user/{name}-exported"):
+            repositories[repo] = (CASES[name].pipeline, call_of(name), *result)
+    return repositories
+
+
+@pytest.fixture(scope="module")
+def load(online, run_python, tmp_path_factory):
+    """Runs code in a fresh process that talks to the double; returns what it kept."""
+
+    def run(code: str, calls: dict[str, tuple], **env: str | None) -> dict[tuple[str, str], tuple]:
+        home = tmp_path_factory.mktemp("stranger")
+        (home / "calls").write_bytes(pickle.dumps({repo: call[:2] for repo, call in calls.items()}))
+        head = f"import sys; sys.argv = ['', {str(home / 'calls')!r}]; sys.path.insert(0, {str(ROOT / 'tests')!r})"
+        run_python(head + LOADING + code + SAVING, **online.env(home) | env)
+        return torch.load(home / "calls.results", weights_only=False)
+
+    return run
+
+
+def assert_same(found: tuple, wanted: tuple) -> None:
+    """The class, every weight to the bit, and the result (tensors of another process are aligned otherwise)."""
+    assert found[0] == wanted[0]
+    assert found[2].keys() == wanted[3].keys()
+    assert all(torch.equal(found[2][key], value) for key, value in wanted[3].items())
+    if wanted[2] is not None:
+        assert_alike(found[1], wanted[2])
+
+
+def test_every_pipeline_loads_from_the_hub_in_a_fresh_process(pushed, load):
+    """By its class and by DiffusionPipeline, without trust; and by the entry file, once the package is imported."""
+    entries = {}
+    for path in sorted((ROOT / "pipelines").glob("*.py")):
+        entries[re.search(r"import (\w+Pipeline)\b", path.read_text())[1]] = str(path)
+    code = f"""
+import diffusers_ext
+from diffusers import DiffusionPipeline
+entries = {entries!r}
+for repo, (name, _) in calls.items():
+    keep("class", repo, getattr(diffusers_ext, name).from_pretrained(repo))
+    keep("generic", repo, DiffusionPipeline.from_pretrained(repo))
+    custom = DiffusionPipeline.from_pretrained(repo, custom_pipeline=entries[name], trust_remote_code=True)
+    assert type(custom) is getattr(diffusers_ext, name), repo
+"""
+    calls = {repo: call for repo, call in pushed.items() if not repo.endswith("-exported")}
+    assert {call[0] for call in calls.values()} == {case.pipeline for case in CASES.values()}
+    results = load(code, calls)
+    for route in ("class", "generic"):
+        for repo, wanted in calls.items():
+            assert_same(results[route, repo], wanted)
+
+
+def test_every_exported_pipeline_needs_no_import_and_every_class_finds_itself(pushed, load):
+    """Exported copies from the Hub, with trust alone; the first load is in a process without the package's import."""
+    code = """
+from diffusers import DiffusionPipeline
+assert "diffusers_ext" not in sys.modules
+for repo in calls:
+    keep("generic", repo, DiffusionPipeline.from_pretrained(repo, trust_remote_code=True))
+import diffusers_ext
+for repo, (name, _) in calls.items():
+    pipe = getattr(diffusers_ext, name).from_pretrained(repo, trust_remote_code=True)
+    assert type(pipe) is getattr(diffusers_ext, name), repo
+pipe = diffusers_ext.PaellaInpaintPipeline.from_pretrained("user/paella-exported", trust_remote_code=True)
+assert type(pipe) is diffusers_ext.PaellaInpaintPipeline, type(pipe)
+"""
+    calls = {repo: call for repo, call in pushed.items() if repo.endswith("-exported")}
+    results = load(code, calls)
+    for repo, wanted in calls.items():
+        assert_same(results["generic", repo], wanted)
+
+
+def python_of(card: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", card, re.M | re.S))
+
+
+def card_of(online, repo: str) -> str:
+    return online.repos[repo]["README.md"].decode()
+
+
+def test_every_card_draws_from_the_repository(pushed, online, load, tmp_path):
+    """The lines of each card, as they stand, in a folder with the pictures that they name."""
+    tiny_picture(1).save(tmp_path / "picture.png")
+    tiny_picture(1, 4, 4).save(tmp_path / "small.png")
+    tiny_mask().save(tmp_path / "mask.png")
+    tiny_mask().point(lambda value: value // 255).save(tmp_path / "labels.png")
+    cards = {}
+    for repo in pushed:
+        card = card_of(online, repo)
+        cards[repo] = python_of(card)
+        assert f'from_pretrained("{repo}"' in cards[repo] and "pip install ." in card and "/tmp" not in card, repo
+        assert "pipeline_tag: " in card and "pip install diffusers" not in card
+        assert "diffusers_ext" in cards[repo] and ("import diffusers_ext\n" in card) != repo.endswith("-exported")
+    code = f"""
+import os, diffusers_ext
+os.chdir({str(tmp_path)!r})
+def in_two_steps(call):
+    return lambda *args, **options: call(*args, **{{"num_inference_steps": 2}} | options)
+for name in {sorted({case.pipeline for case in CASES.values()})!r}:
+    pipeline = getattr(diffusers_ext, name)
+    pipeline.__call__ = in_two_steps(pipeline.__call__)
+for repo, lines in {cards!r}.items():
+    names = {{}}
+    try:
+        exec(lines, names)
+    except Exception as error:
+        raise AssertionError(f"{{repo}}:\\n{{lines}}") from error
+    assert {{"image", "images", "larger", "text"}} & names.keys(), repo
+"""
+    load(code, {})
+
+
+def test_bundled_checkpoints_are_exported_and_load(online, load, tmp_path, capsys):
+    """`export-hub --push`, with and without `--no-import`: cards name the repository, models and pipelines load."""
+    calls, quick = {}, {"num_inference_steps": 1, "output_type": "pt"}
+    inputs = {"ldm-super-resolution-scenes-64": {"image": tiny_picture(1)}}
+    for name in BUNDLED:
+        folder = ROOT / "checkpoints" / name
+        push = ["--push", "--hub_model_id", f"user/{name}"]
+        assert cli.main(["export-hub", str(folder), *push]) == 0, capsys.readouterr()
+        copy = ["--no-import", "--output_dir", str(tmp_path / name), "--push", "--hub_model_id", f"user/{name}-copy"]
+        assert cli.main(["export-hub", str(folder), *copy]) == 0, capsys.readouterr()
+        is_pipeline = (folder / "model_index.json").is_file()
+        call = inputs.get(name, {"prompt": "a large red circle"}) | quick if is_pipeline else None
+        for repo in (f"user/{name}", f"user/{name}-copy"):
+            calls[repo] = (read_saved(folder).class_name, call)
+            assert f'from_pretrained("{repo}"' in python_of(card_of(online, repo)), repo
+            assert f'"checkpoints/{name}' not in python_of(card_of(online, repo)), repo
+    code = """
+import diffusers
+for repo in [repo for repo in calls if repo.endswith("-copy")]:
+    if calls[repo][1] is None:
+        fingerprint("generic", repo, diffusers.AutoModel.from_pretrained(repo))
+    else:
+        loaded = diffusers.DiffusionPipeline.from_pretrained(repo, dtype=torch.float32, trust_remote_code=True)
+        keep("generic", repo, loaded)
+import diffusers_ext
+for repo in [repo for repo in calls if not repo.endswith("-copy")]:
+    if calls[repo][1] is None:
+        fingerprint("generic", repo, diffusers.AutoModel.from_pretrained(repo))
+    else:
+        keep("generic", repo, diffusers.DiffusionPipeline.from_pretrained(repo, dtype=torch.float32))
+"""
+    results = load(code, calls)
+    for name in BUNDLED:
+        folder = ROOT / "checkpoints" / name
+        one, other = results["generic", f"user/{name}"], results["generic", f"user/{name}-copy"]
+        assert one[0] == other[0] == read_saved(folder).class_name
+        assert all(torch.equal(one[2][key], other[2][key]) for key in one[2])
+        if one[1] is not None:
+            assert_alike(one[1], other[1])
