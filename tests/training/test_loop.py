@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +13,12 @@ from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.checkpoints import CheckpointError
 
 SAMPLES = 22
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next file may ask for another precision
 
 
 class Numbers:

@@ -173,25 +173,39 @@ class Mixed(nn.Module):
 def test_matrices_alone_can_be_decayed():
     network = Mixed()
     before = copy.deepcopy(network.state_dict())
-    args = TrainArgs(weight_decay_matrices_only=True, adam_weight_decay=0.5, learning_rate=0.1)
-    groups = [{"params": list(network.parameters()), "lr": 0.2}]
-    for parameters, rate in ((list(network.parameters()), 0.1), (groups, 0.2)):
-        network.load_state_dict(before)
-        optimizer, _ = loop.build_optimizer(parameters, args)
-        for parameter in network.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        for name, value in network.state_dict().items():
-            kept = 1 - rate * 0.5 if name == "linear.weight" else 1.0
-            torch.testing.assert_close(value, before[name] * kept)
+    images = torch.randn(4, 3)
+    for rate in (0.1, 0.2):
+        steps = {}
+        for alone in (False, True):
+            network.load_state_dict(before)
+            args = TrainArgs(weight_decay_matrices_only=alone, adam_weight_decay=0.5, learning_rate=0.1)
+            group = {"params": list(network.parameters()), "lr": rate}
+            optimizer, _ = loop.build_optimizer(group["params"] if rate == args.learning_rate else [group], args)
+            (network.norm(network.linear(images)) * network.scale).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps[alone] = copy.deepcopy(network.state_dict())
+        for name, value in before.items():
+            decay = rate * 0.5 * value  # what the plain optimizer takes off all weights
+            left = steps[True][name] if name == "linear.weight" else steps[True][name] - decay
+            torch.testing.assert_close(steps[False][name], left)
 
 
-def test_the_optimizer_of_older_checkpoints_has_the_same_groups():
-    network = Mixed()
-    optimizer, _ = loop.build_optimizer(list(network.parameters()), TrainArgs())
-    older = torch.optim.AdamW(network.parameters())
-    optimizer.load_state_dict(older.state_dict())  # one group in the network's order
-    assert not TrainArgs().weight_decay_matrices_only and len(optimizer.param_groups) == 1
+def test_checkpoints_with_and_without_fit_each_other(tmp_path, caplog):
+    def train(steps: int, *more: str) -> None:
+        words = [str(PRESETS / "optimus-smoke.yaml"), "--output_dir", str(tmp_path), "--max_train_steps", str(steps)]
+        importlib.import_module("train_optimus").main([*words, *more])
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    older = torch.optim.AdamW(Mixed().parameters())
+    for alone in (False, True):
+        optimizer, _ = loop.build_optimizer(list(Mixed().parameters()), TrainArgs(weight_decay_matrices_only=alone))
+        optimizer.load_state_dict(older.state_dict())  # one group in the network's order
+    train(1)
+    for steps, alone in ((2, "true"), (3, "false")):
+        train(steps, "--resume_from_checkpoint", "latest", "--weight_decay_matrices_only", alone)
+    assert "--weight_decay_matrices_only False -> True" in caplog.text and (tmp_path / "checkpoint-3").is_dir()
+    assert not TrainArgs().weight_decay_matrices_only
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ class TrainArgs:
     # What a resumed run may change: these options apply from there on (and are listed), those tell nothing of the run.
     APPLIED: ClassVar[tuple[str, ...]] = (
         "max_train_steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2",
-        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "mixed_precision", "gradient_checkpointing", "use_ema",
-        "ema_decay",
+        "adam_weight_decay", "weight_decay_matrices_only", "adam_epsilon", "max_grad_norm", "mixed_precision",
+        "gradient_checkpointing", "use_ema", "ema_decay",
     )  # fmt: skip
     BOOKKEEPING: ClassVar[tuple[str, ...]] = (
         "output_dir", "max_train_minutes", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -307,12 +307,14 @@ def build_optimizer(
     The schedule is never `prepare`d: accelerate would step it once a process.
     """
     optimizer = torch.optim.AdamW(
-        without_decay_of_vectors(parameters) if args.weight_decay_matrices_only else parameters,
+        parameters,
         lr=args.learning_rate if learning_rate is None else learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
+        weight_decay=0.0 if args.weight_decay_matrices_only else args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
+    if args.weight_decay_matrices_only:  # not as groups of their own: checkpoints with and without fit each other
+        optimizer.register_step_pre_hook(partial(decay_matrices, args.adam_weight_decay))
     if lr_multiplier is not None:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lr_multiplier)
     schedule = get_scheduler(
@@ -324,17 +326,13 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def without_decay_of_vectors(parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each group (a list of parameters is one) in two: its matrices, then its norms, biases and single numbers, which
-    have fewer than two dimensions and are not decayed."""
-    parameters = list(parameters)
-    groups = parameters if parameters and isinstance(parameters[0], dict) else [{"params": parameters}]
-    split = []
-    for group in groups:
-        members = list(group["params"])
-        split.append({**group, "params": [p for p in members if p.ndim > 1]})
-        split.append({**group, "params": [p for p in members if p.ndim < 2], "weight_decay": 0.0})
-    return [group for group in split if group["params"]]
+@torch.no_grad()
+def decay_matrices(weight_decay: float, optimizer: torch.optim.Optimizer, *call: Any) -> None:
+    """AdamW's decay before a step, without norms, biases and single numbers: these have fewer than two dimensions."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter.ndim > 1:
+                parameter.mul_(1 - group["lr"] * weight_decay)
 
 
 @contextmanager
