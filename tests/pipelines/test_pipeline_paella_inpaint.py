@@ -8,6 +8,7 @@ from PIL import Image
 from pipelines.tiny_paella import NUM_CODES, count_runs, quiet, seeded, tiny_paella_components, tiny_picture
 
 from diffusers_ext import DiscreteRenoisingScheduler, PaellaInpaintPipeline, PaellaPipeline
+from diffusers_ext.conditions.inpainting import continue_pixels
 from diffusers_ext.models.vq_paella import decode_indices, encode_indices
 
 PROMPT = "a small red star"
@@ -36,8 +37,21 @@ def token_mask(**box) -> torch.Tensor:
 
 
 def own_tokens(pipe, picture=PICTURE) -> torch.Tensor:
+    """Of the picture as it is."""
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     return encode_indices(pipe.vqvae, pixels)
+
+
+def kept_tokens(pipe, picture=PICTURE, mask=None) -> torch.Tensor:
+    """Of the picture whose kept pixels go on into the hole, by default the box."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    mask = box_mask() if mask is None else mask
+    return encode_indices(pipe.vqvae, continue_pixels(pixels, torch.from_numpy(mask > 0)[None]))
+
+
+def picture_on(left, top, right, bottom) -> Image.Image:
+    """The picture on a larger canvas, continued by its edge pixels."""
+    return Image.fromarray(np.pad(np.array(PICTURE), ((top, bottom), (left, right), (0, 0)), mode="edge"))
 
 
 def tokens(pipe, prompt=PROMPT, image=PICTURE, mask_image="box", seed=0, **options) -> torch.Tensor:
@@ -56,7 +70,7 @@ def test_kept_tokens_stand_still(renoise_mode, renoise_positions, strength):
     pipe = make_pipe()
     options = {"renoise_mode": renoise_mode, "renoise_positions": renoise_positions}
     pipe.scheduler = DiscreteRenoisingScheduler.from_config(pipe.scheduler.config, **options)
-    own, hole = own_tokens(pipe), token_mask()
+    own, hole = (kept_tokens if strength == 1 else own_tokens)(pipe), token_mask()
     out = tokens(pipe, num_images_per_prompt=3, num_inference_steps=4, strength=strength)
     assert torch.equal(out[:, ~hole], own[:, ~hole].expand(3, -1))
     assert (out[:, hole] != own[:, hole]).float().mean() > 0.3
@@ -72,7 +86,7 @@ def test_the_hole_follows_prompt_and_surroundings(pipe):
 
 def test_loop_equals_the_plain_form(pipe):
     """Two forwards a step, the hole filled with the first draws, known tokens put back: `sample` with a mask."""
-    own, hole, generator = own_tokens(pipe), token_mask()[None], seeded(5)[0]
+    own, hole, generator = kept_tokens(pipe), token_mask()[None], seeded(5)[0]
     with torch.no_grad():
         ids = pipe.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
         cond = pipe.text_encoder(ids).text_embeds
@@ -90,7 +104,7 @@ def test_a_pixel_of_the_mask_repaints_its_token(pipe):
     mask = np.zeros((16, 16), dtype=np.uint8)
     mask[5, 9] = 1
     seen = [tokens(pipe, mask_image=mask, seed=seed) for seed in range(8)]
-    changed = torch.cat(seen) != own_tokens(pipe)
+    changed = torch.cat(seen) != kept_tokens(pipe, mask=mask)
     assert changed.any(dim=0).nonzero().tolist() == [[2, 4]]
 
 
@@ -102,7 +116,7 @@ def test_masks_and_pictures_in_every_form(pipe):
     for form in masks:
         assert torch.equal(base, tokens(pipe, mask_image=form))
     as_tensor = torch.from_numpy(pixels).permute(2, 0, 1)
-    for form in [pixels, pixels / 255.0, pixels[None], as_tensor, as_tensor[None] / 255, [PICTURE], own_tokens(pipe)]:
+    for form in [pixels, pixels / 255.0, pixels[None], as_tensor, as_tensor[None] / 255, [PICTURE], kept_tokens(pipe)]:
         assert torch.equal(base, tokens(pipe, image=form))
     grey = PICTURE.convert("L")
     assert torch.equal(tokens(pipe, image=grey), tokens(pipe, image=grey.convert("RGB")))
@@ -135,22 +149,26 @@ def test_strength_starts_from_the_noised_picture(pipe):
 
 
 def test_outpainting_keeps_the_picture_where_it_is_put(pipe):
-    own = own_tokens(pipe)
-    for position, rows, columns in [("center", slice(2, 10), slice(4, 12)), ((12, 4), slice(2, 10), slice(6, 14))]:
+    for position, left, rows, columns in [
+        ("center", 8, slice(2, 10), slice(4, 12)),
+        ((12, 4), 12, slice(2, 10), slice(6, 14)),
+    ]:
         out = tokens(pipe, mask_image=None, height=24, width=32, position=position)
-        assert out.shape == (1, 12, 16) and torch.equal(out[:, rows, columns], own)
+        own = own_tokens(pipe, picture_on(left, 4, 16 - left, 4))
+        assert out.shape == (1, 12, 16) and torch.equal(out[:, rows, columns], own[:, rows, columns])
+    own = own_tokens(pipe, picture_on(0, 0, 16, 0))[:, :, :8]
     wide = tokens(pipe, mask_image=None, width=32, position=(0, 0))
     assert wide.shape == (1, 8, 16) and torch.equal(wide[:, :, :8], own)
 
 
 def test_outpainting_is_one_masked_run_on_the_canvas(pipe):
-    canvas = torch.zeros(1, 12, 16, dtype=torch.long)
-    canvas[:, 2:10, 4:12] = own_tokens(pipe)
     around = np.ones((24, 32), dtype=bool)
     around[4:20, 8:24] = False
+    canvas = kept_tokens(pipe, picture_on(8, 4, 8, 4), around)
     wanted = tokens(pipe, image=canvas, mask_image=around)
     assert torch.equal(wanted, tokens(pipe, mask_image=None, height=24, width=32))
     around[4:20, 8:24] = box_mask() > 0
+    canvas = kept_tokens(pipe, picture_on(8, 4, 8, 4), around)
     wanted = tokens(pipe, image=canvas, mask_image=around)
     assert torch.equal(wanted, tokens(pipe, height=24, width=32))  # a hole as well
 
@@ -159,7 +177,8 @@ def test_a_small_picture_on_a_canvas(pipe):
     """A picture may be smaller than the network's smallest grid, as long as the canvas is not."""
     picture = tiny_picture(3, 4, 6)
     out = tokens(pipe, image=picture, mask_image=None, height=16, width=16, position=(2, 8))
-    assert torch.equal(out[:, 4:6, 1:4], own_tokens(pipe, picture))
+    wide = Image.fromarray(np.pad(np.array(picture), ((8, 4), (2, 8), (0, 0)), mode="edge"))
+    assert torch.equal(out[:, 4:6, 1:4], own_tokens(pipe, wide)[:, 4:6, 1:4])
 
 
 # --- pixels
@@ -227,7 +246,7 @@ def test_sampled_tokens_of_the_picture():
     pipe = make_pipe(**tiny_paella_components(gumbel=True))
     hole = token_mask()
     fixed = tokens(pipe, num_images_per_prompt=2)[:, ~hole]
-    assert torch.equal(fixed[0], fixed[1]) and torch.equal(fixed[:1], own_tokens(pipe)[:, ~hole])
+    assert torch.equal(fixed[0], fixed[1]) and torch.equal(fixed[:1], kept_tokens(pipe)[:, ~hole])
     drawn = tokens(pipe, num_images_per_prompt=2, generator=seeded(0, 1), sample_mode="sample")
     assert not torch.equal(drawn[0][~hole], drawn[1][~hole])
     assert torch.equal(drawn[1:], tokens(pipe, generator=seeded(1), sample_mode="sample"))
@@ -239,7 +258,7 @@ def test_sampled_tokens_of_the_picture():
 def test_callbacks_and_interrupt():
     pipe = make_pipe()
     pipe.scheduler = DiscreteRenoisingScheduler.from_config(pipe.scheduler.config, renoise_mode="rand")
-    own, hole, steps = own_tokens(pipe), token_mask(), []
+    own, hole, steps = kept_tokens(pipe), token_mask(), []
 
     def stop(pipeline, i, t, tensors):
         steps.append(i)
@@ -370,7 +389,7 @@ def test_from_pipe_shares_both_ways_and_keeps_dtypes():
         assert getattr(inpaint, name) is component and getattr(back, name) is component, name
     assert text.unet.dtype == torch.bfloat16 and text.vqvae.dtype == torch.float32
     assert inpaint.config.default_sample_size == 8 and back.config.default_guidance_scale == 3.0
-    assert torch.equal(tokens(inpaint)[:, ~token_mask()], own_tokens(text)[:, ~token_mask()])  # mixed dtypes work
+    assert torch.equal(tokens(inpaint)[:, ~token_mask()], kept_tokens(text)[:, ~token_mask()])  # mixed dtypes work
 
 
 def test_entry_file_and_disk(tmp_path, repo_root, capsys):

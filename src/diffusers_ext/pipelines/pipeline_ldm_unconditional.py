@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ..conditions.images import image_batch
+from ..conditions.inpainting import continue_pixels
 from ..conditions.masks import mask_batch, mask_to_tokens
 from ..models.unet_ldm import LDMUNet
 from .callbacks import Callback, callback_tensor_names
@@ -99,8 +100,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             height: pixels, a multiple of the first stage's factor times the network's; `width` alike. By default those
                 of `image` or `latents`, else what the network was trained on.
             image: the picture whose part is known, one for all samples or one a sample (see
-                `conditions.images.image_batch`). The first stage sees all of it, so what lies in the hole may shine
-                through at its border: blacken it if that matters.
+                `conditions.images.image_batch`). The first stage sees the nearest known pixels go on into the hole,
+                so that nothing of what it held shines through at its border.
             mask_image: of the picture's size, black and white: white (1) is drawn, black (0) kept. A latent is drawn
                 if any of its pixels is.
             apply_overlay: whether known pixels of the result are those of `image` instead of decoded ones.
@@ -193,7 +194,7 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
     def _known_region(self, picture: Tensor, mask: Tensor, tiles: Tiles | None, device: torch.device) -> KnownRegion:
         dtype = self.unet.dtype
         encoded = encode_first_stage(
-            self.vqvae, 2 * picture.to(device) - 1, grid=None if tiles is None else tiles.encode
+            self.vqvae, 2 * continue_pixels(picture, mask).to(device) - 1, grid=None if tiles is None else tiles.encode
         )
         keep = ~mask_to_tokens(mask.to(device), self.vae_scale_factor)
         return KnownRegion((encoded * self.latent_scale).to(dtype), keep[:, None].to(dtype))

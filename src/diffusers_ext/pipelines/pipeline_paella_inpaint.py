@@ -14,6 +14,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from ..conditions.inpainting import continue_pixels
 from ..conditions.masks import mask_batch, mask_to_tokens
 from .callbacks import Callback, callback_tensor_names
 from .checks import check_integer, check_side
@@ -30,8 +31,10 @@ class PaellaInpaintPipeline(PaellaBasePipeline):
     a text, or whatever `prompt_embeds` carries: a region map, or vectors of `encode_image` for a network that was
     fine-tuned on those.
 
-    Kept tokens are equal before and after. Decoded, they may still differ from the picture, since a tokenizer is not
-    lossless and its decoder looks beyond a token; `apply_overlay=True` puts the picture's own pixels back.
+    Kept tokens stand still in all steps. They are encoded as if the nearest kept pixels went on into the hole and
+    around the picture: next to the old content or to a border they would describe what is no longer there, which shows
+    as a seam. Decoded, they may still differ from the picture, since a tokenizer is not lossless and its decoder looks
+    beyond a token; `apply_overlay=True` puts the picture's own pixels back.
 
     Example:
 
@@ -78,8 +81,8 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
 
         Args:
             image: The picture, or one a prompt: PIL, array or tensor in [0, 1] (see `conditions.images.image_batch`),
-                or its tokens `(b, h, w)` int64 as `output_type="latent"` returns them. Its sides are multiples of the
-                tokenizer's factor.
+                or its tokens `(b, h, w)` int64 as `output_type="latent"` returns them, which are kept as they are. Its
+                sides are multiples of the tokenizer's factor.
             mask_image: Of the picture's size, black and white: white (1) is repainted, black (0) kept; PIL, array or
                 tensor. A token is repainted if any of its pixels is. None keeps the whole picture (outpainting).
             height: Of the canvas, in pixels, a multiple of the tokenizer's factor times the network's, at least the
@@ -87,7 +90,8 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
             position: Where the picture lies on a larger canvas: its left upper corner (left, top) in pixels, multiples
                 of a token's size, or "center" (on the token to the left and above where it cannot be exact).
             strength: In [0, 1]: 1 draws the hole from noise alone; less starts from the hole's own tokens, noised to
-                step `round((1 - strength) * num_inference_steps)`, so something of them stays. Not for outpainting.
+                step `round((1 - strength) * num_inference_steps)`, so something of them stays; then the picture is
+                encoded with its hole as it is. Not for outpainting.
             latents: Random tokens `(b, h, w)` int64 of the canvas, in place of a draw.
             sample_mode: "argmax" or "sample": how the picture becomes tokens. Only a `GumbelVQModel` can sample, which
                 is what the original does.
@@ -139,8 +143,14 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         assert null is not None  # only without guidance
         batch_size = cond.shape[0]
         factor = self.vae_scale_factor
-        known = self._source_tokens(source, batch_size, sample_mode, generator)
-        known = _paste(known, size[0] // factor, size[1] // factor, left // factor, top // factor)
+        if source.is_floating_point():
+            canvas = _paste(source, *size, left, top)
+            if strength == 1:  # else the hole starts from what it holds, and so do its neighbours
+                canvas = continue_pixels(canvas, mask)
+            known = self._source_tokens(canvas, batch_size, sample_mode, generator)
+        else:
+            known = self._source_tokens(source, batch_size)
+            known = _paste(known, size[0] // factor, size[1] // factor, left // factor, top // factor)
         mask = mask.to(known.device).repeat_interleave(batch_size // len(mask), dim=0)
         drawn = mask_to_tokens(mask, factor)  # (b, h, w)
         noised = self._noise_source(known, timesteps, generator, latents)
