@@ -4,7 +4,7 @@
 
 Sources are true pictures of held-out `scenes`; results are read by the verifier. "Chance" judges the same results by
 what another case asked for. Kept tokens are compared one by one: any that differs is a failure, and the exit status
-says so.
+says so. The seam of in- and outpainting is the size of steps where kept and drawn meet, over that elsewhere.
 """
 
 import argparse
@@ -173,12 +173,17 @@ def inpaint(bench: Bench) -> tuple[list[Row], list[list]]:
     return rows, [pictures, masks, results]
 
 
+def beside(scenes: list[Scene]) -> list[str]:
+    """Captions of pictures twice as wide, with another object to the right."""
+    named = [(scene.objects[0], renamed(scene, 0).objects[0]) for scene in scenes]
+    return [f"a {old.size} {old.name} to the left of a {new.size} {new.name}" for old, new in named]
+
+
 def outpaint(bench: Bench) -> tuple[list[Row], list[list]]:
     """A picture is continued to the right, on a canvas of twice its width, in one pass."""
     scenes = bench.scenes(1)
     pictures, other = bench.render(scenes), [renamed(scene, 0) for scene in scenes]
-    named = [(scene.objects[0], target.objects[0]) for scene, target in zip(scenes, other, strict=True)]
-    prompts = [f"a {old.size} {old.name} to the left of a {new.size} {new.name}" for old, new in named]
+    prompts = beside(scenes)
     pipe, steps = PaellaInpaintPipeline.from_pipe(bench.pipe), bench.args.num_inference_steps
     size = {"height": bench.side, "width": 2 * bench.side, "position": (0, 0)}
     known = bench.encode(pictures)
@@ -186,12 +191,73 @@ def outpaint(bench: Bench) -> tuple[list[Row], list[list]]:
     half = tokens.shape[2] // 2
     same = (tokens[:, :, :half] == known).flatten(1).all(dim=1)
     results = bench.decode(tokens)
-    right, chance = followed([one[:, bench.side :] for one in results], [f"a {new.name}" for _, new in named])
+    right, chance = followed(
+        [one[:, bench.side :] for one in results], [f"a {target.objects[0].name}" for target in other]
+    )
     rows: list[Row] = [
         ("pictures whose kept tokens are unchanged", share(same.tolist()), None),
         ("new object right in the new half", right, chance),
     ]
     return rows, [pictures, results]
+
+
+def join_ratio(pictures: list[np.ndarray], masks: list[np.ndarray]) -> float:
+    """How large the steps from pixel to pixel are where kept and drawn meet, over those elsewhere; 1 without a seam.
+
+    Args:
+        pictures: (h, w, 3) each.
+        masks: bool (h, w) each, of what was drawn.
+    """
+    at_join, elsewhere = [], []
+    for picture, mask in zip(pictures, masks, strict=True):
+        for axis in range(2):
+            steps = np.abs(np.diff(picture.astype(np.float32), axis=axis)).mean(axis=2)
+            meets = np.diff(mask, axis=axis)
+            at_join.append(steps[meets])
+            elsewhere.append(steps[~meets])
+    return float(np.concatenate(at_join).mean() / np.concatenate(elsewhere).mean())
+
+
+def seam(bench: Bench) -> tuple[list[Row], list[list]]:
+    """Where kept and drawn meet, the picture given as pixels; beside it given as tokens of the picture by itself.
+
+    A hole is the box of the object, which another one replaces, and some ground around it.
+    """
+    scenes = bench.scenes(1)
+    pictures = bench.render(scenes)
+    side = bench.side
+    pipe = PaellaInpaintPipeline.from_pipe(bench.pipe)
+    around = np.broadcast_to(np.arange(2 * side) >= side, (side, 2 * side))
+    holes = []
+    for scene in scenes:
+        left, top, right, bottom = (round(side * edge) for edge in scene.objects[0].box)
+        hole, margin = np.zeros((side, side), dtype=bool), side // 16
+        hole[max(top - margin, 0) : bottom + margin, max(left - margin, 0) : right + margin] = True
+        holes.append(hole)
+    ways: dict[str, tuple[dict[str, Any], list[np.ndarray]]] = {
+        "outpainting": (
+            {"prompts": beside(scenes), "height": side, "width": 2 * side, "position": (0, 0)},
+            [around] * len(pictures),
+        ),
+        "inpainting": (
+            {
+                "prompts": [full_caption(renamed(scene, 0)) for scene in scenes],
+                "mask_image": [Image.fromarray(hole) for hole in holes],
+            },
+            holes,
+        ),
+    }
+    rows: list[Row] = []
+    columns: list[list] = [pictures]
+    for name, (options, masks) in ways.items():
+        ratios = []
+        for source in (pictures, bench.encode(pictures)):
+            options = {**options, "num_inference_steps": bench.args.num_inference_steps}
+            results = bench.decode(bench.run(pipe, image=source, **options))
+            ratios.append(join_ratio(results, masks))
+            columns.append(results)
+        rows.append((f"{name}: step at the join / elsewhere (beside: of tokens)", ratios[0], ratios[1]))
+    return rows, columns
 
 
 def edit(bench: Bench) -> tuple[list[Row], list[list]]:
@@ -309,6 +375,7 @@ def variation(bench: Bench) -> tuple[list[Row], list[list]]:
 MODES: dict[str, Callable[[Bench], tuple[list[Row], list[list]]]] = {
     "inpaint": inpaint,
     "outpaint": outpaint,
+    "seam": seam,
     "edit": edit,
     "interpolate": interpolate,
     "regions": regions,

@@ -64,6 +64,24 @@ def test_a_changed_token_is_a_failure(script, folder, monkeypatch):
     assert script.main(arguments) == 1
 
 
+def test_no_seam_where_kept_and_drawn_meet(script, repo_root):
+    checkpoint = str(repo_root / "checkpoints" / "paella-scenes-64")
+    bench = script.Bench(script.parse_args(["--checkpoint", checkpoint, "--num_cases", "6"]))
+    rows, columns = script.seam(bench)
+    (_, outpainting, of_tokens), (_, inpainting, _) = rows
+    assert outpainting <= 2 and inpainting <= 2
+    assert of_tokens > 4  # tokens of the picture by itself describe a border: what a seam looks like
+    assert columns[1][0].shape == (64, 128, 3)
+
+
+def test_the_ratio_at_a_join(script):
+    noise = np.random.default_rng(0).integers(100, 130, (64, 64, 3)).astype(np.uint8)
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[20:40, 30:] = True
+    assert script.join_ratio([noise], [mask]) == pytest.approx(1, abs=0.1)
+    assert script.join_ratio([noise + 60 * mask[..., None].astype(np.uint8)], [mask]) > 4
+
+
 def test_checks_on_true_pictures(script):
     scenes = [sample_scene(0, i, split="test", num_objects=2, grounds=("plain",)) for i in range(24)]
     pictures = [render(scene, 64) for scene in scenes]
