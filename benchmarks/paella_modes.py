@@ -365,7 +365,7 @@ def variation(bench: Bench) -> tuple[list[Row], list[list]]:
     pipe = PaellaImageVariationPipeline.from_pretrained(folder, dtype=torch.float32).to(bench.args.device)
     if bench.args.variation_checkpoint is None:
         weights = f"{folder}/{IMAGE_ADAPTER}/pytorch_lora_weights.safetensors"
-        pipe.unet.load_lora_adapter(weights, prefix=None)
+        pipe.load_lora_weights(weights)
     steps = bench.args.num_inference_steps
     results = bench.decode(bench.run(pipe, None, image=pictures, num_inference_steps=steps))
     right, chance = followed(results, [f"a {scene.objects[0].name}" for scene in scenes])

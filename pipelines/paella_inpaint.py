@@ -1,6 +1,8 @@
 """Paella, in- and outpainting (arXiv 2211.07292): the file to name in `custom_pipeline=`, and a runnable example.
 
-As a custom pipeline, without importing the package yourself:
+As a custom pipeline. The package must be installed; a folder needs no import of it, a name on the Hub needs
+`import diffusers_ext` first (diffusers looks at the components before it reads this file), or an export by
+`diffusers-ext export-hub --no-import`, which needs neither this file nor the import:
 
     DiffusionPipeline.from_pretrained(
         "checkpoints/paella-scenes-64", custom_pipeline="pipelines/paella_inpaint.py", trust_remote_code=True
@@ -23,8 +25,7 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "diffusers_ext":
         raise
     raise ModuleNotFoundError(
-        "pipelines/paella_inpaint.py needs the package diffusers_ext: pip install diffusers_ext, or `make venv`"
-        " in a clone.",
+        "pipelines/paella_inpaint.py needs the package diffusers_ext: pip install . in a checkout, or make venv.",
         name=error.name,
     ) from error
 

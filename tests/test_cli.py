@@ -250,7 +250,7 @@ def test_convert_open_clip_writes_all_that_a_clip_folder_needs(tmp_path, capsys,
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "open_clip.tokenizer", None)  # as if it were not installed
         assert cli.main([*words, "--text_heads", "3"]) == 2
-    assert "diffusers_ext[train]" in capsys.readouterr().err and not out.exists()
+    assert 'pip install open_clip_torch (extra "train")' in capsys.readouterr().err and not out.exists()
     assert cli.main(words) == 2
     assert "`text_heads` is None" in capsys.readouterr().err and not out.exists()
     assert cli.main([*words, "--text_heads", "3", "--quick_gelu"]) == 0

@@ -334,6 +334,19 @@ def test_no_machine_paths_or_index_addresses():
     assert not bad, "\n".join(bad)
 
 
+def test_nobody_is_told_to_install_a_name_that_is_not_published():
+    """Anybody could register it. A checkout or a wheel is what there is: `pip install .`."""
+    told = re.compile(r"pip install[^\n]{0,20}\bdiffusers[-_]ext(?![-_*\d]*\.whl|-\*)")
+    bad = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in tracked()
+        if path.suffix in (".py", ".md", ".yaml", ".toml") and path != Path(__file__)
+        for match in told.finditer(path.read_text(encoding="utf-8"))
+        if "whl" not in match.string[match.start() : match.start() + 100]
+    ]
+    assert not bad, "\n".join(bad)
+
+
 def test_clone_stays_small():
     sizes = {path: path.stat().st_size for path in tracked()}
     checkpoints: dict[str, int] = {}

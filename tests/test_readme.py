@@ -226,7 +226,7 @@ def test_shell_lines_work(document, line):
         "diffusers-ext no-such-command",
         "diffusers-ext export-hub somewhere --no_such_option",
         "python no_such_file.py",
-        "pip install diffusers-ext[no_such_extra]",
+        "pip install .[no_such_extra]",
         "no-such-program --help",
     ],
 )

@@ -177,7 +177,7 @@ def build_open_clip_processors(model: CLIPModel) -> tuple[CLIPTokenizer, CLIPIma
         from open_clip.tokenizer import SimpleTokenizer
     except ImportError as error:
         raise ImportError(
-            'CLIP\'s vocabulary lies in the open_clip package: pip install "diffusers_ext[train]"'
+            'CLIP\'s vocabulary lies in the open_clip package: pip install open_clip_torch (extra "train")'
         ) from error
     original = SimpleTokenizer()
     vocabulary = {piece: number for piece, number in original.encoder.items() if number < VOCABULARY - 2}

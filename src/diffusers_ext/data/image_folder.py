@@ -244,7 +244,7 @@ def _open(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('`load_image_dataset` needs datasets: pip install "diffusers_ext[train]"') from error
+        raise ImportError('`load_image_dataset` needs datasets: pip install datasets (extra "train")') from error
     if (folder is None) == (dataset_name is None):
         raise ValueError(
             f"Exactly one of `train_data_dir` and `dataset_name` is needed, but got {folder!r} and {dataset_name!r}."

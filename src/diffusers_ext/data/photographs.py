@@ -33,7 +33,7 @@ def find_photographs() -> dict[str, Path]:
     try:
         import skimage.data
     except ImportError as error:
-        raise ImportError('The photographs come with scikit-image: pip install "diffusers_ext[eval]"') from error
+        raise ImportError('The photographs come with scikit-image: pip install scikit-image (extra "eval")') from error
     folder = Path(os.fspath(skimage.data.__file__)).parent
     return {caption: folder / name for name, caption in PHOTOGRAPHS.items() if (folder / name).is_file()}
 

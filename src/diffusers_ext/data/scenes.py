@@ -743,7 +743,7 @@ def load_scenes(
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise ImportError('`load_scenes` needs datasets: pip install "diffusers_ext[train]"') from error
+        raise ImportError('`load_scenes` needs datasets: pip install datasets (extra "train")') from error
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, but is {num_samples}.")
     _check_resolution(resolution)

@@ -56,7 +56,7 @@ def _read_lines(files: list[Path], column: str, limit: int | None) -> Dataset:
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise ImportError('`load_sentences` needs datasets: pip install "diffusers_ext[train]"') from error
+        raise ImportError('`load_sentences` needs datasets: pip install datasets (extra "train")') from error
     sentences = [stripped for path in files for line in text_lines(read_text(path)) if (stripped := line.strip())]
     if not sentences:
         raise ValueError(f"There are no sentences in {str(files[0])!r}: a text file holds one a line.")

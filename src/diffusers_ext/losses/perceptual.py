@@ -33,7 +33,7 @@ class LPIPSDistance(nn.Module):
         try:
             import lpips
         except ImportError as error:
-            raise ImportError("LPIPS needs the package lpips: pip install 'diffusers_ext[train]'.") from error
+            raise ImportError("LPIPS needs the package lpips: pip install lpips (extra 'train').") from error
         try:
             weights = lpips.LPIPS(net="vgg", pnet_rand=not pretrained_features, verbose=False).state_dict()
         except OSError as error:
