@@ -162,6 +162,56 @@ def test_group_offload_changes_no_result(name, level, tmp_path):
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
+def test_group_offload_of_a_whole_pipeline_works_or_names_the_part(name):
+    pipe = CASES[name].build()
+    expected = sample(pipe, name)
+    options = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    if any(type(network) is diffusers.VQModel for network in networks(pipe).values()):
+        with pytest.raises(ValueError, match="VQModel.* does not support group offloading"):
+            pipe.enable_group_offload(**options)
+        pipe, options["exclude_modules"] = CASES[name].build(), "vqvae"
+    pipe.enable_group_offload(**options)
+    assert_alike(sample(pipe, name), expected)
+
+
+class Parked(accelerate.hooks.ModelHook):
+    """Model offloading without an accelerator: of all networks only the one that was called last has its weights."""
+
+    def __init__(self, parked: list):
+        self.parked, self.weights = parked, None
+
+    def init_hook(self, module):
+        self.module = module
+        self.park()
+        return module
+
+    def park(self):
+        self.weights = [weight.data for weight in self.module.parameters()]
+        for weight in self.module.parameters():
+            weight.data = torch.full_like(weight.data, float("nan"))
+
+    def pre_forward(self, module, *args, **kwargs):
+        if self.weights is not None:
+            for other in self.parked:
+                if other is not self and other.weights is None:
+                    other.park()
+            for weight, data in zip(module.parameters(), self.weights, strict=True):
+                weight.data = data
+            self.weights = None
+        return args, kwargs
+
+
+@ALL
+def test_model_offload_changes_no_result(name):
+    pipe, parked = CASES[name].build(), []
+    expected = sample(pipe, name)
+    for network in networks(pipe).values():
+        parked.append(Parked(parked))
+        accelerate.hooks.add_hook_to_module(network, parked[-1])
+    assert_alike(sample(pipe, name), expected)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_layerwise_casting_is_the_pipeline_with_rounded_weights(name):
     pipe, rounded = CASES[name].build(), CASES[name].build()
     for part, network in networks(pipe).items():
