@@ -1,7 +1,7 @@
 """The options of train_ldm.py, and what can be said against them before anything is loaded."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
 
@@ -20,6 +20,12 @@ def option(default, text: str):
 @dataclass
 class LDMArgs:
     """What is generated from what, the denoising network, and the frozen first stage."""
+
+    # On a resume, see TrainArgs.
+    APPLIED: ClassVar[tuple[str, ...]] = ("lr_multipliers", "lr_decay_steps", "lr_decay", "guidance_scale")
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = (
+        "num_validation_images", "validation_prompts", "num_inference_steps", "eta", "cache_dir",
+    )  # fmt: skip
 
     task: TaskName = option("unconditional", "What the pictures are generated from.")
     pretrained_model_name_or_path: str | None = option(

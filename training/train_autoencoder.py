@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
@@ -60,6 +60,10 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_di
 @dataclass
 class AutoencoderArgs:
     """The network and its loss."""
+
+    # On a resume, see TrainArgs.
+    APPLIED: ClassVar[tuple[str, ...]] = ("disc_learning_rate", "scale_samples")
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("validation_samples", "feature_model")
 
     model: Literal["vq", "paella_vq", "gumbel_vq", "kl"] = field(
         default="vq",

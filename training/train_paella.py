@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import VQModel
@@ -63,6 +63,10 @@ pipe = diffusers_ext.PaellaPipeline.from_pretrained("{folder}")
 @dataclass
 class PaellaArgs:
     """The token predictor, what it is conditioned on, and the frozen networks around it."""
+
+    # On a resume, see TrainArgs.
+    APPLIED: ClassVar[tuple[str, ...]] = ("text_encoder_lr", "guidance_scale", "typical_mass")
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "validation_prompts", "cache_dir")
 
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Paella pipeline to fine-tune; its networks replace those named below."}

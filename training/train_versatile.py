@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -56,6 +56,10 @@ pipe = diffusers_ext.VersatilePipeline.from_pretrained("{folder}")
 @dataclass
 class VersatileArgs:
     """The network, its flows, and the frozen networks around it."""
+
+    # On a resume, see TrainArgs.
+    APPLIED: ClassVar[tuple[str, ...]] = ("lr_scales", "guidance_scale")
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "validation_samples", "cache_dir")
 
     flows: list[str] = field(
         default_factory=lambda: list(FLOWS), metadata={"help": f"What is trained: some of {', '.join(FLOWS)}."}

@@ -157,6 +157,7 @@ def test_resuming_from_an_older_checkpoint_branches_off(finished, caplog):
     recipe, folder = finished
     straight = lines_of(folder)
     changed = ["--learning_rate", "1e-5", "--adam_weight_decay", "0.5", "--adam_beta1", "0.25", "--ema_decay", "0.5"]
+    changed += ["--disc_learning_rate", "1e-6"] if recipe == "kl" else []
     with caplog.at_level(logging.WARNING):
         run(
             recipe, folder, *changed, "--checkpointing_steps", "1", "--checkpoints_total_limit", "1",
@@ -176,7 +177,7 @@ def test_resuming_from_an_older_checkpoint_branches_off(finished, caplog):
     rates = torch.load(found / "lr_scheduler.pt", weights_only=True)["base_lrs"]
     assert max(rates) == pytest.approx(1e-5)
     if (found / "disc_lr_scheduler.pt").is_file():
-        rate = 1e-3 if recipe == "kl" else 1e-5  # disc_learning_rate stays what it was
+        rate = 1e-6 if recipe == "kl" else 1e-5
         assert torch.load(found / "disc_lr_scheduler.pt", weights_only=True)["base_lrs"] == [rate]
     if (found / "ema.pt").is_file():
         assert torch.load(found / "ema.pt", weights_only=True)["decay"] == 0.5
@@ -230,6 +231,14 @@ def test_captions_that_changed_meanwhile_do_not_change_the_tokenizer(tmp_path):
     before = learnt.read_text()
     train_optimus.main([preset, *words, *more])
     assert learnt.read_text() == before
+
+
+def test_the_lists_of_options_name_options():
+    scripts = {script for script, *_ in RECIPES.values()}
+    classes = {value for script in scripts for name, value in vars(script).items() if name.endswith("Args")}
+    for kind in classes:
+        named = {*getattr(kind, "APPLIED", ()), *getattr(kind, "BOOKKEEPING", ())}
+        assert named <= set(kind.__dataclass_fields__), kind
 
 
 # Processes, versions: between records, no training needed
