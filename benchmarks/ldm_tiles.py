@@ -28,8 +28,8 @@ from PIL import Image
 from scipy import ndimage
 
 from diffusers_ext.data.scenes import sample_scene, semantic_map
-from diffusers_ext.pipelines.ldm_tiling import TileGrid
-from diffusers_ext.pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
+from diffusers_ext.pipelines.ldm.pipeline_ldm_semantic import LDMSemanticPipeline
+from diffusers_ext.pipelines.ldm.tiling import TileGrid
 
 CLEARANCE = 3  # pixels around objects that do not count
 MEBIBYTE = 2**20

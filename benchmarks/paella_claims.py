@@ -33,7 +33,7 @@ from paella_prompts import as_dict, sample_pictures
 from diffusers_ext.data.scenes import balanced_prompts
 from diffusers_ext.data.scenes_verifier import check, read_picture
 from diffusers_ext.evaluation.prompt_following import judge, judge_by_chance, markdown_table, summarize_by_objects
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 GUIDANCE_SCALES = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)

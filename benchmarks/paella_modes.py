@@ -28,10 +28,10 @@ from diffusers_ext.data.scenes import COLORS, SHAPES, Scene, full_caption, parse
 from diffusers_ext.data.scenes_verifier import check, read_picture
 from diffusers_ext.evaluation.prompt_following import Share, share
 from diffusers_ext.models.vq_paella import decode_indices, encode_indices
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
-from diffusers_ext.pipelines.pipeline_paella_image_variation import PaellaImageVariationPipeline
-from diffusers_ext.pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
-from diffusers_ext.pipelines.pipeline_paella_inpaint import PaellaInpaintPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella_image_variation import PaellaImageVariationPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella_inpaint import PaellaInpaintPipeline
 
 IMAGE_ADAPTER = "image_adapter"  # LoRA matrices inside a text checkpoint
 CHROMA = 40  # of 255: what counts as an object's pixel against the muted grounds

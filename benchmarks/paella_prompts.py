@@ -36,7 +36,7 @@ from diffusers_ext.evaluation.prompt_following import (
     summarize_by_objects,
 )
 from diffusers_ext.models.vq_paella import decode_indices, encode_indices
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 RIGHT, NAMED, WRONG = (30, 150, 60), (225, 150, 20), (200, 40, 40)

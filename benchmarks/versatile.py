@@ -49,7 +49,7 @@ from PIL import Image
 from torch import Tensor
 from versatile_repository import convert_repository, write_repository
 
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 FLOWS = {
     "text-to-image": (VersatileDiffusionTextToImagePipeline, ["text-to-image"]),

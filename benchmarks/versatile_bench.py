@@ -22,8 +22,8 @@ from PIL import Image
 
 from diffusers_ext.data.scenes import COLORS, GROUNDS, SHAPES, Scene, WantedObject, full_caption, render, sample_scene
 from diffusers_ext.evaluation.prompt_following import case_generators
-from diffusers_ext.pipelines.optimus_text import MAX_SENTENCE_LENGTH
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.optimus_text import MAX_SENTENCE_LENGTH
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

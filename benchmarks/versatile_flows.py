@@ -45,7 +45,7 @@ from diffusers_ext.evaluation.prompt_following import (
     shuffle_within_groups,
     summarize_by_objects,
 )
-from diffusers_ext.pipelines.optimus_text import sentence_ids, word_piece_window
+from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_piece_window
 
 NEEDS = {"dual": ["text-to-image", "image-to-image"]}  # flows of the network, where it is not the one of that name
 # Where the colour and the shape of an object come from, and what is counted of it.

@@ -21,8 +21,8 @@ from transformers import (
 from diffusers_ext.conversion.keys import build_empty, load_strict
 from diffusers_ext.conversion.versatile import read_versatile_unet
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
-from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
+from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 TEXT_WINDOW, VOCABULARY = 77, 49408  # CLIP's
 

@@ -17,7 +17,7 @@ import argparse
 
 # diffusers takes the one pipeline class that it finds here, so no other may be imported by name
 try:
-    from diffusers_ext.pipelines.pipeline_ldm_text import LDMTextPipeline
+    from diffusers_ext.pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "diffusers_ext":
         raise

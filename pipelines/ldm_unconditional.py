@@ -17,8 +17,8 @@ import argparse
 
 # diffusers takes the one pipeline class that it finds here, so no other may be imported by name
 try:
-    from diffusers_ext.pipelines.ldm_guidance import low_resolution_guidance
-    from diffusers_ext.pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
+    from diffusers_ext.pipelines.ldm.picture_guidance import low_resolution_guidance
+    from diffusers_ext.pipelines.ldm.pipeline_ldm_unconditional import LDMUnconditionalPipeline
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "diffusers_ext":
         raise

@@ -18,7 +18,7 @@ import argparse
 
 # diffusers takes the one pipeline class that it finds here, so no other may be imported by name
 try:
-    from diffusers_ext.pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
+    from diffusers_ext.pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "diffusers_ext":
         raise

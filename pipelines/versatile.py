@@ -21,7 +21,7 @@ import argparse
 
 # diffusers takes the one pipeline class that it finds here, so no other may be imported by name
 try:
-    from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+    from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "diffusers_ext":
         raise

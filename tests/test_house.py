@@ -157,9 +157,11 @@ def test_import_law_sees_a_breach(tmp_path, monkeypatch):
     assert breaches(path) == ["diffusers_ext.schedulers.scheduling_x imports diffusers_ext.models.unet_paella"]
     other = path.with_name("scheduling_y.py")
     other.write_text(
-        "import diffusers_ext.pipelines.pipeline_paella\nfrom ..guidance import classifier_free_guidance\n"
+        "import diffusers_ext.pipelines.paella.pipeline_paella\nfrom ..guidance import classifier_free_guidance\n"
     )
-    assert breaches(other) == ["diffusers_ext.schedulers.scheduling_y imports diffusers_ext.pipelines.pipeline_paella"]
+    assert breaches(other) == [
+        "diffusers_ext.schedulers.scheduling_y imports diffusers_ext.pipelines.paella.pipeline_paella"
+    ]
 
 
 def test_no_circle():

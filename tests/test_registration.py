@@ -166,7 +166,7 @@ assert pipe.unet is unet
 report(pipe)
 assert type(diffusers.AutoModel.from_pretrained(folder, subfolder="unet")) is diffusers_ext.PaellaUNet
 """
-    expected = ["diffusers_ext.pipelines.pipeline_paella", "PaellaPipeline", tokens]
+    expected = ["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]
     assert reports(run_python(code)) == [expected] * 4
 
 
@@ -190,7 +190,7 @@ scheduler = diffusers_ext.DiscreteRenoisingScheduler.from_pretrained("user/sched
 report(diffusers.DiffusionPipeline.from_pretrained("user/paella", unet=unet, scheduler=scheduler))
 report(diffusers.DiffusionPipeline.from_pretrained("user/paella", local_files_only=True))
 """
-    expected = ["diffusers_ext.pipelines.pipeline_paella", "PaellaPipeline", tokens]
+    expected = ["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]
     assert reports(run_python(pull, **hub.env(tmp_path / "stranger"))) == [expected] * 4
 
 
@@ -217,7 +217,7 @@ except ValueError as error:
 else:
     raise AssertionError("loaded code from a folder without trust")
 """
-    expected = ["diffusers_ext.pipelines.pipeline_paella", "PaellaPipeline", tokens]
+    expected = ["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]
     assert reports(run_python(code, **hub.env(tmp_path / "home"))) == [expected] * 2
 
 
@@ -256,7 +256,7 @@ pipe.save_pretrained({str(tmp_path / "plain")!r})
 report(diffusers_ext.PaellaPipeline.from_pretrained({str(tmp_path / "plain")!r}))
 """
     result = run_python(code, DIFFUSERS_EXT_NO_REGISTER="1")
-    assert reports(result) == [["diffusers_ext.pipelines.pipeline_paella", "PaellaPipeline", tokens]] * 2
+    assert reports(result) == [["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]] * 2
     index = json.loads((tmp_path / "plain" / "model_index.json").read_text())
     assert index["unet"] == ["diffusers_ext.models.unet_paella", "PaellaUNet"]
     # Such a folder loads in a registered process too.

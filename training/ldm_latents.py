@@ -10,8 +10,8 @@ from ldm_args import LDMArgs
 from ldm_data import CachedRows, NamedRows, condition_columns
 from torch import Generator, Tensor
 
-from diffusers_ext.pipelines.ldm_first_stage import FirstStage
-from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.first_stage import FirstStage
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.cache import digest_network, digest_rows, open_cache

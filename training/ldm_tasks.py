@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_ext.losses.diffusion import latent_diffusion_loss, vlb_weights
 from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder
-from diffusers_ext.pipelines.ldm_denoising import predict_noise
-from diffusers_ext.pipelines.ldm_first_stage import FirstStage, encode_masked_image
-from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.denoising import predict_noise
+from diffusers_ext.pipelines.ldm.first_stage import FirstStage, encode_masked_image
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training_utils.kernels import plain_attention
 

@@ -24,7 +24,7 @@ from ldm_validation import Validation
 from torch.utils.data import Dataset
 from train_clip import read_captions
 
-from diffusers_ext.pipelines.pipeline_ldm_base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse

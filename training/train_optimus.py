@@ -25,7 +25,7 @@ from diffusers_ext.data.preprocessing import choose_text
 from diffusers_ext.data.sentences import load_sentences
 from diffusers_ext.losses.sentences import free_bits, gaussian_kl, sentence_nll
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
-from diffusers_ext.pipelines.optimus_text import read_sentences, sentence_ids, target_ids
+from diffusers_ext.pipelines.versatile.optimus_text import read_sentences, sentence_ids, target_ids
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.annealing import CyclicalAnnealing
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 USAGE = """from transformers import AutoTokenizer
 
 import diffusers_ext
-from diffusers_ext.pipelines.optimus_text import read_sentences, sentence_ids
+from diffusers_ext.pipelines.versatile.optimus_text import read_sentences, sentence_ids
 
 model = diffusers_ext.AutoencoderOptimus.from_pretrained("{folder}")
 encoder = AutoTokenizer.from_pretrained("{folder}", subfolder="encoder_tokenizer")

@@ -34,7 +34,7 @@ from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokeniz
 from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.listed_options import record_option
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training_utils import loop

@@ -13,14 +13,14 @@ from diffusers_ext.losses.diffusion import noise_error
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.clip_vectors import text_ids
-from diffusers_ext.pipelines.optimus_text import sentence_ids, word_piece_window
-from diffusers_ext.pipelines.versatile_contexts import (
+from diffusers_ext.pipelines.versatile.contexts import (
     image_context,
     null_picture,
     prepare_pictures,
     text_context,
 )
-from diffusers_ext.pipelines.versatile_denoising import FlowContext, predict_flow_noise
+from diffusers_ext.pipelines.versatile.denoising import FlowContext, predict_flow_noise
+from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_piece_window
 
 
 def parts_of(flow: str) -> tuple[str, str]:

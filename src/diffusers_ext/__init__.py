@@ -18,18 +18,18 @@ from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
 from .models.unet_versatile import VersatileUNet
 from .models.vq_paella import GumbelVQModel, PaellaVQModel
-from .pipelines.pipeline_ldm_class import LDMClassConditionalPipeline
-from .pipelines.pipeline_ldm_inpaint import LDMInpaintPipeline
-from .pipelines.pipeline_ldm_layout import LDMLayoutPipeline
-from .pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
-from .pipelines.pipeline_ldm_text import LDMTextPipeline
-from .pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
-from .pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
-from .pipelines.pipeline_paella import PaellaPipeline
-from .pipelines.pipeline_paella_image_variation import PaellaImageVariationPipeline
-from .pipelines.pipeline_paella_img2img import PaellaImg2ImgPipeline
-from .pipelines.pipeline_paella_inpaint import PaellaInpaintPipeline
-from .pipelines.pipeline_versatile import VersatilePipeline
+from .pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
+from .pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
+from .pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline
+from .pipelines.ldm.pipeline_ldm_semantic import LDMSemanticPipeline
+from .pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
+from .pipelines.ldm.pipeline_ldm_unconditional import LDMUnconditionalPipeline
+from .pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
+from .pipelines.paella.pipeline_paella import PaellaPipeline
+from .pipelines.paella.pipeline_paella_image_variation import PaellaImageVariationPipeline
+from .pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline
+from .pipelines.paella.pipeline_paella_inpaint import PaellaInpaintPipeline
+from .pipelines.versatile.pipeline_versatile import VersatilePipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 

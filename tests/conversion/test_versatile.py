@@ -18,7 +18,7 @@ from diffusers_ext.conversion.versatile import (
 )
 from diffusers_ext.conversion.versatile_checkpoint import convert_versatile_clip, split_versatile_checkpoint
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 SHAPES = {"image": (2, 4, 4, 8), "text": (2, 6)}
 CONTEXTS = {name: torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(k)) for k, name in enumerate(SHAPES)}

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.tiny_paella import tiny_paella_components
 
 from diffusers_ext.data.scenes import full_caption, render, sample_scene
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pipelines.tiny_paella import tiny_paella_components
 from diffusers_ext.data.scenes import full_caption, parse_caption, render, sample_scene
 from diffusers_ext.data.scenes_verifier import check, read_picture
 from diffusers_ext.evaluation.prompt_following import judge, judge_by_chance, summarize_by_objects
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 
 
 @pytest.fixture(scope="module")

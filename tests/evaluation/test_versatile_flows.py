@@ -23,7 +23,7 @@ from diffusers_ext.data.scenes import (
 from diffusers_ext.data.scenes_verifier import read_picture
 from diffusers_ext.evaluation.frechet import frechet_distance
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 SMALL = ["--num_inference_steps", "2", "--batch_size", "3"]
 

@@ -19,7 +19,7 @@ from diffusers_ext.conversion.ldm_unet import convert_ldm_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.losses.kl import kl_divergence, latent_scale, sample_posterior
 from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
-from diffusers_ext.pipelines.ldm_denoising import predict_noise
+from diffusers_ext.pipelines.ldm.denoising import predict_noise
 
 
 def heads_of(args: dict) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pipelines.tiny_paella import quiet, seeded
 
 from diffusers_ext.data.scenes import parse_caption, render, sample_scene
 from diffusers_ext.data.scenes_verifier import read_picture
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "versatile-scenes-64"
 PROMPTS = ["a large red circle", "a large blue square", "a large green triangle", "a large yellow ring"]

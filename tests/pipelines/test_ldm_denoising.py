@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel, UNet2DModel
 
-from diffusers_ext.pipelines.ldm_denoising import (
+from diffusers_ext.pipelines.ldm.denoising import (
     KnownRegion,
     LDMCondition,
     keep_known_latents,
@@ -12,7 +12,7 @@ from diffusers_ext.pipelines.ldm_denoising import (
     predict_noise,
     set_original_timesteps,
 )
-from diffusers_ext.pipelines.ldm_tiling import TileGrid
+from diffusers_ext.pipelines.ldm.tiling import TileGrid
 
 BLOCKS = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 

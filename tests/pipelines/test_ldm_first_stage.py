@@ -4,7 +4,7 @@ import pytest
 import torch
 from pipelines.tiny_ldm import tiny_first_stage
 
-from diffusers_ext.pipelines.ldm_first_stage import (
+from diffusers_ext.pipelines.ldm.first_stage import (
     decode_first_stage,
     encode_first_stage,
     encode_masked_image,
@@ -12,7 +12,7 @@ from diffusers_ext.pipelines.ldm_first_stage import (
     first_stage_factor,
     latent_scale,
 )
-from diffusers_ext.pipelines.ldm_tiling import Tiles
+from diffusers_ext.pipelines.ldm.tiling import Tiles
 
 
 @pytest.fixture(scope="module", params=["kl", "vq"])

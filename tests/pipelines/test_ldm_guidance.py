@@ -5,8 +5,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch.nn import functional as F
 
-from diffusers_ext.pipelines.ldm_denoising import ldm_scheduler
-from diffusers_ext.pipelines.ldm_guidance import (
+from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
+from diffusers_ext.pipelines.ldm.picture_guidance import (
     guide_prediction,
     low_resolution_guidance,
     signal_and_noise,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffusers_ext.pipelines.ldm_tiling import TileGrid, border_weights
+from diffusers_ext.pipelines.ldm.tiling import TileGrid, border_weights
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_breaker": True}, {"count_outer_sides": False}], ids=str)

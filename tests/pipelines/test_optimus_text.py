@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from diffusers_ext.pipelines.optimus_text import read_sentences, sentence_ids, target_ids
+from diffusers_ext.pipelines.versatile.optimus_text import read_sentences, sentence_ids, target_ids
 
 
 @pytest.fixture(scope="module")

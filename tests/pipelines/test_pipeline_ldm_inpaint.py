@@ -7,7 +7,7 @@ from PIL import Image
 from pipelines.tiny_ldm import count_runs, seeded, tiny_ldm, tiny_mask, tiny_picture
 
 from diffusers_ext.conditions.inpainting import composite
-from diffusers_ext.pipelines.ldm_first_stage import encode_masked_image
+from diffusers_ext.pipelines.ldm.first_stage import encode_masked_image
 
 PICTURE, MASK = tiny_picture(1), tiny_mask()
 

@@ -15,8 +15,8 @@ from pipelines.tiny_paella import CONDITION_DIM, NUM_CODES, WINDOW, tiny_paella_
 from torch import Generator
 
 from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices
-from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline
-from diffusers_ext.pipelines.pipeline_paella_base import _runs_plain_forward
+from diffusers_ext.pipelines.paella.base import _runs_plain_forward
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 PROMPTS = ["a large red circle on the left", "a small blue star", ""]
@@ -324,7 +324,7 @@ def test_a_long_prompt_warns_with_the_cut_text(pipe, caplog):
     words = "a red circle on the left of a blue star at the bottom".split()
     room = WINDOW - 2
     with caplog.at_level(logging.WARNING):
-        logger = logging.getLogger("diffusers_ext.pipelines.pipeline_paella")
+        logger = logging.getLogger("diffusers_ext.pipelines.paella.pipeline_paella")
         logger.addHandler(caplog.handler)
         embeds, _ = pipe.encode_prompt([" ".join(words), "a star"])
         logger.removeHandler(caplog.handler)
@@ -639,7 +639,7 @@ def tokens_of(result) -> torch.Tensor:
 
 def test_a_fresh_process_loads_it(saved, run_python):
     folder, wanted = saved
-    load = "from diffusers_ext.pipelines.pipeline_paella import PaellaPipeline\n"
+    load = "from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline\n"
     result = run_python(load + f"pipe = PaellaPipeline.from_pretrained({str(folder)!r})" + SAMPLE)
     assert torch.equal(tokens_of(result), wanted)
 

@@ -5,10 +5,14 @@ import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
 
-from diffusers_ext.pipelines.color_matching import adjust_colors, match_color_distribution, match_color_statistics
-from diffusers_ext.pipelines.repeated_words import merge_repeated_words
-from diffusers_ext.pipelines.versatile_contexts import mask_to_token_weights
-from diffusers_ext.pipelines.versatile_denoising import start_level, versatile_scheduler
+from diffusers_ext.pipelines.versatile.color_matching import (
+    adjust_colors,
+    match_color_distribution,
+    match_color_statistics,
+)
+from diffusers_ext.pipelines.versatile.contexts import mask_to_token_weights
+from diffusers_ext.pipelines.versatile.denoising import start_level, versatile_scheduler
+from diffusers_ext.pipelines.versatile.repeated_words import merge_repeated_words
 
 
 def test_statistics_of_the_reference():

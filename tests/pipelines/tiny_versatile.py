@@ -8,7 +8,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
+from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 
 TEXT_DIM = 6
 

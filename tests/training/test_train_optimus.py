@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2M
 from diffusers_ext import AutoencoderOptimus
 from diffusers_ext.data.sentences import load_sentences
 from diffusers_ext.losses.sentences import gaussian_kl
-from diffusers_ext.pipelines.optimus_text import read_sentences, sentence_ids
+from diffusers_ext.pipelines.versatile.optimus_text import read_sentences, sentence_ids
 from diffusers_ext.training_utils import loop
 
 PRESETS = Path(__file__).parents[2] / "training" / "presets"

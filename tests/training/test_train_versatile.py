@@ -17,7 +17,7 @@ from training.tiny_versatile import sentence_tokenizers, tiny_encoders, tiny_une
 from transformers import CLIPConfig, CLIPModel
 
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.lora import LORA_FILE
 

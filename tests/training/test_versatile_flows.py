@@ -5,9 +5,9 @@ import torch
 from training.tiny_versatile import tiny_encoders, tiny_unet
 from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups
 
-from diffusers_ext.pipelines.optimus_text import sentence_ids
-from diffusers_ext.pipelines.versatile_contexts import image_context, text_context
-from diffusers_ext.pipelines.versatile_denoising import versatile_scheduler
+from diffusers_ext.pipelines.versatile.contexts import image_context, text_context
+from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
+from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids
 from diffusers_ext.training_utils.loop import keyed_generator
 
 BATCH = {

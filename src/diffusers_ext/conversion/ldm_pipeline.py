@@ -12,15 +12,15 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..pipelines.ldm_first_stage import first_stage_factor
-from ..pipelines.pipeline_ldm_base import LDMBasePipeline
-from ..pipelines.pipeline_ldm_class import LDMClassConditionalPipeline
-from ..pipelines.pipeline_ldm_inpaint import LDMInpaintPipeline
-from ..pipelines.pipeline_ldm_layout import LDMLayoutPipeline
-from ..pipelines.pipeline_ldm_semantic import LDMSemanticPipeline
-from ..pipelines.pipeline_ldm_text import LDMTextPipeline
-from ..pipelines.pipeline_ldm_unconditional import LDMUnconditionalPipeline
-from ..pipelines.pipeline_ldm_upscale import LDMUpscalePipeline
+from ..pipelines.ldm.base import LDMBasePipeline
+from ..pipelines.ldm.first_stage import first_stage_factor
+from ..pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
+from ..pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
+from ..pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline
+from ..pipelines.ldm.pipeline_ldm_semantic import LDMSemanticPipeline
+from ..pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
+from ..pipelines.ldm.pipeline_ldm_unconditional import LDMUnconditionalPipeline
+from ..pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
 from .ldm import convert_ldm_schedule, split_ldm_checkpoint
 from .ldm_autoencoder import convert_ldm_first_stage
 from .ldm_encoders import convert_ldm_conditioner

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..models.blocks.versatile import versatile_walk
 from ..models.unet_versatile import CONTEXT_TYPES, DATA_TYPES, VersatileUNet, flow_name
-from ..pipelines.pipeline_versatile import VersatilePipeline
+from ..pipelines.versatile.pipeline_versatile import VersatilePipeline
 from .adm import ADM_RESNET, ADM_TIME, adm_blocks, adm_layers, adm_level_starts
 from .keys import (
     Rules,

@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ..guidance import classifier_free_guidance
-from ..schedulers.gaussian import scheduler_setting
-from .ldm_tiling import TileGrid
+from ...guidance import classifier_free_guidance
+from ...schedulers.gaussian import scheduler_setting
+from .tiling import TileGrid
 
 
 def ldm_scheduler(

@@ -2,7 +2,7 @@
 
 Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
 Original: dome272/Paella@b1f88ef and its sampling notebook @97d18f9; code and weights MIT. Differences: see
-`pipeline_paella_base.py`, which holds the loop, and `conditions/regions.py`.
+`base.py`, which holds the loop, and `conditions/regions.py`.
 
 Shapes: b samples, n prompts, h x w the token grid, H x W pixels, d the width of the condition.
 """
@@ -14,7 +14,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.regions import (
+from ...conditions.regions import (
     RAMPS,
     check_interpolation,
     interpolate_vectors,
@@ -22,13 +22,13 @@ from ..conditions.regions import (
     region_map,
     region_weights,
 )
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
-from .checks_paella import check_components, check_conditions, check_size
-from .pipeline_paella_base import (
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer
+from .base import (
     Generators,
     PaellaBasePipeline,
 )
+from .checks import check_components, check_conditions, check_size
 
 
 class PaellaPipeline(PaellaBasePipeline):

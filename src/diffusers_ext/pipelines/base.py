@@ -23,7 +23,7 @@ LOOKUP_ARGUMENTS = (  # of `from_pretrained`, which finding a file on the Hub ta
 _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
-class SharingPipeline(AdapterMixin, CardMixin, DiffusionPipeline):
+class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     """A pipeline whose `from_pipe` leaves the shared components as they are, that saves only what loads back equal,
     takes LoRA matrices, and pushes a card that says how to load it.
 
@@ -140,14 +140,14 @@ class SharingPipeline(AdapterMixin, CardMixin, DiffusionPipeline):
             kwargs["dtype"] = _KEEP_DTYPE
         return super().from_pipe(pipeline, **kwargs)
 
-    def to(self, *args: Any, **kwargs: Any) -> "SharingPipeline":
+    def to(self, *args: Any, **kwargs: Any) -> "HousePipeline":
         """As in diffusers: moves and casts all components."""
         if kwargs.get("dtype") is _KEEP_DTYPE:
             return self
         return super().to(*args, **kwargs)
 
 
-def _family(base: type = SharingPipeline) -> Iterator[type]:
+def _family(base: type = HousePipeline) -> Iterator[type]:
     """All pipeline classes of the house that have been imported, without those that are no pipelines by themselves."""
     for child in base.__subclasses__():
         if not child.__name__.endswith("BasePipeline"):

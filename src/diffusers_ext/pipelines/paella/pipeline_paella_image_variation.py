@@ -11,10 +11,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.images import image_list
-from .callbacks import Callback, callback_tensor_names
-from .checks_paella import check_components, check_image_components
-from .pipeline_paella_base import Generators, PaellaBasePipeline
+from ...conditions.images import image_list
+from ..callbacks import Callback, callback_tensor_names
+from .base import Generators, PaellaBasePipeline
+from .checks import check_components, check_image_components
 
 
 class PaellaImageVariationPipeline(PaellaBasePipeline):

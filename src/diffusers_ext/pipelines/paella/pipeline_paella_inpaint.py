@@ -14,12 +14,12 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.inpainting import continue_pixels
-from ..conditions.masks import mask_batch, mask_to_tokens
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_side
-from .checks_paella import check_components, check_count, check_sample_mode, check_size, check_strength
-from .pipeline_paella_base import Generators, PaellaBasePipeline
+from ...conditions.inpainting import continue_pixels
+from ...conditions.masks import mask_batch, mask_to_tokens
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_side
+from .base import Generators, PaellaBasePipeline
+from .checks import check_components, check_count, check_sample_mode, check_size, check_strength
 
 Position = str | tuple[int, int]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.unet_versatile import flow_name
-from .checks import check_integer
-from .versatile_conditions import Conditions
-from .versatile_contexts import NULL_PICTURES
+from ...models.unet_versatile import flow_name
+from ..checks import check_integer
+from .conditions import Conditions
+from .contexts import NULL_PICTURES
 
 DATA_TYPES = ("image", "text")  # what the pipeline can decode
 COLOR_ADJUSTMENTS = ("simple", "histogram")

@@ -1,7 +1,7 @@
 """Super-resolution with latent diffusion.
 
 Rombach et al., arXiv 2112.10752, section 4.4; original: CompVis/latent-diffusion@a506df5
-:models/ldm/bsr_sr/config.yaml and its notebook (code and weights MIT). Differences: see `pipeline_ldm_base.py`; sizes
+:models/ldm/bsr_sr/config.yaml and its notebook (code and weights MIT). Differences: see `base.py`; sizes
 are never corrected silently.
 """
 
@@ -14,13 +14,13 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.images import image_batch
-from ..models.unet_ldm import LDMUNet
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_side
-from .checks_ldm import check_components
-from .ldm_denoising import LDMCondition
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.images import image_batch
+from ...models.unet_ldm import LDMUNet
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_side
+from .base import Generators, LDMBasePipeline
+from .checks import check_components
+from .denoising import LDMCondition
 
 
 class LDMUpscalePipeline(LDMBasePipeline):

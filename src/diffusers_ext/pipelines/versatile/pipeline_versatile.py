@@ -17,11 +17,11 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..conditions.focus import select_ranks
-from ..schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, step_arguments
-from .callbacks import Callback, callback_tensor_names, report_step, start_scale
-from .cards import PROMPT
-from .checks import (
+from ...conditions.focus import select_ranks
+from ...schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, step_arguments
+from ..callbacks import Callback, callback_tensor_names, report_step, start_scale
+from ..cards import PROMPT
+from ..checks import (
     as_generators,
     check_callback_tensors,
     check_decoded,
@@ -32,8 +32,9 @@ from .checks import (
     check_predictions,
     check_side,
 )
-from .checks_ldm import check_eta, check_steps, check_timesteps
-from .checks_versatile import (
+from ..ldm.checks import check_eta, check_steps, check_timesteps
+from .base import Generators, VersatileBasePipeline
+from .checks import (
     MIXINGS,
     NULL_IMAGES,
     check_choice,
@@ -53,11 +54,10 @@ from .checks_versatile import (
     check_temperature,
 )
 from .color_matching import adjust_colors
+from .conditions import Conditions, read_conditions
+from .contexts import stretch_picture
+from .denoising import FlowContext, predict_flow_noise, start_level
 from .optimus_text import sentence_ids, word_piece_window
-from .pipeline_versatile_base import Generators, VersatileBasePipeline
-from .versatile_conditions import Conditions, read_conditions
-from .versatile_contexts import stretch_picture
-from .versatile_denoising import FlowContext, predict_flow_noise, start_level
 
 Embeds = dict[str, tuple[Tensor | None, Tensor | None]]  # context type -> tokens, tokens of "no context"
 

@@ -2,7 +2,7 @@
 
 Rombach et al., arXiv 2112.10752, section 4.1 and appendix C; original: CompVis/latent-diffusion@a506df5
 :scripts/sample_diffusion.py and ldm/models/diffusion/ddim.py (code and weights MIT). Differences: see
-`pipeline_ldm_base.py`.
+`base.py`.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.images import image_batch
-from ..conditions.inpainting import continue_pixels
-from ..conditions.masks import mask_batch, mask_to_tokens
-from ..models.unet_ldm import LDMUNet
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer
-from .checks_ldm import check_components, check_count, check_guidance_fn, check_mask
-from .ldm_denoising import KnownRegion, LDMCondition
-from .ldm_first_stage import encode_first_stage
-from .ldm_guidance import GuidanceFn
-from .ldm_tiling import Tiles
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.images import image_batch
+from ...conditions.inpainting import continue_pixels
+from ...conditions.masks import mask_batch, mask_to_tokens
+from ...models.unet_ldm import LDMUNet
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer
+from .base import Generators, LDMBasePipeline
+from .checks import check_components, check_count, check_guidance_fn, check_mask
+from .denoising import KnownRegion, LDMCondition
+from .first_stage import encode_first_stage
+from .picture_guidance import GuidanceFn
+from .tiling import Tiles
 
 
 class LDMUnconditionalPipeline(LDMBasePipeline):
@@ -38,7 +38,7 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
 
         pipe(batch_size=4, num_inference_steps=100, eta=1.0)
         pipe(image=picture, mask_image=mask)                                         # white in the mask: drawn
-        pipe(guidance_fn=low_resolution_guidance(small_picture))                     # see ldm_guidance.py
+        pipe(guidance_fn=low_resolution_guidance(small_picture))                     # see picture_guidance.py
         pipe(guidance_fn=lambda x: lpips(x, target).flatten(), guidance_fn_scale=10) # perceptual
         pipe(guidance_fn=lambda x: -clip_similarity(x, "a face"), guidance_fn_scale=100)
         pipe(height=1024, width=1024, tile_size=512)                                 # in tiles

@@ -1,7 +1,7 @@
 """Text to image with latent diffusion.
 
 Rombach et al., arXiv 2112.10752, section 4.3.1; original: CompVis/latent-diffusion@a506df5:scripts/txt2img.py (code
-and weights MIT). Differences: see `pipeline_ldm_base.py`; negative prompts and embeddings may be given.
+and weights MIT). Differences: see `base.py`; negative prompts and embeddings may be given.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .callbacks import Callback, callback_tensor_names
-from .checks import as_texts, check_integer, check_parts
-from .checks_ldm import check_components
-from .clip_vectors import text_window
-from .ldm_denoising import LDMCondition
-from .pipeline_ldm_base import Generators, LDMBasePipeline
-from .tokenization import tokenize_texts, warn_of_cuts
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import as_texts, check_integer, check_parts
+from ..clip_vectors import text_window
+from ..tokenization import tokenize_texts, warn_of_cuts
+from .base import Generators, LDMBasePipeline
+from .checks import check_components
+from .denoising import LDMCondition
 
 
 class LDMTextPipeline(LDMBasePipeline):

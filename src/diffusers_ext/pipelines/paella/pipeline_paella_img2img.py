@@ -14,10 +14,10 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.images import resize_images
-from .callbacks import Callback, callback_tensor_names
-from .checks_paella import check_components, check_count, check_sample_mode, check_size, check_strength
-from .pipeline_paella_base import Generators, PaellaBasePipeline
+from ...conditions.images import resize_images
+from ..callbacks import Callback, callback_tensor_names
+from .base import Generators, PaellaBasePipeline
+from .checks import check_components, check_count, check_sample_mode, check_size, check_strength
 
 
 class PaellaImg2ImgPipeline(PaellaBasePipeline):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from ..models.blocks.wrappers import with_forward_hooks
+from ...models.blocks.wrappers import with_forward_hooks
 
 # A picture of one grey value that stands for "no picture": mid-grey in the first release, black for texts since.
 NULL_PICTURES = {"grey": 127, "black": 0}

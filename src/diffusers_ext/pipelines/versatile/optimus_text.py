@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tokenization import tokenize_texts, warn_of_cuts
+from ..tokenization import tokenize_texts, warn_of_cuts
 
 MAX_WORD_PIECES = 77  # of a sentence, [CLS] and [SEP] not counted
 MAX_SENTENCE_LENGTH = 30  # tokens that are decoded, <BOS> and <EOS> included

@@ -22,25 +22,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conditions.focus import rescale_ranks
-from ..models.autoencoder_optimus import AutoencoderOptimus
-from ..models.unet_versatile import VersatileUNet
-from .checks import as_generators, as_texts
-from .checks_versatile import NULL_IMAGES, check_choice, check_parts
-from .clip_vectors import text_ids
-from .listed_options import record_sample_size, sample_sides
-from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
-from .repeated_words import merge_repeated_words
-from .sharing import LOOKUP_ARGUMENTS, SharingPipeline
-from .tokenization import warn_of_cuts
-from .versatile_conditions import Conditions, read_conditions
-from .versatile_contexts import (
+from ...conditions.focus import rescale_ranks
+from ...models.autoencoder_optimus import AutoencoderOptimus
+from ...models.unet_versatile import VersatileUNet
+from ..base import LOOKUP_ARGUMENTS, HousePipeline
+from ..checks import as_generators, as_texts
+from ..clip_vectors import text_ids
+from ..listed_options import record_sample_size, sample_sides
+from ..tokenization import warn_of_cuts
+from .checks import NULL_IMAGES, check_choice, check_parts
+from .conditions import Conditions, read_conditions
+from .contexts import (
     image_context,
     mask_to_token_weights,
     null_picture,
     prepare_pictures,
     text_context,
 )
+from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
+from .repeated_words import merge_repeated_words
 
 Generators = torch.Generator | list[torch.Generator] | None
 _MODEL_ARGUMENTS = (  # of the pipeline's `from_pretrained`, which the network's takes too
@@ -55,7 +55,7 @@ _NEEDED_BY = {  # components that only some flows need
 }
 
 
-class VersatileBasePipeline(SharingPipeline):
+class VersatileBasePipeline(HousePipeline):
     """Components of Versatile Diffusion, and what they do for a call.
 
     Args:

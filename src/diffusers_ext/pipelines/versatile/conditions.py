@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..conditions.images import image_list
-from ..conditions.masks import mask_values
+from ...conditions.images import image_list
+from ...conditions.masks import mask_values
 
 
 @dataclass

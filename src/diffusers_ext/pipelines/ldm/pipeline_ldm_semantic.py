@@ -1,7 +1,7 @@
 """Pictures of a semantic label map with latent diffusion, of any size.
 
 Rombach et al., arXiv 2112.10752, section 4.3.2; original: CompVis/latent-diffusion@a506df5
-:models/ldm/semantic_synthesis256/config.yaml (code and weights MIT). Differences: see `pipeline_ldm_base.py`.
+:models/ldm/semantic_synthesis256/config.yaml (code and weights MIT). Differences: see `base.py`.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.label_maps import label_batch, resize_labels
-from ..models.encoders_ldm import LDMSpatialRescaler
-from ..models.unet_ldm import LDMUNet
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_parts
-from .checks_ldm import check_components, check_rescaler
-from .ldm_denoising import LDMCondition
-from .listed_options import read_option
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.label_maps import label_batch, resize_labels
+from ...models.encoders_ldm import LDMSpatialRescaler
+from ...models.unet_ldm import LDMUNet
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_parts
+from ..listed_options import read_option
+from .base import Generators, LDMBasePipeline
+from .checks import check_components, check_rescaler
+from .denoising import LDMCondition
 
 
 class LDMSemanticPipeline(LDMBasePipeline):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditions.named_boxes import find_class
-from ..models.vq_paella import GumbelVQModel, bare_tokenizer
-from .checks import as_texts, check_side
+from ...conditions.named_boxes import find_class
+from ...models.vq_paella import GumbelVQModel, bare_tokenizer
+from ..checks import as_texts, check_side
 
 SAMPLE_MODES = ("argmax", "sample")
 

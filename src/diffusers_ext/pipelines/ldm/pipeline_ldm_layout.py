@@ -2,7 +2,7 @@
 
 Rombach et al., arXiv 2112.10752, section 4.3.1; original: CompVis/latent-diffusion@a506df5 (code and weights MIT),
 which published the network, but neither its data set class nor any way to give it boxes. Differences: see
-`pipeline_ldm_base.py` and `conditions/layout.py`.
+`base.py` and `conditions/layout.py`.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
-from ..conditions.layout import LayoutObject, LayoutTokenizer
-from ..conditions.named_boxes import draw_layout, read_layouts
-from ..models.encoders_ldm import LDMLayoutEncoder
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_parts
-from .checks_ldm import check_components
-from .ldm_denoising import LDMCondition
-from .ldm_tiling import Tiles
-from .listed_options import read_option
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.layout import LayoutObject, LayoutTokenizer
+from ...conditions.named_boxes import draw_layout, read_layouts
+from ...models.encoders_ldm import LDMLayoutEncoder
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_parts
+from ..listed_options import read_option
+from .base import Generators, LDMBasePipeline
+from .checks import check_components
+from .denoising import LDMCondition
+from .tiling import Tiles
 
 
 class LDMLayoutPipeline(LDMBasePipeline):

@@ -13,9 +13,9 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from ..guidance import classifier_free_guidance
-from ..models.unet_versatile import VersatileUNet
-from .ldm_denoising import ldm_scheduler
+from ...guidance import classifier_free_guidance
+from ...models.unet_versatile import VersatileUNet
+from ..ldm.denoising import ldm_scheduler
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Inpainting with a latent diffusion model that was trained for it.
 
 Rombach et al., arXiv 2112.10752, section 4.5; original: CompVis/latent-diffusion@a506df5:scripts/inpaint.py (code and
-weights MIT). Differences: see `pipeline_ldm_base.py`; masks are binary, not made so.
+weights MIT). Differences: see `base.py`; masks are binary, not made so.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.images import image_batch
-from ..conditions.inpainting import composite
-from ..conditions.masks import mask_batch
-from ..models.unet_ldm import LDMUNet
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_parts
-from .checks_ldm import check_components, check_count, check_mask
-from .ldm_denoising import LDMCondition
-from .ldm_first_stage import encode_masked_image, first_stage_channels
-from .ldm_tiling import Tiles
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.images import image_batch
+from ...conditions.inpainting import composite
+from ...conditions.masks import mask_batch
+from ...models.unet_ldm import LDMUNet
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_parts
+from .base import Generators, LDMBasePipeline
+from .checks import check_components, check_count, check_mask
+from .denoising import LDMCondition
+from .first_stage import encode_masked_image, first_stage_channels
+from .tiling import Tiles
 
 
 class LDMInpaintPipeline(LDMBasePipeline):

@@ -17,10 +17,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor
 
-from ..conditions.inpainting import latent_mask, masked_image
-from ..models.blocks.wrappers import unwrap, with_forward_hooks
-from ..models.vq_paella import GumbelVQModel, codebook, codebook_table
-from .ldm_tiling import TileGrid
+from ...conditions.inpainting import latent_mask, masked_image
+from ...models.blocks.wrappers import unwrap, with_forward_hooks
+from ...models.vq_paella import GumbelVQModel, codebook, codebook_table
+from .tiling import TileGrid
 
 FirstStage = AutoencoderKL | VQModel
 VQ_DEFAULT_SCALE = 0.18215  # of diffusers' VQModel: the text model's KL autoencoder has it, no released VQ model does

@@ -8,10 +8,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from ..models.blocks.wrappers import unwrap
-from ..schedulers.gaussian import check_falling, check_gaussian_scheduler, scheduler_setting
-from .checks import check_integer, check_side
-from .ldm_first_stage import first_stage_channels
+from ...models.blocks.wrappers import unwrap
+from ...schedulers.gaussian import check_falling, check_gaussian_scheduler, scheduler_setting
+from ..checks import check_integer, check_side
+from .first_stage import first_stage_channels
 
 
 def check_components(pipe: Any, *, concat_channels: int | None = 0, context_width: int | None = None) -> None:

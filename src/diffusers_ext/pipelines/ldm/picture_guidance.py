@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..conditions.images import image_batch
-from ..schedulers.gaussian import scheduler_attribute, scheduler_setting
+from ...conditions.images import image_batch
+from ...schedulers.gaussian import scheduler_attribute, scheduler_setting
 
 GuidanceFn = Callable[[Tensor], Tensor]
 

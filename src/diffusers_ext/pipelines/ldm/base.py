@@ -19,10 +19,11 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..models.blocks.wrappers import unwrap
-from ..schedulers.gaussian import step_arguments
-from .callbacks import Callback, report_step, start_scale
-from .checks import (
+from ...models.blocks.wrappers import unwrap
+from ...schedulers.gaussian import step_arguments
+from ..base import HousePipeline
+from ..callbacks import Callback, report_step, start_scale
+from ..checks import (
     as_generators,
     check_callback_tensors,
     check_decoded,
@@ -32,7 +33,8 @@ from .checks import (
     check_parts,
     check_predictions,
 )
-from .checks_ldm import (
+from ..listed_options import record_option, record_sample_size, sample_sides
+from .checks import (
     check_eta,
     check_latents,
     check_no_guidance,
@@ -41,23 +43,21 @@ from .checks_ldm import (
     check_tiles,
     check_timesteps,
 )
-from .ldm_denoising import KnownRegion, LDMCondition
-from .ldm_first_stage import (
+from .denoising import KnownRegion, LDMCondition
+from .first_stage import (
     decode_first_stage,
     first_stage_channels,
     first_stage_factor,
     has_unset_scale,
     latent_scale,
 )
-from .ldm_guidance import GuidanceFn, guide_prediction, split_prediction
-from .ldm_tiling import Tiles
-from .listed_options import record_option, record_sample_size, sample_sides
-from .sharing import SharingPipeline
+from .picture_guidance import GuidanceFn, guide_prediction, split_prediction
+from .tiling import Tiles
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class LDMBasePipeline(SharingPipeline):
+class LDMBasePipeline(HousePipeline):
     """Components and loop of the latent-diffusion pipelines.
 
     Args:

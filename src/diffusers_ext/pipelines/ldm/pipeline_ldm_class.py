@@ -2,7 +2,7 @@
 
 Rombach et al., arXiv 2112.10752, section 4.3.1 and appendix E.2 (LDM-4 and LDM-8 on ImageNet); original:
 CompVis/latent-diffusion@a506df5:configs/latent-diffusion/cin256-v2.yaml and its notebook (code and weights MIT).
-Differences: see `pipeline_ldm_base.py`; classes may be named.
+Differences: see `base.py`; classes may be named.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ..conditions.named_boxes import find_class
-from ..models.encoders_ldm import LDMClassEmbedder
-from .callbacks import Callback, callback_tensor_names
-from .checks import check_integer, check_parts
-from .checks_ldm import check_components
-from .ldm_denoising import LDMCondition
-from .listed_options import read_option
-from .pipeline_ldm_base import Generators, LDMBasePipeline
+from ...conditions.named_boxes import find_class
+from ...models.encoders_ldm import LDMClassEmbedder
+from ..callbacks import Callback, callback_tensor_names
+from ..checks import check_integer, check_parts
+from ..listed_options import read_option
+from .base import Generators, LDMBasePipeline
+from .checks import check_components
+from .denoising import LDMCondition
 
 
 class LDMClassConditionalPipeline(LDMBasePipeline):

@@ -21,10 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conditions.images import image_batch, image_list
-from ..guidance import classifier_free_guidance
-from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import (
+from ...conditions.images import image_batch, image_list
+from ...guidance import classifier_free_guidance
+from ...models.unet_paella import PaellaUNet
+from ...models.vq_paella import (
     GumbelVQModel,
     PaellaVQModel,
     Tokenizer,
@@ -32,9 +32,10 @@ from ..models.vq_paella import (
     downsample_factor,
     encode_indices,
 )
-from ..schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
-from .callbacks import Callback, report_step, start_scale
-from .checks import (
+from ...schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from ..base import HousePipeline
+from ..callbacks import Callback, report_step, start_scale
+from ..checks import (
     as_texts,
     check_callback_tensors,
     check_decoded,
@@ -43,7 +44,10 @@ from .checks import (
     check_integer,
     check_output_type,
 )
-from .checks_paella import (
+from ..clip_vectors import image_vectors, text_ids
+from ..listed_options import read_option, record_option, record_sample_size, sample_sides
+from ..tokenization import warn_of_cuts
+from .checks import (
     check_components,
     check_conditions,
     check_image_components,
@@ -52,15 +56,11 @@ from .checks_paella import (
     check_size,
     check_text_components,
 )
-from .clip_vectors import image_vectors, text_ids
-from .listed_options import read_option, record_option, record_sample_size, sample_sides
-from .sharing import SharingPipeline
-from .tokenization import warn_of_cuts
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class PaellaBasePipeline(SharingPipeline):
+class PaellaBasePipeline(HousePipeline):
     """Components, conditions and loop of the Paella pipelines: a checkpoint loads into each, `from_pipe` shares it.
 
     Args:
