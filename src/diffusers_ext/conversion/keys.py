@@ -108,7 +108,14 @@ def load_original(path: str | Path, *, allow_pickle: bool = False) -> dict[str, 
     return content
 
 
-def unwrap_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+class Weights(dict[str, Tensor]):
+    """Weights by name. Asking for one that is not there is an error of the checkpoint, which names it."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"The checkpoint lacks {key}, which tells a size. It starts with {list(self)[:3]}.")
+
+
+def unwrap_state_dict(state_dict: Mapping[str, Any]) -> Weights:
     """The weights of a state dict that is flat, lies under `"state_dict"`, or comes from a DDP module (`module.`)."""
     weights = state_dict.get("state_dict", state_dict)
     if weights and all(key.startswith("module.") for key in weights):
@@ -119,7 +126,7 @@ def unwrap_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             f"`state_dict` holds {listing(strangers) if strangers else 'nothing'}: expected tensors by name, or a "
             "dict with them under 'state_dict'."
         )
-    return dict(weights)
+    return Weights(weights)
 
 
 def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
@@ -164,7 +171,7 @@ def count_heads(name: str, width: int, heads: int | None, head_width: int = 64) 
     return heads
 
 
-def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Iterable[str] = ()) -> dict[str, Tensor]:
+def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Iterable[str] = ()) -> Weights:
     """Renames every key that is not left out by the first rule that fits it.
 
     Args:
@@ -177,7 +184,7 @@ def rename_keys(state_dict: Mapping[str, Tensor], rules: Rules, *, ignore: Itera
     """
     compiled = [(_compile(source), target) for source, target in rules]
     ignored = [_compile(pattern) for pattern in ignore]
-    renamed: dict[str, Tensor] = {}
+    renamed = Weights()
     unknown, clashes = [], []
     for key, value in state_dict.items():
         if any(pattern.fullmatch(key) for pattern in ignored):

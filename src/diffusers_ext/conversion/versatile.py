@@ -114,7 +114,7 @@ def read_versatile_unet(
             f"The checkpoint holds keys that this converter does not know: {listing(strangers)}. A checkpoint of "
             "several networks is taken apart by `split_versatile_checkpoint`."
         )
-    data = {kind: prefix for kind, prefix in prefixes.items() if f"{prefix}{layout.first}weight" in weights}
+    data = {kind: p for kind, p in prefixes.items() if any(k.startswith(p + layout.first) for k in weights)}
     contexts = {kind: p for kind, p in prefixes.items() if any(k.startswith(p + layout.context) for k in weights)}
     if not data or not contexts:
         raise ValueError(
