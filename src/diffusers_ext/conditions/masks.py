@@ -165,7 +165,7 @@ def _single(mask: Any, name: str) -> tuple[Tensor, int]:
     if isinstance(mask, Image.Image):
         values = torch.from_numpy(read_grey(mask, name))
     elif isinstance(mask, (np.ndarray, Tensor)):
-        values = torch.as_tensor(mask).detach()
+        values = mask.detach() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
         channel = -1 if isinstance(mask, np.ndarray) or values.ndim == 3 else 1
         if values.ndim in (3, 4) and values.shape[channel] == 1:  # no mask is one pixel wide
             values = values.squeeze(channel)
