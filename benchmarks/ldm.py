@@ -41,11 +41,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from diffusers_ext.losses.diffusion import noise_error
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
 from diffusers_ext.pipelines.ldm.first_stage import encode_first_stage, latent_scale
 from diffusers_ext.pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
 from diffusers_ext.pipelines.ldm.pipeline_ldm_unconditional import LDMUnconditionalPipeline
 from diffusers_ext.pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
+from diffusers_ext.schedulers.gaussian import ldm_scheduler
 
 PROMPTS = ["a large red circle on the left", "a small blue star"]
 CPU = {"resolution": 64, "channels": 32, "first_stage_channels": 32, "context": 128, "batch_size": 4, "steps": 10}

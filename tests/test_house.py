@@ -64,6 +64,7 @@ LAW = {
 CONTAINS = {
     *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
 }  # (module of a system, module of a part of it), both of conversion/
+FAMILIES = {path.name for path in (PACKAGE / "pipelines").iterdir() if (path / "__init__.py").is_file()}
 PARENTS: set[tuple[str, str]] = set()  # (derived model, its parent), both modules of models/
 OPTIONAL = {"datasets", "lpips", "matplotlib", "open_clip", "skimage", "tensorboard", "torchmetrics", "torchvision"}
 TOP_LEVEL = {"benchmarks", "pipelines", "tests", "training"}  # nothing in the package imports these
@@ -129,6 +130,9 @@ def breaches(path: Path) -> list[str]:
             # the module of a system may use that of a system which it contains, the catalogue all of them
             shared = {"keys", "adm", "taming"}
             allowed = not rest or rest[0] in shared or inner == ["catalogue"] or (inner[0], rest[0]) in CONTAINS
+        elif unit == "pipelines" and rest and rest[0] in FAMILIES:
+            # a family uses what all share, and no other family's folder
+            allowed = inner[0] == rest[0]
         else:
             allowed = True
         if not allowed:
@@ -162,6 +166,10 @@ def test_import_law_sees_a_breach(tmp_path, monkeypatch):
     assert breaches(other) == [
         "diffusers_ext.schedulers.scheduling_y imports diffusers_ext.pipelines.paella.pipeline_paella"
     ]
+    family = tmp_path / "diffusers_ext" / "pipelines" / "paella" / "base.py"
+    family.parent.mkdir(parents=True)
+    family.write_text("from ..ldm.tiling import Tiles\nfrom ..checks import check_integer\nfrom .checks import x\n")
+    assert breaches(family) == ["diffusers_ext.pipelines.paella.base imports diffusers_ext.pipelines.ldm.tiling"]
 
 
 def test_no_circle():

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from diffusers_ext.models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
 from diffusers_ext.models.unet_ldm import LDMUNet
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
 from diffusers_ext.pipelines.ldm.first_stage import FirstStage, first_stage_channels, first_stage_factor
 from diffusers_ext.pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
 from diffusers_ext.pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
@@ -25,6 +24,7 @@ from diffusers_ext.pipelines.ldm.pipeline_ldm_semantic import LDMSemanticPipelin
 from diffusers_ext.pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
 from diffusers_ext.pipelines.ldm.pipeline_ldm_unconditional import LDMUnconditionalPipeline
 from diffusers_ext.pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
+from diffusers_ext.schedulers.gaussian import ldm_scheduler
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline

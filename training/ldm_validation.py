@@ -17,8 +17,8 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.conditions.inpainting import masked_image
 from diffusers_ext.evaluation.image_quality import picture_grid, psnr
+from diffusers_ext.pipelines.checks import check_timesteps
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
-from diffusers_ext.pipelines.ldm.checks import check_timesteps
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 

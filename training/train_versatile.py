@@ -29,8 +29,7 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.preprocessing import choose_text, prepare_image
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.pipelines.ldm.checks import check_steps, check_timesteps
+from diffusers_ext.pipelines.checks import check_guidance_scale, check_steps, check_timesteps
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 from diffusers_ext.pipelines.versatile.optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline

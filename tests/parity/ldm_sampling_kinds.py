@@ -26,13 +26,9 @@ from diffusers_ext.losses.kl import kl_divergence, reconstruction_nll
 from diffusers_ext.losses.perceptual import LPIPSDistance
 from diffusers_ext.losses.quantization import codebook_perplexity
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.pipelines.ldm.denoising import (
-    keep_known_latents,
-    ldm_scheduler,
-    predict_noise,
-    set_original_timesteps,
-)
+from diffusers_ext.pipelines.ldm.denoising import keep_known_latents, predict_noise
 from diffusers_ext.pipelines.ldm.tiling import TileGrid
+from diffusers_ext.schedulers.gaussian import ldm_scheduler, set_original_timesteps
 from diffusers_ext.training_utils.schedules import Cycles, WarmupDecay, ldm_ema
 
 

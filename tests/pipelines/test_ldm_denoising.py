@@ -4,15 +4,9 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel, UNet2DModel
 
-from diffusers_ext.pipelines.ldm.denoising import (
-    KnownRegion,
-    LDMCondition,
-    keep_known_latents,
-    ldm_scheduler,
-    predict_noise,
-    set_original_timesteps,
-)
+from diffusers_ext.pipelines.ldm.denoising import KnownRegion, LDMCondition, keep_known_latents, predict_noise
 from diffusers_ext.pipelines.ldm.tiling import TileGrid
+from diffusers_ext.schedulers.gaussian import ldm_scheduler, set_original_timesteps
 
 BLOCKS = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
 

@@ -5,13 +5,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch.nn import functional as F
 
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
-from diffusers_ext.pipelines.ldm.picture_guidance import (
-    guide_prediction,
-    low_resolution_guidance,
-    signal_and_noise,
-    split_prediction,
-)
+from diffusers_ext.pipelines.ldm.picture_guidance import guide_prediction, low_resolution_guidance
+from diffusers_ext.schedulers.gaussian import ldm_scheduler, signal_and_noise, split_prediction
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

@@ -25,7 +25,7 @@ from pipelines.tiny_ldm import (
     tiny_unet,
 )
 
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
+from diffusers_ext.schedulers.gaussian import ldm_scheduler
 
 SCHEDULERS = {
     "DDIM": (DDIMScheduler, {}),

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from diffusers_ext import LDMUnconditionalPipeline
 from diffusers_ext.losses.perceptual import LPIPSDistance
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
 from diffusers_ext.pipelines.ldm.picture_guidance import low_resolution_guidance
+from diffusers_ext.schedulers.gaussian import ldm_scheduler
 
 WEAK = ldm_scheduler(0.0005, 0.009).config
 

@@ -15,10 +15,10 @@ from pipelines.tiny_versatile import tiny_versatile_components
 
 from diffusers_ext.conditions.focus import rescale_ranks, select_ranks
 from diffusers_ext.guidance import classifier_free_guidance
-from diffusers_ext.pipelines.ldm.picture_guidance import signal_and_noise
 from diffusers_ext.pipelines.versatile.color_matching import match_color_statistics
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
+from diffusers_ext.schedulers.gaussian import signal_and_noise
 
 STEPS = {"num_inference_steps": 2}
 LATENT = {**STEPS, "output_type": "latent", "return_dict": False}

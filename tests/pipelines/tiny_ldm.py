@@ -17,7 +17,7 @@ from pipelines.tiny_paella import quiet, tiny_tokenizer
 import diffusers_ext
 from diffusers_ext.models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
 from diffusers_ext.models.unet_ldm import LDMUNet
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
+from diffusers_ext.schedulers.gaussian import ldm_scheduler
 
 CONTEXT_DIM = 16
 CLASSES = ["circle", "square", "star"]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers.utils.dummy_pt_objects import DummyObject
 
-from diffusers_ext.pipelines.ldm.denoising import ldm_scheduler
-from diffusers_ext.pipelines.ldm.picture_guidance import signal_and_noise
 from diffusers_ext.schedulers.gaussian import (
     check_falling,
     check_gaussian_scheduler,
+    ldm_scheduler,
     scheduler_attribute,
     scheduler_setting,
+    signal_and_noise,
     step_arguments,
 )
 

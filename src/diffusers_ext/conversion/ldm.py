@@ -12,7 +12,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from ..pipelines.ldm.denoising import ldm_scheduler
+from ..schedulers.gaussian import ldm_scheduler
 from .keys import SCHEDULE_BUFFERS, listing, unwrap_state_dict
 
 _EMA_COUNTERS = ("decay", "num_updates")

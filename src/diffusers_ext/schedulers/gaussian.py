@@ -4,8 +4,11 @@ An adapter has the scheduler that it works with as `.scheduler`, and that one's 
 """
 
 import inspect
+import math
 from typing import Any
 
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 WAY_OUT = (
@@ -97,3 +100,92 @@ def check_falling(scheduler: Any) -> None:
             f"`scheduler` is a {type(scheduler).__name__}, which goes from timestep {float(timesteps[0]):g} up to"
             f" {float(timesteps[-1]):g}: it makes noise of a picture. {WAY_OUT}"
         )
+
+
+def ldm_scheduler(
+    beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
+) -> DDIMScheduler:
+    """A scheduler with the original's numbers: betas are squares of evenly spaced numbers, nothing is clipped.
+
+    Any other diffusers scheduler can be made of its config. The last step goes to timestep 0, not beyond it.
+    """
+    return DDIMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
+
+
+def set_original_timesteps(
+    scheduler: DDIMScheduler, num_inference_steps: int, device: str | torch.device | None = None
+) -> None:
+    """The original's timesteps, 1, 1 + c, 1 + 2c ... below T with c = T // num_inference_steps, in sampling order.
+
+    Where the number of steps does not divide T these are more steps than asked for, from a higher noise level:
+    diffusers' own `set_timesteps` runs exactly as many, from a lower one. Results differ; this is for reproduction.
+
+    Raises:
+        ValueError: if the original cannot run that number of steps: it asks for timestep T, which does not exist.
+    """
+    last = int(scheduler_setting(scheduler, "num_train_timesteps"))
+    if not 1 <= num_inference_steps <= last:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must lie between 1 and {last}.")
+    stride = last // num_inference_steps
+    timesteps = [start + 1 for start in range(0, last, stride)]
+    if timesteps[-1] >= last:
+        raise ValueError(
+            f"`num_inference_steps` is {num_inference_steps}: with steps of {stride} the original reaches timestep "
+            f"{last}, the last one is {last - 1}. Use a divisor of {last}, or the scheduler's own `set_timesteps`."
+        )
+    scheduler.set_timesteps(num_inference_steps, device=device)  # type: ignore[arg-type] # takes None
+    scheduler.timesteps = torch.tensor(timesteps[::-1], device=device)
+
+
+def start_level(timesteps: Tensor, strength: float, order: int = 1) -> tuple[Tensor | None, Tensor]:
+    """Where to start from a picture: the timestep to which it is noised, and those that are run, in this order.
+
+    As in the original, the first of these lies one step below the level of the noise.
+
+    Args:
+        timesteps: of the whole schedule, in sampling order (n,).
+        strength: share of them that is run, below 1. With too few there is nothing to run, and no level.
+        order: of the scheduler: how many timesteps make a step. The last one may have fewer.
+    """
+    steps = math.ceil(len(timesteps) / order)
+    count = min(int(steps * strength + 1e-6), steps - 1)  # 50 * 0.58 is 28.999... in binary numbers
+    if count == 0:
+        return None, timesteps[:0]
+    first = (steps - count) * order
+    return timesteps[first - order], timesteps[first:]
+
+
+def signal_and_noise(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """sqrt(abar) and sqrt(1 - abar) at a timestep, which need not be a whole number.
+
+    Between timesteps the ratio of the two is interpolated, as schedulers that work with it do.
+    """
+    abar = scheduler_attribute(scheduler, "alphas_cumprod").cpu().double()
+    ratios = ((1 - abar) / abar).sqrt()
+    position = min(max(float(timestep), 0.0), len(abar) - 1.0)
+    low = int(position)
+    ratio = float(torch.lerp(ratios[low], ratios[min(low + 1, len(abar) - 1)], position - low))
+    signal = (1 + ratio**2) ** -0.5
+    return signal, ratio * signal
+
+
+def split_prediction(scheduler: Any, prediction: Tensor, scaled: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise (float32) that a network's prediction for `scaled` latents amounts to."""
+    signal, noise_level = signal_and_noise(scheduler, timestep)
+    prediction, scaled = prediction.float(), scaled.float()
+    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
+    if kind == "v_prediction":
+        return signal * scaled - noise_level * prediction, noise_level * scaled + signal * prediction
+    if kind == "sample":
+        return prediction, (scaled - signal * prediction) / noise_level
+    return (scaled - noise_level * prediction) / signal, prediction

@@ -20,29 +20,24 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...models.blocks.wrappers import unwrap
-from ...schedulers.gaussian import step_arguments
+from ...schedulers.gaussian import split_prediction, step_arguments
 from ..base import HousePipeline
 from ..callbacks import Callback, report_step, start_scale
 from ..checks import (
     as_generators,
     check_callback_tensors,
     check_decoded,
+    check_eta,
     check_generator,
     check_guidance_scale,
     check_output_type,
     check_parts,
     check_predictions,
-)
-from ..listed_options import record_option, record_sample_size, sample_sides
-from .checks import (
-    check_eta,
-    check_latents,
-    check_no_guidance,
-    check_size,
     check_steps,
-    check_tiles,
     check_timesteps,
 )
+from ..listed_options import record_option, record_sample_size, sample_sides
+from .checks import check_latents, check_no_guidance, check_size, check_tiles
 from .denoising import KnownRegion, LDMCondition
 from .first_stage import (
     decode_first_stage,
@@ -51,7 +46,7 @@ from .first_stage import (
     has_unset_scale,
     latent_scale,
 )
-from .picture_guidance import GuidanceFn, guide_prediction, split_prediction
+from .picture_guidance import GuidanceFn, guide_prediction
 from .tiling import Tiles
 
 Generators = torch.Generator | list[torch.Generator] | None

@@ -9,7 +9,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ...models.blocks.wrappers import unwrap
-from ...schedulers.gaussian import check_falling, check_gaussian_scheduler, scheduler_setting
+from ...schedulers.gaussian import check_gaussian_scheduler
 from ..checks import check_integer, check_side
 from .first_stage import first_stage_channels
 
@@ -108,36 +108,6 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         )
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("`latents` holds values that are not finite.")
-
-
-def check_eta(eta: Any) -> None:
-    if isinstance(eta, bool) or not isinstance(eta, numbers.Real):
-        raise TypeError(f"`eta` must be a number, received {eta!r}.")
-    if not 0 <= float(eta) <= 1:
-        raise ValueError(f"`eta` must lie in [0, 1], received {eta}: 0 is deterministic, 1 is as noisy as DDPM.")
-
-
-def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
-    """A number of steps that the scheduler's training steps allow for."""
-    check_integer("num_inference_steps", num_inference_steps, 1)
-    last = int(scheduler_setting(scheduler, "num_train_timesteps"))
-    if num_inference_steps > last:
-        raise ValueError(
-            f"`num_inference_steps` must be at most {last}, the steps of the training; received {num_inference_steps}."
-        )
-
-
-def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
-    """What a scheduler made of the steps lies within the training: spacing "leading" with an offset may leave it."""
-    check_falling(scheduler)
-    highest = float(scheduler.timesteps.max())
-    last = int(scheduler_setting(scheduler, "num_train_timesteps")) - 1
-    if highest > last:
-        raise ValueError(
-            f"`num_inference_steps`={num_inference_steps} makes {type(scheduler).__name__} start at timestep"
-            f" {highest:g}, the last one of the training is {last}. Use fewer steps, or a scheduler with"
-            " steps_offset=0."
-        )
 
 
 def check_guidance_fn(guidance_fn: Any, guidance_fn_scale: Any) -> None:

@@ -10,58 +10,11 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...guidance import classifier_free_guidance
-from ...schedulers.gaussian import scheduler_setting
 from .tiling import TileGrid
-
-
-def ldm_scheduler(
-    beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
-) -> DDIMScheduler:
-    """A scheduler with the original's numbers: betas are squares of evenly spaced numbers, nothing is clipped.
-
-    Any other diffusers scheduler can be made of its config. The last step goes to timestep 0, not beyond it.
-    """
-    return DDIMScheduler(
-        num_train_timesteps=num_train_timesteps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-        prediction_type="epsilon",
-    )
-
-
-def set_original_timesteps(
-    scheduler: DDIMScheduler, num_inference_steps: int, device: str | torch.device | None = None
-) -> None:
-    """The original's timesteps, 1, 1 + c, 1 + 2c ... below T with c = T // num_inference_steps, in sampling order.
-
-    Where the number of steps does not divide T these are more steps than asked for, from a higher noise level:
-    diffusers' own `set_timesteps` runs exactly as many, from a lower one. Results differ; this is for reproduction.
-
-    Raises:
-        ValueError: if the original cannot run that number of steps: it asks for timestep T, which does not exist.
-    """
-    last = int(scheduler_setting(scheduler, "num_train_timesteps"))
-    if not 1 <= num_inference_steps <= last:
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}: it must lie between 1 and {last}.")
-    stride = last // num_inference_steps
-    timesteps = [start + 1 for start in range(0, last, stride)]
-    if timesteps[-1] >= last:
-        raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps}: with steps of {stride} the original reaches timestep "
-            f"{last}, the last one is {last - 1}. Use a divisor of {last}, or the scheduler's own `set_timesteps`."
-        )
-    scheduler.set_timesteps(num_inference_steps, device=device)  # type: ignore[arg-type] # takes None
-    scheduler.timesteps = torch.tensor(timesteps[::-1], device=device)
 
 
 def predict_noise(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...conditions.images import image_batch
-from ...schedulers.gaussian import scheduler_attribute, scheduler_setting
+from ...schedulers.gaussian import scheduler_setting, signal_and_noise, split_prediction
 
 GuidanceFn = Callable[[Tensor], Tensor]
 
@@ -33,32 +33,6 @@ def low_resolution_guidance(image: Any) -> GuidanceFn:
         return (small - target.to(small)).square().sum(dim=(1, 2, 3)) / 2
 
     return loss
-
-
-def signal_and_noise(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """sqrt(abar) and sqrt(1 - abar) at a timestep, which need not be a whole number.
-
-    Between timesteps the ratio of the two is interpolated, as schedulers that work with it do.
-    """
-    abar = scheduler_attribute(scheduler, "alphas_cumprod").cpu().double()
-    ratios = ((1 - abar) / abar).sqrt()
-    position = min(max(float(timestep), 0.0), len(abar) - 1.0)
-    low = int(position)
-    ratio = float(torch.lerp(ratios[low], ratios[min(low + 1, len(abar) - 1)], position - low))
-    signal = (1 + ratio**2) ** -0.5
-    return signal, ratio * signal
-
-
-def split_prediction(scheduler: Any, prediction: Tensor, scaled: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise (float32) that a network's prediction for `scaled` latents amounts to."""
-    signal, noise_level = signal_and_noise(scheduler, timestep)
-    prediction, scaled = prediction.float(), scaled.float()
-    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
-    if kind == "v_prediction":
-        return signal * scaled - noise_level * prediction, noise_level * scaled + signal * prediction
-    if kind == "sample":
-        return prediction, (scaled - signal * prediction) / noise_level
-    return (scaled - noise_level * prediction) / signal, prediction
 
 
 def guide_prediction(

@@ -4,7 +4,6 @@ Xu et al., arXiv 2211.08332; SHI-Labs/Versatile-Diffusion@cf0f4a2:lib/model_zoo/
 the scheduler's.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ...guidance import classifier_free_guidance
 from ...models.unet_versatile import VersatileUNet
-from ..ldm.denoising import ldm_scheduler
+from ...schedulers.gaussian import ldm_scheduler
 
 
 @dataclass(frozen=True)
@@ -87,21 +86,3 @@ def predict_flow_noise(
     else:  # contexts of other lengths do not stack
         uncond, cond = (unet(latents, timestep, half, **options)[0] for half in (negative, positive))
     return classifier_free_guidance(cond, uncond, guidance_scale)
-
-
-def start_level(timesteps: Tensor, strength: float, order: int = 1) -> tuple[Tensor | None, Tensor]:
-    """Where to start from a picture: the timestep to which it is noised, and those that are run, in this order.
-
-    As in the original, the first of these lies one step below the level of the noise.
-
-    Args:
-        timesteps: of the whole schedule, in sampling order (n,).
-        strength: share of them that is run, below 1. With too few there is nothing to run, and no level.
-        order: of the scheduler: how many timesteps make a step. The last one may have fewer.
-    """
-    steps = math.ceil(len(timesteps) / order)
-    count = min(int(steps * strength + 1e-6), steps - 1)  # 50 * 0.58 is 28.999... in binary numbers
-    if count == 0:
-        return None, timesteps[:0]
-    first = (steps - count) * order
-    return timesteps[first - order], timesteps[first:]

@@ -18,21 +18,23 @@ from PIL import Image
 from torch import Tensor
 
 from ...conditions.focus import select_ranks
-from ...schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, step_arguments
+from ...schedulers.gaussian import check_gaussian_scheduler, scheduler_attribute, start_level, step_arguments
 from ..callbacks import Callback, callback_tensor_names, report_step, start_scale
 from ..cards import PROMPT
 from ..checks import (
     as_generators,
     check_callback_tensors,
     check_decoded,
+    check_eta,
     check_generator,
     check_guidance_scale,
     check_integer,
     check_output_type,
     check_predictions,
     check_side,
+    check_steps,
+    check_timesteps,
 )
-from ..ldm.checks import check_eta, check_steps, check_timesteps
 from .base import Generators, VersatileBasePipeline
 from .checks import (
     MIXINGS,
@@ -56,7 +58,7 @@ from .checks import (
 from .color_matching import adjust_colors
 from .conditions import Conditions, read_conditions
 from .contexts import stretch_picture
-from .denoising import FlowContext, predict_flow_noise, start_level
+from .denoising import FlowContext, predict_flow_noise
 from .optimus_text import sentence_ids, word_piece_window
 
 Embeds = dict[str, tuple[Tensor | None, Tensor | None]]  # context type -> tokens, tokens of "no context"
