@@ -140,7 +140,8 @@ def sample(side: str, flow: str, pipe: Any, args: argparse.Namespace, steps: int
         given = {"text": {"prompt": PROMPT}, "image": {"image": picture(args), "null_image": "black"}}
         for context in [] if contexts else CONTEXTS[flow]:
             options |= given[context]
-        return pipe(**options, **contexts, text_ratio=RATIO).images
+        ratio = {"text_ratio": RATIO} if flow == "dual" else {}
+        return pipe(**options, **contexts, **ratio).images
     if flow == "text-to-image":
         return (pipe.text_to_image if side == "whole" else pipe)(PROMPT, **options).images
     if flow == "dual":
