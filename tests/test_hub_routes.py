@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hub_double import HubDouble
 from huggingface_hub import constants, hf_api
 from pipelines.contract import CASES, ONE_EACH, assert_alike, sample
 from pipelines.tiny_ldm import tiny_mask, tiny_picture
+from safetensors.torch import load_file
 
 from diffusers_ext import cli
 from diffusers_ext.training_utils.hub import export_self_contained, push_folder
@@ -35,6 +37,15 @@ def keep(route, repo, pipe):
     results[route, repo] = type(pipe).__name__, outcome, pipe.unet.state_dict()
 def fingerprint(route, repo, model):
     results[route, repo] = type(model).__name__, None, model.state_dict()
+"""
+# Card lines name no number of steps; two are enough here.
+QUICK = f"""
+import diffusers_ext
+def in_two_steps(call):
+    return lambda *args, **options: call(*args, **{{"num_inference_steps": 2}} | options)
+for name in {sorted({case.pipeline for case in CASES.values()})!r}:
+    pipeline = getattr(diffusers_ext, name)
+    pipeline.__call__ = in_two_steps(pipeline.__call__)
 """
 SAVING = '\ntorch.save(results, sys.argv[1] + ".results")\n'
 
@@ -105,6 +116,8 @@ def test_every_pipeline_loads_from_the_hub_in_a_fresh_process(pushed, load):
     for path in sorted((ROOT / "pipelines").glob("*.py")):
         entries[re.search(r"import (\w+Pipeline)\b", path.read_text())[1]] = str(path)
     code = f"""
+from safetensors.torch import load_file
+
 import diffusers_ext
 from diffusers import DiffusionPipeline
 entries = {entries!r}
@@ -164,13 +177,8 @@ def test_every_card_draws_from_the_repository(pushed, online, load, tmp_path):
         assert "pipeline_tag: " in card and "pip install diffusers" not in card
         assert "diffusers_ext" in cards[repo] and ("import diffusers_ext\n" in card) != repo.endswith("-exported")
     code = f"""
-import os, diffusers_ext
+import os
 os.chdir({str(tmp_path)!r})
-def in_two_steps(call):
-    return lambda *args, **options: call(*args, **{{"num_inference_steps": 2}} | options)
-for name in {sorted({case.pipeline for case in CASES.values()})!r}:
-    pipeline = getattr(diffusers_ext, name)
-    pipeline.__call__ = in_two_steps(pipeline.__call__)
 for repo, lines in {cards!r}.items():
     names = {{}}
     try:
@@ -179,7 +187,7 @@ for repo, lines in {cards!r}.items():
         raise AssertionError(f"{{repo}}:\\n{{lines}}") from error
     assert {{"image", "images", "larger", "text"}} & names.keys(), repo
 """
-    load(code, {})
+    load(QUICK + code, {})
 
 
 def test_bundled_checkpoints_are_exported_and_load(online, load, tmp_path, capsys):
@@ -221,3 +229,45 @@ for repo in [repo for repo in calls if not repo.endswith("-copy")]:
         assert all(torch.equal(one[2][key], other[2][key]) for key in one[2])
         if one[1] is not None:
             assert_alike(one[1], other[1])
+
+
+@pytest.fixture(scope="module")
+def trained(online, tmp_path_factory) -> dict[str, Path]:
+    """A result of every recipe, two steps of its smoke preset, uploaded by `--push_to_hub`."""
+    base, folders = tmp_path_factory.mktemp("trained"), {}
+    for recipe in RECIPES:
+        module = __import__(f"train_{recipe}")
+        preset, folders[recipe] = ROOT / "training" / "presets" / f"{recipe}-smoke.yaml", base / recipe
+        push = ["--push_to_hub", "--hub_model_id", f"user/trained-{recipe}", "--max_train_steps", "2"]
+        module.main([str(preset), "--output_dir", str(folders[recipe]), *push])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return folders
+
+
+def test_a_result_of_every_recipe_loads_from_where_it_was_uploaded(trained, online, load):
+    """By the lines of its card, in a fresh process: the weights that lie in the trainer's folder."""
+    calls = {f"user/trained-{recipe}": (recipe, None) for recipe in RECIPES}
+    cards = {repo: python_of(card_of(online, repo)) for repo in calls}
+    for repo, card in cards.items():
+        whole = card_of(online, repo)
+        assert f'from_pretrained("{repo}"' in card and str(trained[calls[repo][0]]) not in whole, repo
+        assert "pip install ." in whole and "pip install diffusers" not in whole, repo
+    code = f"""
+import numpy as np, PIL.Image
+PIL.Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save("picture.png")
+for repo, lines in {cards!r}.items():
+    names = {{}}
+    try:
+        exec(lines, names)
+    except Exception as error:
+        raise AssertionError(f"{{repo}}:\\n{{lines}}") from error
+    loaded = next(names[name] for name in ("pipe", "model", "autoencoder", "clip") if name in names)
+    fingerprint("card", repo, getattr(loaded, "unet", loaded))
+"""
+    results = load(f"import os; os.chdir(os.path.dirname(sys.argv[1]))\n{QUICK}{code}", calls)
+    for repo, (recipe, _) in calls.items():
+        part = "unet" if (trained[recipe] / "unet").is_dir() else "."
+        files = sorted((trained[recipe] / part).glob("*.safetensors"))
+        weights = {key: value for path in files if "lora" not in path.name for key, value in load_file(path).items()}
+        found = results["card", repo][2]
+        assert weights and all(torch.equal(found[key], value) for key, value in weights.items()), repo

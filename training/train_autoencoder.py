@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
                 recipe="autoencoder",
                 argv=argv,
                 summary=f"First stage {name}; scaling_factor {scale:.5g}.{last_report(train)}",
-                usage=USAGE.format(kind=name, folder=train.output_dir),
+                usage=lambda folder: USAGE.format(kind=name, folder=folder),
             )
     accelerator.end_training()
 

@@ -46,6 +46,7 @@ USAGE = """import diffusers_ext
 from transformers import AutoTokenizer, CLIPModel
 
 clip, tokenizer = CLIPModel.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+vectors = clip.get_text_features(**tokenizer(["a red circle"], return_tensors="pt")).pooler_output
 """
 
 SMALLEST_VOCABULARY = 259
@@ -442,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
             recipe="clip",
             argv=argv,
             summary="A CLIPModel with its tokenizer.",
-            usage=USAGE.format(folder=train.output_dir),
+            usage=lambda name: USAGE.format(folder=name),
         )
     accelerator.end_training()
 

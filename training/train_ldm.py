@@ -35,11 +35,6 @@ from diffusers_ext.training_utils.schedules import WarmupDecay, ldm_ema
 
 logger = logging.getLogger(__name__)
 
-USAGE = """import diffusers_ext
-
-pipe = diffusers_ext.{name}.from_pretrained("{folder}")
-"""
-
 
 def parse_args(argv: list[str] | None = None) -> tuple[LDMArgs, DataArgs, TrainArgs]:
     args, data, train = parse((LDMArgs, DataArgs, TrainArgs), argv)
@@ -127,10 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_pretrained(folder)
 
     if finished and accelerator.is_main_process:
-        name = type(pipe).__name__
+        kind = type(pipe)
+        prompt = (args.validation_prompts or captions or [None])[0]
         publish_result(
-            train, save, recipe="ldm", argv=argv, summary=f"A {name} (latent diffusion, task {args.task}).",
-            usage=USAGE.format(name=name, folder=train.output_dir),
+            train, save, recipe="ldm", argv=argv, summary=f"A {kind.__name__} (latent diffusion, task {args.task}).",
+            usage=partial(kind.usage, config=pipe.config, prompt=prompt), header=kind.card_tags(),
         )  # fmt: skip
     accelerator.end_training()
 

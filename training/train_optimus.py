@@ -355,8 +355,10 @@ def main(argv: list[str] | None = None) -> None:
         summary = "An AutoencoderOptimus with its two tokenizers."
         if figures:
             summary += f" {figures['exact']:.1%} of held-out sentences come back exactly (validation_exact)."
-        usage = USAGE.format(folder=train.output_dir, max_length=args.max_length)
-        publish_result(train, save, recipe="optimus", argv=argv, summary=summary, usage=usage)
+        publish_result(
+            train, save, recipe="optimus", argv=argv, summary=summary,
+            usage=lambda name: USAGE.format(folder=name, max_length=args.max_length),
+        )  # fmt: skip
     accelerator.end_training()
 
 

@@ -35,6 +35,7 @@ from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.paella.pipeline_paella_image_variation import PaellaImageVariationPipeline
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training_utils import loop
@@ -53,11 +54,6 @@ from diffusers_ext.training_utils.results import publish_result
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 logger = logging.getLogger(__name__)
-
-USAGE = """import diffusers_ext
-
-pipe = diffusers_ext.PaellaPipeline.from_pretrained("{folder}")
-"""
 
 
 @dataclass
@@ -450,6 +446,30 @@ def token_losses(
     return {"loss": loss, "accuracy": (logits.argmax(1) == tokens).float().mean()}
 
 
+CONDITIONS = {
+    "text": "captions", "image": "their CLIP vectors", "class": "class labels", "semantic": "label maps",
+}  # fmt: skip
+
+
+def usage(args: PaellaArgs, pipe: PaellaPipeline, name: str) -> str:
+    """Python lines for the card: load the result from `name` and draw under its condition."""
+    if args.condition == "image":
+        return PaellaImageVariationPipeline.usage(name)
+    if args.condition == "text":
+        return PaellaPipeline.usage(name, prompt=args.validation_prompts[0] if args.validation_prompts else None)
+    lines = PaellaPipeline.usage(name).rstrip().splitlines()[:-1]  # as they are, without the drawing
+    if args.condition == "class":
+        lines.append("image = pipe(class_labels=0).images[0]")
+    else:
+        side, width = pipe.config["default_sample_size"], pipe.unet.config["condition_dim"]
+        lines += [
+            f"labels = torch.zeros(1, {side}, {side}, dtype=torch.long)  # one label a token",
+            f"maps = torch.nn.functional.one_hot(labels, {width}).permute(0, 3, 1, 2).float()",
+            "image = pipe(prompt_embeds=maps).images[0]",
+        ]
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = loop.start(train)
@@ -516,22 +536,21 @@ def main(argv: list[str] | None = None) -> None:
         on_validate=validate, parameter_groups=groups,
     )  # fmt: skip
 
+    kind = PaellaImageVariationPipeline if args.condition == "image" else type(pipe)
+
     def save(folder: Path) -> None:
         if args.rank:
             unet.save_lora_adapter(folder)
             unet.fuse_lora()
             unet.unload_lora()
-        pipe.save_pretrained(folder)
+        (kind.from_pipe(pipe) if kind is not type(pipe) else pipe).save_pretrained(folder)
 
     if finished and accelerator.is_main_process:
         publish_result(
-            train,
-            save,
-            recipe="paella",
-            argv=argv,
-            summary="A PaellaPipeline.",
-            usage=USAGE.format(folder=train.output_dir),
-        )
+            train, save, recipe="paella", argv=argv, header=kind.card_tags(),
+            summary=f"A {kind.__name__}, trained on pictures and {CONDITIONS[args.condition]}.",
+            usage=partial(usage, args, pipe),
+        )  # fmt: skip
     accelerator.end_training()
 
 

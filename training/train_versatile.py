@@ -46,11 +46,6 @@ logger = logging.getLogger(__name__)
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")  # what LoRA changes of a context layer
 
-USAGE = """import diffusers_ext
-
-pipe = diffusers_ext.VersatilePipeline.from_pretrained("{folder}")
-"""
-
 
 @dataclass
 class VersatileArgs:
@@ -412,9 +407,12 @@ def main(argv: list[str] | None = None) -> None:
         if new := untrained_parts(args):
             verb = "was" if len(new) == 1 else "were"
             summary += f" Its {' and '.join(new)} {verb} never trained: it shows that the recipe runs, nothing else."
+        contexts, results = zip(*(parts_of(flow) for flow in unet.flows), strict=True)
+        lacking = {"text_encoder": "text" not in contexts, "vae": "image" not in results}
         publish_result(
-            train, save, recipe="versatile", argv=argv, summary=summary, usage=USAGE.format(folder=train.output_dir)
-        )
+            train, save, recipe="versatile", argv=argv, summary=summary, header=VersatilePipeline.card_tags(),
+            usage=partial(VersatilePipeline.usage, config={name: [None] for name, lacks in lacking.items() if lacks}),
+        )  # fmt: skip
     accelerator.end_training()
 
 

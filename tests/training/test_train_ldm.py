@@ -205,7 +205,7 @@ def test_cached_latents_train_like_fresh_ones(tmp_path):
         train("class", tmp_path / "other", *more, "--cache_dir", str(tmp_path / "cache"), "--resolution", "64")
 
 
-@pytest.mark.parametrize("task", ["unconditional", "text"])  # UNet2DModel and UNet2DConditionModel
+@pytest.mark.parametrize("task", TASKS)  # UNet2DModel and UNet2DConditionModel
 def test_fine_tuning_with_lora(task, tmp_path):
     base = train(task, tmp_path / "base", "--max_train_steps", "1")
     tuned = train(
@@ -216,6 +216,13 @@ def test_fine_tuning_with_lora(task, tmp_path):
     changed = {key for key in one if not torch.equal(one[key], other[key])}
     assert one.keys() == other.keys() and changed and all(one[key].ndim == 2 for key in changed)  # merged
     assert load(task, tuned).latent_scale == load(task, base).latent_scale
+    pipe, result = load(task, base), load(task, tuned)
+    pipe.load_lora_weights(tuned)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    weights = pipe.unet.state_dict()
+    for key, value in result.unet.state_dict().items():
+        torch.testing.assert_close(weights[key], value)
     if task == "text":
         bert = [load_file(folder / "bert" / "model.safetensors") for folder in (base, tuned)]
         assert all(torch.equal(bert[0][key], bert[1][key]) for key in bert[0])  # frozen

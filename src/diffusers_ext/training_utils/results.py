@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .args import TrainArgs, all_options
 from .folders import write_result
@@ -22,8 +24,8 @@ def publish_result(
     recipe: str,
     argv: Sequence[str] | None,
     summary: str,
-    usage: str,
-    tags: Sequence[str] = (),
+    usage: Callable[[str], str],
+    header: Mapping[str, Any] | None = None,
 ) -> None:
     """Puts the result and its model card into `output_dir`, both or none, and uploads it if `--push_to_hub` is set.
 
@@ -33,8 +35,9 @@ def publish_result(
         recipe: `train_<recipe>.py` made it.
         argv: The words of its command line (`None`: those of this process).
         summary: One sentence: what the folder holds.
-        usage: Python lines that load it.
-        tags: For the Hub: the task and the like.
+        usage: `(name) -> lines` of Python that load it from `name` and show what it does: the repository where it will
+            be uploaded, or the folder's own name.
+        header: Task and tags, as `card_tags` of a pipeline gives them.
 
     Raises:
         FloatingPointError: a weight is not finite; an older result stays.
@@ -53,11 +56,13 @@ def publish_result(
             description=f"{summary} Trained by `training/train_{recipe}.py` for {train.max_train_steps} steps: "
             f"{describe(train)}. `options.json` holds every option.",
             license=train.license or "other",
-            usage=usage,
-            command=shlex.join([*launch_words(train), f"training/train_{recipe}.py", *words]),
+            usage=usage(train.hub_model_id or folder.resolve().name),
+            command=shlex.join([*launch_words(train), f"training/train_{recipe}.py", *map(_without_place, words)]),
             log=[{key: line.get(key, "") for key in training[-1]} for line in _thinned(training, 12)],
-            tags=tags,
             base_model=_base_model(train),
+            datasets=_datasets(train),
+            picture=_last_sheet(folder),
+            **(header or {}),
         )
 
     write_result(folder, write)
@@ -70,6 +75,25 @@ def _base_model(train: TrainArgs) -> str | None:
     """The Hub name of the model that was fine-tuned; a folder on this machine is no name that others could follow."""
     name = all_options(train).get("pretrained_model_name_or_path")
     return None if name is None or Path(name).exists() else name
+
+
+def _datasets(train: TrainArgs) -> list[str]:
+    """The Hub name of the training data, if it has one."""
+    name = all_options(train).get("dataset_name")
+    return [name] if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists() else []
+
+
+def _last_sheet(folder: Path) -> str | None:
+    """The last validation sheet in the folder."""
+    sheets = {int(match[1]): path.name for path in folder.glob("validation-*.png")
+              if (match := re.match(r"validation-(\d+)", path.name))}  # fmt: skip
+    return sheets[max(sheets)] if sheets else None
+
+
+def _without_place(word: str) -> str:
+    """A word of the command line without the place of its file on this machine."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{Path(value).name}" if Path(value).expanduser().is_absolute() else word
 
 
 def _thinned(lines: list[dict], count: int) -> list[dict]:
