@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -229,7 +231,7 @@ def test_clip_goes_on_from_an_existing_one(stages, tmp_path):
     ],
     ids=lambda options: " ".join(options[1:3]),
 )
-def test_every_condition_trains_and_samples(stages, tmp_path, options):
+def test_every_condition_trains_and_samples(stages, tmp_path, options, monkeypatch):
     train_paella.main(paella_words(stages, tmp_path, *options))
     pipe = PaellaPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
@@ -244,6 +246,17 @@ def test_every_condition_trains_and_samples(stages, tmp_path, options):
         condition = {"prompt_embeds": torch.zeros(1, pipe.unet.config.condition_dim)}
     image = pipe(**condition, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (32, 32) and (tmp_path / "validation-3.png").is_file()
+    card = (tmp_path / "README.md").read_text()
+    wanted = "PaellaImageVariationPipeline" if options[1] == "image" else "PaellaPipeline"
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == wanted
+    assert f"A {wanted}, trained on pictures and {train_paella.CONDITIONS[options[1]]}" in card
+    assert "![samples](validation-3.png)" in card and "pipeline_tag: " in card and str(tmp_path.parent) not in card
+    lines = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)[0].replace(f'"{tmp_path.name}"', f'"{tmp_path}"')
+    load_scenes(1)[0]["image"].save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    drawn: dict[str, Any] = {}
+    exec(lines, drawn)  # what a reader copies
+    assert type(drawn["pipe"]).__name__ == wanted and drawn["image"].size == (32, 32)
     trained_tower = "--train_text_encoder" in options
     if pipe.text_encoder is not None:
         frozen = train_paella.load_clip(str(stages["clip"]))["text_encoder"].text_projection.weight
