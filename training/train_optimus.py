@@ -215,6 +215,7 @@ def vocabulary(encoder: PreTrainedTokenizerBase, decoder: PreTrainedTokenizerBas
 
 def join_pretrained(args: OptimusArgs) -> tuple[AutoencoderOptimus, Tokenizers]:
     """BERT and GPT-2 with new projections between them, and three more words for GPT-2."""
+    assert args.pretrained_encoder_name_or_path and args.pretrained_decoder_name_or_path
     bert = load_whole(BertModel, args.pretrained_encoder_name_or_path)
     gpt2 = load_whole(GPT2Model, args.pretrained_decoder_name_or_path)
     encoder = AutoTokenizer.from_pretrained(args.pretrained_encoder_name_or_path)

@@ -9,7 +9,7 @@ source of pictures replaces the preset's, and `--field none` unsets a field.
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
@@ -293,7 +293,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
     return parsed
 
 
-def apply_launcher(train: TrainArgs, given: Sequence[str] = ()) -> None:
+def apply_launcher(train: TrainArgs, given: Collection[str] = ()) -> None:
     """Settles precision and accumulation: the command line, then what the launcher was told, then the preset.
 
     Args:

@@ -195,7 +195,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         own_hash = manifest.pop(OWN_HASH, None)
-        manifest["step"], manifest["files"]
+        if not {"step", "files"} <= manifest.keys():
+            raise KeyError("step or files")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST}, so it was never completed ({error}).") from error
     if own_hash is None and manifest.keys() <= {"step", "seed", "torch", "files"}:  # before manifests had a hash

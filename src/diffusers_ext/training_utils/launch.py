@@ -27,7 +27,7 @@ def make_accelerator(train: TrainArgs) -> Accelerator:
         if parse_flag_from_env(variable):
             refuse(name)
     accelerator = Accelerator(
-        mixed_precision=train.mixed_precision, log_with=train.trackers or None, project_dir=train.output_dir
+        mixed_precision=train.mixed_precision, log_with=list(train.trackers) or None, project_dir=train.output_dir
     )
     if accelerator.distributed_type in (
         DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM

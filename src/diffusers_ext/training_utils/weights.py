@@ -14,9 +14,12 @@ from typing import Any
 
 import diffusers
 import transformers
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .checkpoints import first_not_finite
+
+NETWORKS = (ModelMixin, transformers.PreTrainedModel)
 
 
 def load_whole(kind: Any, place: str | Path, **options: Any) -> Any:
@@ -32,7 +35,7 @@ def load_whole(kind: Any, place: str | Path, **options: Any) -> Any:
     Raises:
         ValueError: names the file and the tensors.
     """
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin | transformers.PreTrainedModel)):
+    if not _is_network(kind):
         return kind.from_pretrained(place, **options)
     with _quiet():
         network, info = kind.from_pretrained(place, output_loading_info=True, **options)
@@ -78,8 +81,11 @@ def _class_of(entry: Any) -> type | None:
     # some libraries are modules of diffusers' pipelines, such as latent_diffusion
     module = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
     found = getattr(module, name, None)
-    is_network = inspect.isclass(found) and issubclass(found, diffusers.ModelMixin | transformers.PreTrainedModel)
-    return found if is_network else None
+    return found if _is_network(found) else None
+
+
+def _is_network(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, NETWORKS)
 
 
 def _file_of(place: str | Path, subfolder: str | None, tensor: str) -> str:
