@@ -1,19 +1,22 @@
-"""What pipelines that share components with others have in common."""
+"""What all pipelines of the house have in common: a run, its defaults and its end; loading, sharing and saving."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.blocks.wrappers import unwrap
 from .adapters import AdapterMixin
+from .callbacks import start_scale
 from .cards import CardMixin, pipeline_card
+from .checks import check_decoded
+from .listed_options import sample_sides
 from .recognition import check_component, check_folder
 from .saving import check_saveable
 
@@ -24,13 +27,99 @@ _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' 
 
 
 class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
-    """A pipeline whose `from_pipe` leaves the shared components as they are, that saves only what loads back equal,
-    takes LoRA matrices, and pushes a card that says how to load it.
+    """The state of a run, once for all families. `from_pipe` leaves the shared components as they are.
+
+    It saves only what loads back equal, takes LoRA matrices, and pushes a card that says how to load it.
 
     A component may be compiled (`pipe.unet = torch.compile(pipe.unet)`). Of one in `DistributedDataParallel` or
     `DataParallel`, which hide its config and methods, the pipeline keeps the network: sampling has nothing to
     synchronise. Other wrappers are refused.
     """
+
+    vae_scale_factor: int
+    image_processor: Any
+    scheduler: Any
+
+    _usual_guidance_scale: float = 1.0  # the authors', where neither the call nor the checkpoint names one
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
+    _interrupt: bool = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        # u + s * (c - u): the null branch cancels exactly at s = 1 and only there
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def resolve_scale(self, guidance_scale: Any) -> Any:
+        """The guidance scale of the call, else the checkpoint's, else the authors'. Checks nothing."""
+        default = self.config.get("default_guidance_scale")
+        default = self._usual_guidance_scale if default is None else default
+        return default if guidance_scale is None else guidance_scale
+
+    def resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
+        """Height and width in pixels. What the call left out is the size of `latents`, else the checkpoint's.
+
+        Raises:
+            ValueError: if nothing says what size the network was trained on.
+        """
+        if height is not None and width is not None:
+            return height, width
+        sides = self.config.get("default_sample_size")
+        sides = (
+            getattr(unwrap(getattr(self, "unet", None)), "config", {}).get("sample_size") if sides is None else sides
+        )
+        if isinstance(latents, Tensor) and latents.ndim >= 3:  # (b, h, w) tokens or (b, c, h, w)
+            sides = tuple(latents.shape[-2:])
+        if sides is None:
+            raise ValueError(
+                "`height` and `width` are needed: neither the pipeline's `default_sample_size` nor"
+                " unet.config.sample_size says what size the network was trained on."
+            )
+        rows, columns = sample_sides("default_sample_size", sides)
+        factor = self.vae_scale_factor
+        return rows * factor if height is None else height, columns * factor if width is None else width
+
+    def start_run(self, timesteps: Tensor, guidance_scale: float) -> None:
+        """Resets the state for a run of these timesteps."""
+        self._guidance_scale = start_scale(guidance_scale)
+        self._num_timesteps = len(timesteps)
+        self._interrupt = False
+
+    def steps(self, timesteps: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Index and timestep of each step, under a progress bar; a callback's `pipe._interrupt = True` ends them."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
+            for index, timestep in enumerate(timesteps):
+                if not self.interrupt:
+                    yield index, timestep
+                    progress_bar.update()
+
+    def finish(
+        self, samples: Any, output_type: str, return_dict: bool, decode: Callable[[Any], Tensor]
+    ) -> ImagePipelineOutput | tuple:
+        """What the run drew, as the caller wants it, and offloaded components go back.
+
+        Args:
+            decode: from `samples` to images (b, 3, H, W), nominally in [-1, 1]. Not called for "latent".
+        """
+        images: Any = samples
+        if output_type != "latent":
+            pixels = decode(samples).float()
+            check_decoded(pixels, "pictures", self)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what would not load back as it is (adapters, fp8 storage ...) is refused."""
