@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import re
 import subprocess
+import tomllib
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -384,3 +385,14 @@ def test_versions_are_pinned_by_name_and_version_only():
     project = (ROOT / "pyproject.toml").read_text()
     asked = {name.lower().replace("_", "-") for name in re.findall(r'"([A-Za-z_-]+)>=[0-9]', project)} - {"setuptools"}
     assert asked <= names, f"constraints.txt does not pin {asked - names}"
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    roots = {"diffusers_ext": PACKAGE, "diffusers_ext.training": ROOT / "training"}
+    found = [
+        ".".join([name, *path.parent.relative_to(root).parts])
+        for name, root in roots.items()
+        for path in root.rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(found)
