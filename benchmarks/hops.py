@@ -2,16 +2,21 @@
 
     python benchmarks/hops.py prompt      # from `__call__` to the image, two steps, each family
     python benchmarks/hops.py batch       # from one optimizer step to the next, Paella and latent diffusion on text
+    python benchmarks/hops.py lines       # lines of code a folder; --root for another checkout
 
 Counted are distinct functions and files of this repository; what diffusers, transformers and torch do is not. `frames`
-are the house's functions on the stack from `__call__` to the one that calls the U-Net, both included.
+are the house's functions on the stack from `__call__` to the one that calls the U-Net, both included. Lines of code
+are those that hold something else than blanks, comments and docstrings.
 """
 
 import argparse
+import ast
 import contextlib
+import io
 import os
 import sys
 import tempfile
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
@@ -137,11 +142,60 @@ def walk_batch(recipe: str, preset: str) -> Walk:
     return walk
 
 
+def code_lines(source: str) -> set[int]:
+    """The numbers of the lines that hold code."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return lines
+
+
+def print_lines(root: Path) -> None:
+    """A row a folder of the package, and one for the recipes."""
+    totals: dict[str, int] = {}
+    longest_file, longest_function = (0, ""), (0, "")
+    for folder in (root / "src" / "diffusers_ext", root / "training"):
+        for path in sorted(folder.rglob("*.py")):
+            lines = code_lines(path.read_text(encoding="utf-8"))
+            place = path.relative_to(root)
+            inside = place.parts[2:-1] if place.parts[0] == "src" else place.parts[:1]
+            totals[inside[0] if inside else "(top)"] = totals.get(inside[0] if inside else "(top)", 0) + len(lines)
+            longest_file = max(longest_file, (len(lines), str(place)))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    size = len(lines & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
+                    longest_function = max(longest_function, (size, f"{place}:{node.lineno} {node.name}"))
+    print("| folder | lines of code |\n|---|---|")
+    for name, count in sorted(totals.items()):
+        print(f"| {name} | {count} |")
+    recipes = totals.get("training", 0)
+    print(
+        f"| the package | {sum(totals.values()) - recipes} |\n| training and training_utils | {recipes + totals['training_utils']} |"
+    )
+    print(
+        f"longest file: {longest_file[1]}, {longest_file[0]}; longest function: {longest_function[1]}, {longest_function[0]}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prompt", "batch"])
+    parser.add_argument("what", choices=["prompt", "batch", "lines"])
     parser.add_argument("--list", action="store_true", help="name the functions, in the order of their first call")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of `lines`: the checkout to count")
     args = parser.parse_args()
+    if args.what == "lines":
+        return print_lines(args.root)
     print("| what | functions | files | frames |\n|---|---|---|---|")
     for name, source in (PROMPTS if args.what == "prompt" else BATCHES).items():
         if args.what == "prompt":

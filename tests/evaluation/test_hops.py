@@ -11,3 +11,9 @@ def test_a_prompt_is_followed_to_the_network(repo_root):
     assert names[0] == "__call__" and "classifier_free_guidance" in names and "decode_first_stage" in names
     assert frames >= 2  # `__call__`, and at least what calls the network
     assert sys.getprofile() is None
+
+
+def test_blanks_comments_and_docstrings_are_no_code(repo_root):
+    script = runpy.run_path(str(repo_root / "benchmarks" / "hops.py"))
+    source = '"""A module."""\n\nx = (  # one\n    1,\n)\n\n\ndef f():\n    """Two\n    lines."""\n    # why\n    return "text"\n'
+    assert sorted(script["code_lines"](source)) == [3, 4, 5, 8, 12]
