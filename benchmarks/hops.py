@@ -180,12 +180,10 @@ def print_lines(root: Path) -> None:
     for name, count in sorted(totals.items()):
         print(f"| {name} | {count} |")
     recipes = totals.get("training", 0)
-    print(
-        f"| the package | {sum(totals.values()) - recipes} |\n| training and training_utils | {recipes + totals['training_utils']} |"
-    )
-    print(
-        f"longest file: {longest_file[1]}, {longest_file[0]}; longest function: {longest_function[1]}, {longest_function[0]}"
-    )
+    print(f"| the package | {sum(totals.values()) - recipes} |")
+    print(f"| training and training_utils | {recipes + totals['training_utils']} |")
+    for what, (count, where) in (("file", longest_file), ("function", longest_function)):
+        print(f"longest {what}: {where}, {count} lines")
 
 
 def main() -> None:

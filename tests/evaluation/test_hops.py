@@ -15,5 +15,6 @@ def test_a_prompt_is_followed_to_the_network(repo_root):
 
 def test_blanks_comments_and_docstrings_are_no_code(repo_root):
     script = runpy.run_path(str(repo_root / "benchmarks" / "hops.py"))
-    source = '"""A module."""\n\nx = (  # one\n    1,\n)\n\n\ndef f():\n    """Two\n    lines."""\n    # why\n    return "text"\n'
-    assert sorted(script["code_lines"](source)) == [3, 4, 5, 8, 12]
+    lines = ['"""A module."""', "", "x = (  # one", "    1,", ")", "", "def f():", '    """Two', '    lines."""']
+    lines += ["    # why", '    return "text"']
+    assert sorted(script["code_lines"]("\n".join(lines))) == [3, 4, 5, 7, 11]
