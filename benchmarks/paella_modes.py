@@ -27,7 +27,7 @@ from PIL import Image
 from diffusers_ext.data.scenes import COLORS, SHAPES, Scene, full_caption, parse_caption, render, sample_scene
 from diffusers_ext.data.scenes_verifier import check, read_picture
 from diffusers_ext.evaluation.prompt_following import Share, share
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.pipelines.paella.pipeline_paella_image_variation import PaellaImageVariationPipeline
 from diffusers_ext.pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline

@@ -35,7 +35,7 @@ from diffusers_ext.evaluation.prompt_following import (
     markdown_table,
     summarize_by_objects,
 )
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 

@@ -66,7 +66,9 @@ CONTAINS = {
     *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
 }  # (module of a system, module of a part of it), both of conversion/
 FAMILIES = {path.name for path in (PACKAGE / "pipelines").iterdir() if (path / "__init__.py").is_file()}
-PARENTS: set[tuple[str, str]] = set()  # (derived model, its parent), both modules of models/
+PARENTS = {
+    *(("token_codec", tokenizer) for tokenizer in ("vq_gumbel", "vq_paella")),
+}  # (derived model, its parent) or (what serves several models, one of them), all modules of models/
 OPTIONAL = {"datasets", "lpips", "matplotlib", "open_clip", "skimage", "tensorboard", "torchmetrics", "torchvision"}
 TOP_LEVEL = {"benchmarks", "pipelines", "tests", "training"}  # nothing in the package imports these
 

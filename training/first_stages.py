@@ -27,9 +27,8 @@ from diffusers_ext.losses.quantization import (
     kmeans_codebook,
     vector_quantize,
 )
-from diffusers_ext.models.vq_paella import (
-    GumbelVQModel,
-    PaellaVQModel,
+from diffusers_ext.models.blocks.codebook import nearest_codes
+from diffusers_ext.models.token_codec import (
     Tokenizer,
     codebook_weight,
     decode_indices,
@@ -37,8 +36,9 @@ from diffusers_ext.models.vq_paella import (
     downsample_factor,
     encode_indices,
     encode_latents,
-    nearest_codes,
 )
+from diffusers_ext.models.vq_gumbel import GumbelVQModel
+from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training_utils.loop import keyed_generator
 from diffusers_ext.training_utils.weights import load_whole
 

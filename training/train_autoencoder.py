@@ -38,7 +38,7 @@ from diffusers_ext.losses.adversarial import (
 from diffusers_ext.losses.kl import latent_scale
 from diffusers_ext.losses.perceptual import CLIPDistance, perceptual_distance
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.models.vq_paella import downsample_factor
+from diffusers_ext.models.token_codec import downsample_factor
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse

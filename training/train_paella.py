@@ -29,8 +29,10 @@ from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare
 from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.losses.discrete import token_cross_entropy
+from diffusers_ext.models.token_codec import Tokenizer, downsample_factor, encode_indices
 from diffusers_ext.models.unet_paella import PaellaUNet
-from diffusers_ext.models.vq_paella import GumbelVQModel, PaellaVQModel, Tokenizer, downsample_factor, encode_indices
+from diffusers_ext.models.vq_gumbel import GumbelVQModel
+from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.pipelines.clip_vectors import image_vectors, text_window
 from diffusers_ext.pipelines.listed_options import record_option

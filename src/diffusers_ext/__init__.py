@@ -17,7 +17,8 @@ from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialR
 from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
 from .models.unet_versatile import VersatileUNet
-from .models.vq_paella import GumbelVQModel, PaellaVQModel
+from .models.vq_gumbel import GumbelVQModel
+from .models.vq_paella import PaellaVQModel
 from .pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
 from .pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
 from .pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline

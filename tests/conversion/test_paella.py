@@ -3,8 +3,9 @@ import torch
 
 from diffusers_ext.conversion.keys import load_original
 from diffusers_ext.conversion.paella import convert_paella_unet, convert_paella_vqgan_gumbel
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 from diffusers_ext.models.unet_paella import PaellaUNet
-from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices, encode_indices
+from diffusers_ext.models.vq_gumbel import GumbelVQModel
 
 
 def unet_shapes(levels=2, widths=(8, 16), down=(1, 2), up=(2, 1), codes=12, cond=20, kernel=3):

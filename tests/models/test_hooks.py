@@ -20,7 +20,7 @@ from pipelines.tiny_paella import tiny_unet as tiny_paella_unet
 from pipelines.tiny_versatile import tiny_optimus, tiny_versatile_unet
 
 import diffusers_ext
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 from diffusers_ext.pipelines.ldm.first_stage import decode_first_stage, encode_first_stage
 
 PICTURES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -2,17 +2,11 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from diffusers_ext.models import vq_paella
-from diffusers_ext.models.vq_paella import (
-    GumbelVQModel,
-    PaellaVQModel,
-    codebook_weight,
-    decode_indices,
-    downsample_factor,
-    encode_indices,
-    most_probable_codes,
-    nearest_codes,
-)
+from diffusers_ext.models.blocks import codebook as codebook_module
+from diffusers_ext.models.blocks.codebook import nearest_codes
+from diffusers_ext.models.token_codec import codebook_weight, decode_indices, downsample_factor, encode_indices
+from diffusers_ext.models.vq_gumbel import GumbelVQModel, most_probable_codes
+from diffusers_ext.models.vq_paella import PaellaVQModel
 
 TINY = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
@@ -34,7 +28,7 @@ def tiny(kind, **overrides):
 
 @torch.no_grad()
 def test_nearest_code_is_the_brute_force_one(monkeypatch):
-    monkeypatch.setattr(vq_paella, "_ROWS_PER_CHUNK", 7)  # an uneven split
+    monkeypatch.setattr(codebook_module, "_ROWS_PER_CHUNK", 7)  # an uneven split
     latents, codebook = torch.randn(2, 4, 5, 3), torch.randn(20, 4)
     differences = latents.permute(0, 2, 3, 1)[..., None, :] - codebook  # (b, h, w, k, d)
     indices = nearest_codes(latents, codebook)
@@ -199,7 +193,7 @@ def test_indices_carry_no_graph():
         (VQModel, lambda m: decode_indices(m, torch.zeros(2, 9, dtype=torch.int64)), r"`indices` has shape \(2, 9\)"),
         (VQModel, lambda m: decode_indices(m, torch.full((1, 2, 2), 20)), r"from 20 to 20, the codebook has 0\.\.19"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(kind, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_paella() if kind is PaellaVQModel else tiny(kind))
@@ -224,3 +218,15 @@ def test_a_wrapped_tokenizer_chooses_the_same_codes(cls, wrap):
 def test_another_network_is_no_tokenizer():
     with pytest.raises(TypeError, match="`vqvae` is a Linear: a tokenizer is a VQModel, a GumbelVQModel or a Paella"):
         encode_indices(torch.nn.Linear(1, 1), IMAGE)
+
+
+def test_the_old_module_finds_what_moved_out_of_it():
+    """Checkpoints and users may name `diffusers_ext.models.vq_paella.GumbelVQModel`."""
+    from diffusers_ext.models import token_codec, vq_gumbel, vq_paella
+
+    assert vq_paella.GumbelVQModel is GumbelVQModel and GumbelVQModel.__module__ == vq_gumbel.__name__
+    assert vq_paella.encode_indices is encode_indices and vq_paella.nearest_codes is nearest_codes
+    for name, module in vq_paella._MOVED.items():
+        assert getattr(vq_paella, name) is getattr({"token_codec": token_codec, "vq_gumbel": vq_gumbel}[module], name)
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        vq_paella.missing  # noqa: B018

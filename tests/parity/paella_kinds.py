@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from diffusers_ext.conversion.paella import convert_paella_unet, convert_paella_vqgan, convert_paella_vqgan_gumbel
 from diffusers_ext.losses.quantization import vector_quantize
+from diffusers_ext.models.token_codec import codebook_weight, decode_indices, encode_indices
 from diffusers_ext.models.unet_paella import paella_time_embedding
-from diffusers_ext.models.vq_paella import codebook_weight, decode_indices, encode_indices
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from PIL import Image
 from pipelines.tiny_paella import CONDITION_DIM, NUM_CODES, WINDOW, tiny_paella_components, tiny_unet
 from torch import Generator
 
-from diffusers_ext.models.vq_paella import GumbelVQModel, decode_indices
+from diffusers_ext.models.token_codec import decode_indices
+from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.pipelines.paella.base import _runs_plain_forward
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler

@@ -8,7 +8,7 @@ from PIL import Image
 from pipelines.tiny_paella import CONDITION_DIM, count_runs, quiet, seeded, tiny_paella_components, tiny_picture
 
 from diffusers_ext import PaellaImageVariationPipeline, PaellaInpaintPipeline, PaellaPipeline
-from diffusers_ext.models.vq_paella import decode_indices
+from diffusers_ext.models.token_codec import decode_indices
 
 PICTURE = tiny_picture()
 

@@ -8,7 +8,7 @@ from PIL import Image
 from pipelines.tiny_paella import NUM_CODES, count_runs, quiet, seeded, tiny_paella_components, tiny_picture
 
 from diffusers_ext import DiscreteRenoisingScheduler, PaellaImg2ImgPipeline, PaellaInpaintPipeline, PaellaPipeline
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 
 PROMPT = "a small red star"
 PICTURE = tiny_picture()

@@ -9,7 +9,7 @@ from pipelines.tiny_paella import NUM_CODES, count_runs, quiet, seeded, tiny_pae
 
 from diffusers_ext import DiscreteRenoisingScheduler, PaellaInpaintPipeline, PaellaPipeline
 from diffusers_ext.conditions.inpainting import continue_pixels
-from diffusers_ext.models.vq_paella import decode_indices, encode_indices
+from diffusers_ext.models.token_codec import decode_indices, encode_indices
 
 PROMPT = "a small red star"
 PICTURE = tiny_picture()

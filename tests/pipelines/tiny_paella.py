@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from diffusers_ext.models.unet_paella import PaellaUNet
-from diffusers_ext.models.vq_paella import GumbelVQModel
+from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
 NUM_CODES = 24

@@ -16,7 +16,8 @@ from ldm_networks import KINDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from diffusers_ext.models.vq_paella import PaellaVQModel, codebook_weight
+from diffusers_ext.models.token_codec import codebook_weight
+from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, CLIPModel
 from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
 from diffusers_ext.data.photographs import tile_photographs
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
-from diffusers_ext.models.vq_paella import encode_indices
+from diffusers_ext.models.token_codec import encode_indices
 from diffusers_ext.training_utils import loop
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from first_stages import Quantized, new_autoencoder
 
-from diffusers_ext.models.vq_paella import PaellaVQModel, codebook_weight
+from diffusers_ext.models.token_codec import codebook_weight
+from diffusers_ext.models.vq_paella import PaellaVQModel
 
 
 def first_codes_of_each_process() -> dict[str, list[float]]:

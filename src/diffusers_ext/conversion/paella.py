@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..models.unet_paella import PaellaUNet
-from ..models.vq_paella import GumbelVQModel, PaellaVQModel
+from ..models.vq_gumbel import GumbelVQModel
+from ..models.vq_paella import PaellaVQModel
 from .keys import Rules, build_empty, count_keys, load_strict, rename_keys, require, under, unwrap_state_dict
 from .taming import taming_autoencoder
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...conditions.inpainting import latent_mask, masked_image
 from ...models.blocks.wrappers import unwrap, with_forward_hooks
-from ...models.vq_paella import GumbelVQModel, codebook, codebook_table
+from ...models.token_codec import codebook, codebook_table
+from ...models.vq_gumbel import GumbelVQModel
 from .tiling import TileGrid
 
 FirstStage = AutoencoderKL | VQModel

@@ -23,15 +23,10 @@ from transformers import (
 
 from ...conditions.images import image_batch, image_list
 from ...guidance import classifier_free_guidance
+from ...models.token_codec import Tokenizer, decode_indices, downsample_factor, encode_indices
 from ...models.unet_paella import PaellaUNet
-from ...models.vq_paella import (
-    GumbelVQModel,
-    PaellaVQModel,
-    Tokenizer,
-    decode_indices,
-    downsample_factor,
-    encode_indices,
-)
+from ...models.vq_gumbel import GumbelVQModel
+from ...models.vq_paella import PaellaVQModel
 from ...schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from ..base import HousePipeline
 from ..callbacks import Callback, report_step, start_scale

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...conditions.named_boxes import find_class
-from ...models.vq_paella import GumbelVQModel, bare_tokenizer
+from ...models.token_codec import bare_tokenizer
+from ...models.vq_gumbel import GumbelVQModel
 from ..checks import as_texts, check_side
 
 SAMPLE_MODES = ("argmax", "sample")
