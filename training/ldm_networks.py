@@ -10,7 +10,6 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from ldm_args import CONTEXT_TASKS, LDMArgs
 from ldm_data import LAYOUT_FLAGS, Names, SampleFormat
 from torch import nn
-from train_clip import ClipArgs, train_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diffusers_ext.models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
@@ -27,6 +26,7 @@ from diffusers_ext.pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
 from diffusers_ext.schedulers.gaussian import ldm_scheduler
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.record import learn_once
+from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 BERT_VOCABULARY = 30522  # of bert-base-uncased
@@ -288,8 +288,9 @@ def load_tokenizer(args: LDMArgs, captions: Sequence[str], train: TrainArgs) -> 
     """The tokenizer that the options name, or a byte-pair one learnt from the captions."""
     if args.pretrained_tokenizer_name_or_path:
         return AutoTokenizer.from_pretrained(args.pretrained_tokenizer_name_or_path)
-    sizes = ClipArgs(vocab_size=args.vocab_size, max_length=args.text_max_length)
-    return learn_once(train, "tokenizer", lambda: train_tokenizer(list(captions), sizes))
+    return learn_once(
+        train, "tokenizer", lambda: train_clip_tokenizer(captions, args.vocab_size, args.text_max_length)
+    )
 
 
 def sample_format(pipe: LDMBasePipeline, args: LDMArgs) -> SampleFormat:

@@ -24,6 +24,7 @@ from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.pipelines.ldm.denoising import predict_noise
 from diffusers_ext.pipelines.ldm.first_stage import FirstStage, encode_masked_image
 from diffusers_ext.pipelines.tokenization import tokenize_texts
+from diffusers_ext.training_utils.conditions import keep_condition
 from diffusers_ext.training_utils.kernels import plain_attention
 
 
@@ -124,11 +125,6 @@ def raw_condition(pipe: LDMBasePipeline, task: str, batch: dict[str, Any]) -> Te
             return encode_masked_image(pipe.vqvae, batch["image"], batch["mask"].float())
     names = {"class": "label", "layout": "tokens", "semantic": "map", "super_resolution": "low"}
     return batch[names[task]] if task in names else None
-
-
-def keep_condition(generators: list[Generator], probability: float) -> Tensor:
-    """Which samples (b,) keep their condition; each is dropped with `probability`, one draw a sample."""
-    return torch.stack([torch.rand((), generator=g) for g in generators]) >= probability
 
 
 class LDMLoss:

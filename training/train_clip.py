@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -38,6 +37,7 @@ from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY, read_captions, train_clip_tokenizer
 from diffusers_ext.training_utils.weights import load_whole
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ clip, tokenizer = CLIPModel.from_pretrained("{folder}"), AutoTokenizer.from_pret
 vectors = clip.get_text_features(**tokenizer(["a red circle"], return_tensors="pt")).pooler_output
 """
 
-SMALLEST_VOCABULARY = 259
 ONE_PICTURE = (
     "a contrast needs two different captions in the micro-batch of a process, else its loss is 0 from the start."
 )
@@ -144,38 +143,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, Train
             "contrasted with each other), or pass --negative_caption_column or --caption_weight."
         )
     return args, data, train
-
-
-def train_tokenizer(captions: list[str], args: ClipArgs) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in lower case; the end token (id 1) is what the text tower pools at."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=args.vocab_size,
-        special_tokens=["<|startoftext|>", "<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        model_max_length=args.max_length,
-    )
-
-
-def read_captions(dataset, column: str, limit: int = 20_000) -> list[str]:
-    """All captions of the first `limit` rows, without decoding a picture."""
-    rows = dataset.select_columns([column]).select(range(min(len(dataset), limit)))
-    values = (row[column] for row in rows)
-    return [text for value in values for text in ([value] if isinstance(value, str) else value)]
 
 
 def check_captions(captions: list[str], args: ClipArgs) -> None:
@@ -403,7 +370,9 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.pretrained_model_name_or_path)
         clip = load_clip(args.pretrained_model_name_or_path, data.resolution)
     else:
-        tokenizer = learn_once(train, "tokenizer", partial(train_tokenizer, captions, args))
+        tokenizer = learn_once(
+            train, "tokenizer", partial(train_clip_tokenizer, captions, args.vocab_size, args.max_length)
+        )
         clip = build_clip(args, tokenizer, data.resolution)
     if train.gradient_checkpointing:
         clip.gradient_checkpointing_enable({"use_reentrant": False})

@@ -22,7 +22,6 @@ from ldm_networks import build_conditioner, build_pipeline, build_unet, sample_f
 from ldm_tasks import Denoiser, LDMLoss, choose_cpu_kernels
 from ldm_validation import Validation
 from torch.utils.data import Dataset
-from train_clip import read_captions
 
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.training_utils import loop
@@ -32,6 +31,7 @@ from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.lora import add_lora, merge_lora, save_lora
 from diffusers_ext.training_utils.results import publish_result
 from diffusers_ext.training_utils.schedules import WarmupDecay, ldm_ema
+from diffusers_ext.training_utils.tokenizers import read_captions
 
 logger = logging.getLogger(__name__)
 

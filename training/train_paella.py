@@ -52,6 +52,7 @@ from diffusers_ext.training_utils.cache import (
     open_cache,
 )
 from diffusers_ext.training_utils.checkpoints import replace_file
+from diffusers_ext.training_utils.conditions import keep_condition
 from diffusers_ext.training_utils.results import publish_result
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
@@ -424,11 +425,6 @@ class Predictor(nn.Module):
             condition = self.text_encoder(condition).text_embeds
         condition = condition * keep.to(condition).view(-1, *[1] * (condition.ndim - 1))
         return self.unet(tokens, r, condition, return_dict=False)[0]
-
-
-def keep_condition(generators: list[torch.Generator], probability: float) -> Tensor:
-    """Which samples (b,) keep their condition; each is dropped with `probability`, one draw a sample."""
-    return torch.stack([torch.rand((), generator=g) for g in generators]) >= probability
 
 
 def token_losses(

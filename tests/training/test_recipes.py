@@ -22,7 +22,6 @@ from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
 from diffusers_ext.data.photographs import tile_photographs
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.models.token_codec import encode_indices
-from diffusers_ext.training_utils import loop
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -282,14 +281,6 @@ def test_fine_tuning_a_pipeline_with_lora(stages, tmp_path):
     changed = {key for key in base if not torch.equal(base[key], tuned[key])}
     assert changed and all(base[key].ndim == 2 for key in changed)  # linear layers only, merged
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
-
-
-def test_the_kept_fraction_of_conditions_is_what_is_asked_for():
-    generators = [loop.keyed_generator(0, i) for i in range(4000)]
-    kept = train_paella.keep_condition(generators, 0.1).float().mean()
-    assert abs(kept - 0.9) < 4 * (0.1 * 0.9 / 4000) ** 0.5
-    assert train_paella.keep_condition(generators[:50], 0.0).all()
-    assert not train_paella.keep_condition(generators[:50], 1.0).any()
 
 
 def test_dropped_conditions_are_the_zero_vector(stages, tmp_path):

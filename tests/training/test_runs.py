@@ -35,6 +35,7 @@ from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import CheckpointError
 from diffusers_ext.training_utils.launch import SkippedSteps
+from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -650,7 +651,7 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
         text_width=8, text_layers=1, vision_width=8, vision_layers=1, num_attention_heads=2, projection_dim=8,
         vocab_size=300,
     )  # fmt: skip
-    words = train_clip.train_tokenizer(["a red ring"], clip)
+    words = train_clip_tokenizer(["a red ring"], clip.vocab_size, clip.max_length)
     train_clip.build_clip(clip, words, 32).save_pretrained(base / "clip")
     words.save_pretrained(base / "clip")
     checkpoints_dir, fixtures = ROOT / "checkpoints", ROOT / "tests" / "fixtures" / "pipelines"

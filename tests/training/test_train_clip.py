@@ -13,6 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
+
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "training" / "presets" / "clip-smoke.yaml")
 
@@ -27,7 +29,7 @@ def fresh_accelerator(monkeypatch):
 def build(*captions: str, **options) -> tuple[train_clip.ClipObjective, dict[str, torch.Tensor]]:
     """A tiny objective and a batch with these captions (then those of further columns)."""
     args, _, _ = train_clip.parse_args([SMOKE])
-    tokenizer = train_clip.train_tokenizer(list(captions), args)
+    tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
     torch.manual_seed(0)
     objective = train_clip.ClipObjective(train_clip.build_clip(args, tokenizer, 32), **options)
     ids = tokenizer(list(captions), padding=True, return_tensors="pt")
