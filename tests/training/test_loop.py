@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.checkpoints import CheckpointError
+from diffusers_ext.training_utils.objective import Objective
 
 SAMPLES = 22
 
@@ -35,22 +36,33 @@ def augment(sample: torch.Tensor, generator: torch.Generator) -> dict[str, torch
     return {"x": sample + 0.1 * torch.randn(4, generator=generator)}
 
 
-def noisy_loss(model, batch, generators):
-    noise = torch.stack([torch.randn(4, generator=g) for g in generators])
-    return {"loss": F.mse_loss(model(batch["x"] + noise), batch["x"])}
+class Denoising(Objective):
+    """Finds a vector under noise; `usage` counts the samples that it has seen."""
+
+    def __init__(self, network: nn.Module | None = None, *, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        new = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(dropout), nn.Linear(8, 4))
+        self.network = network or new
+        self.register_buffer("usage", torch.zeros(()))
+
+    def losses(self, batch, generators, step):
+        noise = torch.stack([torch.randn(4, generator=g) for g in generators])
+        return {"loss": F.mse_loss(self.network(batch["x"] + noise), batch["x"]), "seen": batch["x"].detach()}
+
+    def record(self, found, weight, accelerator):
+        self.usage += len(found["seen"])
+
+    def logged(self):
+        return {"usage": float(self.usage)}
 
 
-def build(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(dropout), nn.Linear(8, 4))
-
-
-def train(tmp_path, *, dropout: float = 0.0, workers: int = 0, compute_loss=noisy_loss, **options) -> nn.Module:
+def train(tmp_path, *, dropout: float = 0.0, workers: int = 0, kind=Denoising, **options) -> Objective:
     args = TrainArgs(output_dir=str(tmp_path), learning_rate=1e-2, logging_steps=1, **options)
     accelerator = loop.start(args)
-    model = build(dropout)
-    loop.fit(accelerator, model, compute_loss, Numbers(), args, transform=augment, num_workers=workers)
-    return model
+    objective = kind(dropout=dropout)
+    loop.fit(accelerator, objective, Numbers(), args, transform=augment, num_workers=workers)
+    return objective
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -93,6 +105,7 @@ def test_resume_is_exact_to_the_bit(tmp_path, stop, workers):
         tmp_path / "resumed", max_train_steps=9, workers=workers, resume_from_checkpoint="latest", **options
     )
     assert torch.equal(weights(straight), weights(resumed))
+    assert straight.usage == resumed.usage == SAMPLES + 3 * 4  # an epoch of 6 steps, and 3 steps: a buffer is resumed
     logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("straight", "resumed")]
     losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 9
@@ -119,13 +132,14 @@ def test_accumulation_equals_a_large_batch(tmp_path, batch, accumulation):
 def test_average_matches_its_closed_form_and_is_exported(tmp_path):
     history = []
 
-    def recording(model, batch, generators):
-        history.append(weights(model))
-        return noisy_loss(model, batch, generators)
+    class Recording(Denoising):
+        def before_step(self, batch, own, step, accelerator):
+            assert own == len(batch["x"])
+            history.append(weights(self))
 
     options = {"train_batch_size": 8, "max_train_steps": 5}
     live = train(tmp_path / "live", **options)
-    averaged = train(tmp_path / "ema", use_ema=True, ema_decay=0.9, compute_loss=recording, **options)
+    averaged = train(tmp_path / "ema", use_ema=True, ema_decay=0.9, kind=Recording, **options)
     expected = history[0]
     for step, value in enumerate([*history[1:], weights(live)]):
         decay = min((1 + step) / (10 + step), 0.9) if step > 0 else 0.0  # diffusers' EMAModel without warm-up
@@ -139,13 +153,13 @@ def test_validation_sees_the_average_and_leaves_the_live_weights_alone(tmp_path)
         learning_rate=1e-2,
         logging_steps=1,
     )  # fmt: skip
-    model, seen = build(), []
+    model, seen = Denoising(), []
 
     def validate(step):
         seen.append((step, model.training, weights(model)))
         return {"value": 1.0}
 
-    loop.fit(loop.start(args), model, noisy_loss, Numbers(), args, transform=augment, on_validate=validate)
+    loop.fit(loop.start(args), model, Numbers(), args, transform=augment, on_validate=validate)
     plain = train(tmp_path / "plain", max_train_steps=4, use_ema=True, train_batch_size=8)
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
     assert torch.equal(seen[-1][2], weights(model)) and torch.equal(weights(model), weights(plain))
@@ -153,15 +167,13 @@ def test_validation_sees_the_average_and_leaves_the_live_weights_alone(tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    calls = []
-
-    def poisoned(model, batch, generators):
-        calls.append(1)
-        losses = noisy_loss(model, batch, generators)
-        return {"loss": losses["loss"] * float("nan")} if len(calls) == 3 else losses
+    class Poisoned(Denoising):
+        def losses(self, batch, generators, step):
+            found = super().losses(batch, generators, step)
+            return {**found, "loss": found["loss"] * float("nan")} if step == 2 else found
 
     with pytest.raises(FloatingPointError, match=r"gradient of step 2 is not finite .*samples \[.*learning_rate"):
-        train(tmp_path, compute_loss=poisoned, train_batch_size=4, max_train_steps=5, checkpointing_steps=1)
+        train(tmp_path, kind=Poisoned, train_batch_size=4, max_train_steps=5, checkpointing_steps=1)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -175,7 +187,7 @@ def test_checkpoints_of_other_sizes_are_refused(tmp_path):
     train(tmp_path, train_batch_size=8, max_train_steps=1)
     args = TrainArgs(output_dir=str(tmp_path), train_batch_size=8, max_train_steps=2, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="model.safetensors does not fit, it was written with other options"):
-        loop.fit(loop.start(args), nn.Linear(4, 4), noisy_loss, Numbers(), args, transform=augment)
+        loop.fit(loop.start(args), Denoising(nn.Linear(4, 4)), Numbers(), args, transform=augment)
 
 
 def test_an_older_run_is_not_mixed_with_a_new_one(tmp_path):

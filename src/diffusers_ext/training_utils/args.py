@@ -77,7 +77,7 @@ class DataArgs:
                 f"{self.train_data_dir!r}) is needed; `--dataset_name scenes` is built in. Either of them on the "
                 "command line replaces the source of a preset."
             )
-        _positive(self, "resolution", "max_train_samples")
+        positive(self, "resolution", "max_train_samples")
 
 
 @dataclass
@@ -182,17 +182,13 @@ class TrainArgs:
     origin: Origin = field(default_factory=Origin, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        _positive(
+        positive(
             self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_minutes",
             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_grad_norm",
             "total_batch_size",
         )  # fmt: skip
-        if self.learning_rate < 0:
-            raise ValueError(f"--learning_rate must be >= 0, got {self.learning_rate}.")
-        if not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"--ema_decay must lie in [0, 1], got {self.ema_decay}.")
-        if self.lr_warmup_steps < 0:
-            raise ValueError(f"--lr_warmup_steps must be >= 0, got {self.lr_warmup_steps}.")
+        between(self, 0, None, "learning_rate", "lr_warmup_steps")
+        between(self, 0, 1, "ema_decay")
         if self.lr_warmup_steps > self.max_train_steps:
             raise ValueError(
                 f"--lr_warmup_steps={self.lr_warmup_steps} is longer than the run, --max_train_steps="
@@ -418,8 +414,18 @@ def preset_words(path: Path, optional: set[str]) -> list[str]:
     return words
 
 
-def _positive(args, *names: str) -> None:
+def positive(args: Any, *names: str) -> None:
+    """Refuses options of a dataclass that are set and not above 0."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"--{name} must be > 0, got {value}.")
+
+
+def between(args: Any, lowest: float, highest: float | None, *names: str) -> None:
+    """Refuses options of a dataclass that are set and outside of [lowest, highest]; `None`: no upper end."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name} must be > 0, got {value}.")
+        if value is None or (lowest <= value and (highest is None or value <= highest)):
+            continue
+        allowed = f"be >= {lowest:g}" if highest is None else f"lie in [{lowest:g}, {highest:g}]"
+        raise ValueError(f"--{name} must {allowed}, got {value}.")

@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from .args import TrainArgs, apply_launcher
@@ -42,134 +42,22 @@ from .checkpoints import (
 )
 from .folders import recover_result
 from .launch import SkippedSteps, describe, make_accelerator
+from .objective import Objective
+from .plan import (  # noqa: F401  # some recipes still look for them here
+    DATA_STREAM,
+    DROPOUT_STREAM,
+    LOSS_STREAM,
+    ORDER_STREAM,
+    Key,
+    StepPlan,
+    Window,
+    keyed_generator,
+    mix,
+    windows,
+)  # fmt: skip
 from .record import Record, check_same_run, make_record, save_learnt, write_options
 
 logger = logging.getLogger(__name__)
-
-# Purposes that keep the draws of one sample apart.
-DATA_STREAM, LOSS_STREAM, ORDER_STREAM, DROPOUT_STREAM = range(4)
-
-Key = tuple[int, int]  # (epoch, index of the sample)
-
-
-def mix(*integers: int) -> int:
-    """Hashes integers to one of 63 bits, equal on every platform and process (splitmix64 finaliser)."""
-    state = 0
-    for value in integers:
-        state = (state + value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def keyed_generator(*integers: int) -> torch.Generator:
-    """A CPU generator whose stream depends on the integers alone."""
-    return torch.Generator().manual_seed(mix(*integers))
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which samples each optimizer step sees: a pure function of the step's number.
-
-    The micro-batches of all processes together walk through the epoch's permutation once; the last window of an epoch
-    may hold fewer micro-batches, and its last micro-batch fewer samples.
-    """
-
-    num_samples: int
-    batch_size: int
-    accumulation: int = 1
-    num_processes: int = 1
-    process_index: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError("The data set is empty; a training needs at least one sample.")
-
-    @property
-    def window_size(self) -> int:
-        return self.batch_size * self.accumulation * self.num_processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_samples / self.window_size)
-
-    def micro_batches(self, step: int) -> list[tuple[list[Key], float]]:
-        """This process's micro-batches of optimizer step `step`, each with its share of the window's samples.
-
-        A process that has no samples left for the last micro-batch gets the first key of the chunk with weight 0, so
-        that all processes take part in the same number of backward passes.
-        """
-        epoch, window = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.num_samples, self.seed, epoch)
-        order = order[window * self.window_size : (window + 1) * self.window_size].tolist()
-        batches = []
-        for start in range(0, len(order), self.batch_size * self.num_processes):
-            chunk = order[start : start + self.batch_size * self.num_processes]
-            mine = chunk[self.process_index * self.batch_size : (self.process_index + 1) * self.batch_size]
-            batches.append(([(epoch, index) for index in mine or chunk[:1]], len(mine) / len(order)))
-        return batches
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_samples, generator=keyed_generator(seed, epoch, ORDER_STREAM))
-
-
-class _KeyedDataset(Dataset):
-    """Reads sample `index` and prepares it with a generator keyed by (seed, epoch, index)."""
-
-    def __init__(self, dataset, transform: Callable[[Any, torch.Generator], Mapping[str, Any]], seed: int):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __getitem__(self, key: Key):
-        epoch, index = key
-        return self.transform(self.dataset[index], keyed_generator(self.seed, epoch, index, DATA_STREAM))
-
-
-@dataclass(frozen=True)
-class _KeyBatches:
-    """The batch sampler: skipping ahead is a matter of `steps`, nothing is iterated in vain."""
-
-    plan: StepPlan
-    steps: range
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in self.steps:
-            for keys, _ in self.plan.micro_batches(step):
-                yield keys
-
-
-Window = list[tuple[Any, list[Key], float]]
-
-
-def windows(
-    dataset: Any,
-    plan: StepPlan,
-    steps: range,
-    *,
-    transform: Callable[[Any, torch.Generator], Mapping[str, Any]],
-    num_workers: int = 0,
-    collate: Callable = default_collate,
-) -> Iterator[Window]:
-    """Yields, for every optimizer step of `steps`, its (micro-batch, keys of the samples, weight) triples.
-
-    Args:
-        dataset: Map-style; `transform(dataset[index], generator)` prepares one sample.
-        plan: Says which samples belong to a step.
-        num_workers: Loader processes; the result does not depend on it.
-    """
-    loader = DataLoader(
-        _KeyedDataset(dataset, transform, plan.seed),
-        batch_sampler=_KeyBatches(plan, steps),
-        num_workers=num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # the loader's own seed must not advance the default generator
-    )
-    fetched = iter(loader)
-    for step in steps:
-        yield [(next(fetched), keys, weight) for keys, weight in plan.micro_batches(step)]
 
 
 class RunLog:
@@ -349,7 +237,131 @@ def ema_weights(model: nn.Module, ema: EMAModel | None):
         ema.restore(model.parameters())
 
 
-def fit(
+def fit(accelerator, objective, *call, before_step=None, **options) -> bool:
+    """See `fit_objective`, which takes this name when all recipes have an Objective."""
+    if isinstance(objective, Objective):
+        return fit_objective(accelerator, objective, *call, **options)
+    return _fit_old(accelerator, objective, *call, before_step=before_step, **options)
+
+
+def fit_objective(
+    accelerator: Accelerator,
+    objective: Objective,
+    dataset: Any,
+    args: TrainArgs,
+    *,
+    transform: Callable[[Any, torch.Generator], Mapping[str, Any]],
+    collate: Callable = default_collate,
+    num_workers: int = 0,
+    on_validate: Callable[[int], Mapping[str, float]] | None = None,
+    parameter_groups: Sequence[dict[str, Any]] | None = None,
+    lr_multiplier: Callable[[int], float] | None = None,
+    averaged: nn.Module | None = None,
+    make_ema: Callable[..., EMAModel] = EMAModel,
+) -> bool:
+    """Trains `objective` in place; at the end it holds the averaged weights if an average was asked for.
+
+    Args:
+        accelerator: From `start(args)`.
+        objective: Its parameters with `requires_grad` are trained.
+        dataset: Map-style.
+        transform: `(dataset[index], generator) -> sample`, see `windows`.
+        collate: `list of samples -> batch`.
+        num_workers: Loader processes; the result does not depend on it.
+        parameter_groups: For AdamW, where parts of the model have learning rates of their own; all trained parameters
+            when unset.
+        on_validate: `(step) -> values to log`; called on the main process, the averaged weights in place.
+        lr_multiplier: `(step) -> multiple of the learning rate`, instead of `args.lr_scheduler`.
+        averaged: The part of `objective` that the average covers; all of it when unset.
+        make_ema: `(parameters, decay=...) -> average`: another rule than diffusers'.
+
+    Returns:
+        Whether training reached `max_train_steps` (`False`: the time limit came first; a checkpoint was saved).
+
+    Raises:
+        FloatingPointError: a gradient or a weight is not finite; the last checkpoint is untouched.
+        CheckpointError: the checkpoint of `--resume_from_checkpoint` is foreign, or of a run with other options.
+    """
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    optimizer, schedule = build_optimizer(parameter_groups or trained, args, lr_multiplier=lr_multiplier)
+    averaged = objective if averaged is None else averaged
+    ema = make_ema(averaged.parameters(), decay=args.ema_decay) if args.use_ema else None
+    plan = StepPlan(
+        num_samples=len(dataset),
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=args.seed,
+    )
+    log, skipped = RunLog(accelerator, args), SkippedSteps()
+    parts = {"model": objective, "optimizer": optimizer, "lr_scheduler": schedule, "log": log}
+    if ema is not None:
+        parts["ema"] = ema
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+    first_step, record = resume(accelerator, args, parts, len(dataset))
+    device = accelerator.device
+    if ema is not None:
+        ema.to(device)
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+
+    def validate(step: int) -> None:
+        if on_validate is not None and accelerator.is_main_process:
+            with ema_weights(averaged, ema), evaluating(objective):
+                log.write(step, on_validate(step))
+        accelerator.wait_for_everyone()
+
+    log.begin(first_step)
+    stopwatch = Stopwatch(accelerator, args.max_train_minutes)
+    steps = range(first_step, args.max_train_steps)
+    stream = windows(dataset, plan, steps, transform=transform, num_workers=num_workers, collate=collate)
+    objective.train()
+    for step in steps:
+        window, values = next(stream), {}
+        own = len(window[0][1]) if window[0][2] > 0 else 0
+        objective.before_step(window[0][0], own, step, accelerator)
+        for micro, (batch, keys, weight) in enumerate(window):
+            torch.manual_seed(mix(args.seed, step, micro, accelerator.process_index, DROPOUT_STREAM))
+            generators = [keyed_generator(args.seed, epoch, index, LOSS_STREAM) for epoch, index in keys]
+            is_last = micro == len(window) - 1
+            with nullcontext() if is_last else accelerator.no_sync(prepared):
+                with accelerator.autocast():
+                    losses = prepared(send_to_device(batch, device), generators, step)
+                # DDP averages over the processes, each of which holds its share of the window's samples.
+                accelerator.backward(losses["loss"] * (weight * accelerator.num_processes))
+            objective.record(losses, weight, accelerator)
+            for name, value in losses.items():
+                if value.ndim == 0:
+                    values[name] = values.get(name, 0) + value.detach() * weight
+        grad_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+        check_finite(accelerator, grad_norm, values["loss"], step, window)
+        optimizer.step()
+        skipped.add(optimizer.step_was_skipped, step, values["loss"])
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.step(averaged.parameters())
+        log.add(values, sum(len(keys) for _, keys, _ in window) * accelerator.num_processes)
+
+        done = step + 1
+        over = stopwatch.is_over() and done < args.max_train_steps
+        if done % args.logging_steps == 0 or done == args.max_train_steps:
+            log.flush(done, lr=float(schedule.get_last_lr()[0]), **objective.logged())
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps or over:
+            save_checkpoint(accelerator, done, parts, args, record)
+        if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
+            validate(done)
+        if over:
+            logger.info("Time limit: stopped after step %d; --resume_from_checkpoint latest goes on.", done)
+            return False
+    log.bar.close()
+    if ema is not None:
+        ema.copy_to(averaged.parameters())
+    return True
+
+
+def _fit_old(
     accelerator: Accelerator,
     model: nn.Module,
     compute_loss: Callable[[nn.Module, Any, list[torch.Generator]], Mapping[str, Tensor]],

@@ -9,12 +9,48 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from torch import nn
+
 from .args import TrainArgs, all_options
 from .folders import write_result
 from .hub import push_folder, write_model_card
 from .launch import describe, launch_words
+from .lora import merge_lora, save_lora
 
 logger = logging.getLogger(__name__)
+
+
+def finish(
+    accelerator: Accelerator,
+    train: TrainArgs,
+    finished: bool,
+    save: Callable[[Path], Any],
+    *,
+    recipe: str,
+    argv: Sequence[str] | None,
+    summary: str,
+    usage: Callable[[str], str],
+    header: Mapping[str, Any] | None = None,
+    lora: nn.Module | None = None,
+) -> None:
+    """Ends a run: its result is published if training got there; see `publish_result` for the arguments.
+
+    Args:
+        finished: What `fit` returned.
+        lora: The network whose low-rank matrices (`lora.add_lora`) were trained: they are saved beside the result, and
+            added to its weights in it.
+    """
+
+    def save_all(folder: Path) -> None:
+        if lora is not None:
+            save_lora(lora, folder)
+            merge_lora(lora)
+        save(folder)
+
+    if finished and accelerator.is_main_process:
+        publish_result(train, save_all, recipe=recipe, argv=argv, summary=summary, usage=usage, header=header)
+    accelerator.end_training()
 
 
 def publish_result(
