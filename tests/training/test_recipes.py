@@ -402,7 +402,7 @@ def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
         ("a: {b: 1}", "`a` is a mapping"),
         ("- a\n- b", "one `option: value` a line, not a list"),
         ("a: [", "is not YAML"),
-        (None, "is not a .yaml file"),
+        (None, "is not a .yaml file that exists, nor the name of an installed one"),
     ],
     ids=["nested", "list", "broken", "missing"],
 )
@@ -412,6 +412,32 @@ def test_wrong_presets_are_refused(tmp_path, text, message):
         preset.write_text(text)
     with pytest.raises(ValueError, match=message):
         train_paella.parse_args([str(preset)])
+
+
+def test_presets_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_path = train_paella.parse_args([str(PRESETS / "paella-smoke.yaml")])
+    for name in ("paella-smoke", "paella-smoke.yaml"):
+        assert train_paella.parse_args([name]) == by_path
+    with pytest.raises(ValueError, match="'training/paella-smok.yaml' is not .* the nearest names are paella-smoke, "):
+        train_paella.parse_args(["training/paella-smok.yaml"])
+    (tmp_path / "paella-smoke").mkdir()  # such as the last run's folder
+    assert train_paella.parse_args(["paella-smoke"]) == by_path
+    (tmp_path / "paella-smoke.yaml").write_text("dataset_name: scenes\nlearning_rate: 2e-5\n")
+    assert train_paella.parse_args(["paella-smoke.yaml"])[2].learning_rate == 2e-5  # a file goes before a name
+
+
+def test_presets_with_bundled_checkpoints_ask_for_a_clone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(
+        ValueError, match="--pretrained_vqvae_name_or_path is checkpoints/.*: run from the clone's top"
+    ):
+        train_paella.main(["paella-smoke", *words])
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="rudalle-gumbel-f8, a folder that is not here; it is not among the bundled"):
+        train_paella.main(["paella-paper-v1", *words])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_wins_over_the_preset(tmp_path):

@@ -1,9 +1,10 @@
 """Arguments that mean the same in every recipe, and the one way in which a recipe reads them.
 
-A call is `accelerate launch training/train_<recipe>.py [preset.yaml] [--field value ...]`: the flat preset is spliced
-in front of the command line as `--key=value` words, so that the command line wins. (`HfArgumentParser` cannot mix the
-two itself, and its `parse_yaml_file` leaves `1e-4` a string.) It can also take back what the preset says: another
-source of pictures replaces the preset's, and `--field none` unsets a field.
+A call is `accelerate launch training/train_<recipe>.py [preset] [--field value ...]`. The preset is a flat file or the
+name of one that is installed with the recipes. It is spliced in front of the command line as `--key=value` words, so
+that the command line wins. (`HfArgumentParser` cannot mix the two itself, and its `parse_yaml_file` leaves `1e-4` a
+string.) The command line can also take back what the preset says: another source of pictures replaces the preset's,
+and `--field none` unsets a field.
 """
 
 import logging
@@ -11,6 +12,8 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -259,7 +262,7 @@ class TrainArgs:
 
 
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
-    """Reads `[preset.yaml] [--field value ...]` into one instance of each dataclass.
+    """Reads `[preset] [--field value ...]` into one instance of each dataclass.
 
     The command line wins over the preset. `--train_data_dir` or `--dataset_name` there replaces the preset's source of
     pictures, and with it what the preset says of these pictures alone: columns, number of samples and classes, cache.
@@ -277,7 +280,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
     words, optional = list(sys.argv[1:] if argv is None else argv), _optional_fields(dataclass_types)
     given = options_given(words)
     if words and not words[0].startswith("-"):
-        preset, words = preset_words(Path(words[0]), optional), words[1:]
+        preset, words = preset_words(find_preset(words[0]), optional), words[1:]
         words = _without_the_source(preset, words) + words
     words, unset = _take_unset(words, optional)
     parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
@@ -324,6 +327,26 @@ def all_options(train: TrainArgs) -> dict[str, Any]:
     """Every option of the command line with its present value, those of the recipe included."""
     sections = train.origin.sections or (train,)
     return {name: getattr(section, name) for section in sections for name in vars(section) if is_option(section, name)}
+
+
+def check_bundled(train: TrainArgs) -> None:
+    """Refuses options that name a folder below checkpoints/ which is not there, as a preset may outside a clone.
+
+    The libraries would look for it on the Hub.
+
+    Raises:
+        ValueError: names the option, the folder and the way out.
+    """
+    for name, value in all_options(train).items():
+        if isinstance(value, str) and Path(value).parts[:1] == ("checkpoints",) and not Path(value).exists():
+            in_a_clone = Path("checkpoints").is_dir()
+            where = (
+                "it is not among the bundled ones: train or convert it first"
+                if in_a_clone
+                else "the bundled checkpoints lie in a clone of the repository, not in the package: run from "
+                "the clone's top folder"
+            )
+            raise ValueError(f"--{name} is {value}, a folder that is not here; {where}, or name another --{name}.")
 
 
 def is_option(section: Any, name: str) -> bool:
@@ -386,15 +409,39 @@ def _without_the_source(preset: Sequence[str], words: Sequence[str]) -> list[str
     return [word for name, option in _options(preset) if name not in dropped for word in option]
 
 
+def find_preset(word: str) -> Path:
+    """The file of a preset: a path, or the name of one that is installed with the recipes (`paella-smoke`).
+
+    A file that exists goes before the name.
+
+    Raises:
+        ValueError: there is neither; names the presets whose names are nearest.
+    """
+    path = Path(word)
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return path
+    installed = installed_presets()
+    if word.removesuffix(".yaml") in installed:
+        return installed[word.removesuffix(".yaml")]
+    near = get_close_matches(path.stem, installed, n=3)
+    raise ValueError(
+        f"The preset {word!r} is not a .yaml file that exists, nor the name of an installed one"
+        + (f"; the nearest names are {', '.join(near)}." if near else ".")
+        + " Presets lie in training/presets/ and are called by path or by name, such as paella-smoke."
+    )
+
+
+def installed_presets() -> dict[str, Path]:
+    """The presets that lie beside the recipes, by name."""
+    folder = Path(str(files("diffusers_ext.training").joinpath("presets")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def preset_words(path: Path, optional: set[str]) -> list[str]:
     """A flat YAML preset as command-line words (`--key=value`; a list becomes `--key value value ...`).
 
     An empty value (`null`) unsets one of the `optional` fields, and says nothing about others.
     """
-    if not path.is_file() or path.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"The preset {str(path)!r} is not a .yaml file that exists; presets lie in training/presets/."
-        )
     try:
         preset = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

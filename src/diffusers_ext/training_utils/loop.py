@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from .args import TrainArgs, apply_launcher
+from .args import TrainArgs, apply_launcher, check_bundled
 from .checkpoints import (
     CheckpointError,
     check_finite_state,
@@ -154,12 +154,13 @@ def start(args: TrainArgs) -> Accelerator:
     """The accelerator of a run, its folder ready and the checkpoint found from which it goes on.
 
     Raises:
-        ValueError: see `apply_launcher` and `make_accelerator`.
+        ValueError: see `apply_launcher`, `check_bundled` and `make_accelerator`.
         CheckpointError: the one that is asked for is damaged, or the folder holds checkpoints and none is asked for:
             those of the older run would count as the newest.
     """
     if not args.origin.sources:
         apply_launcher(args)
+    check_bundled(args)
     accelerator = make_accelerator(args)
     args.resolve_batch(accelerator.num_processes)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)
