@@ -76,6 +76,39 @@ def build_parser() -> Parser:
     export.add_argument("--private", action="store_true", help="make the repository private if it is new")
     export.set_defaults(run=run_export_hub)
 
+    sample = commands.add_parser(
+        "sample",
+        help="draw with a saved pipeline: images as PNG files, or texts",
+        description="Reads the class of the pipeline from its index and takes the checkpoint's own defaults. "
+        "Result k is drawn from seed + k. The settings are in each PNG's metadata.",
+    )
+    sample.add_argument("folder", help="a saved pipeline, or its name on the Hub")
+    sample.add_argument("prompt", nargs="?", help="what to draw, for pipelines that take a text")
+    sample.add_argument("--negative_prompt", help="what to move away from")
+    sample.add_argument("--image", help="file of the image to edit, vary, enlarge or describe")
+    sample.add_argument("--mask", help="file of a mask: white is drawn")
+    sample.add_argument("--map", help="file of a label map")
+    sample.add_argument("--boxes", nargs="+", metavar="BOX", help='each "name x0 y0 x1 y1", corners from 0 to 1')
+    sample.add_argument("--class_label", help="number or name of a class")
+    sample.add_argument("--caption", action="store_const", const=True, help="make texts instead of images")
+    sample.add_argument("--lora", help="folder, file or Hub name of an adapter")
+    sample.add_argument("--seed", type=int, default=0, help="of the first result (default 0)")
+    sample.add_argument("--num", type=int, help="how many results (default 1)")
+    sample.add_argument("--steps", type=int, help="sampling steps")
+    sample.add_argument("--guidance", type=float, help="guidance scale")
+    sample.add_argument("--eta", type=float, help="noise of DDIM's steps, 0 to 1")
+    sample.add_argument("--strength", type=float, help="how much of an image is drawn anew, 0 to 1")
+    sample.add_argument("--height", type=int, help="height of the images in pixels")
+    sample.add_argument("--width", type=int, help="width of the images in pixels")
+    sample.add_argument("--device", help="where to compute (default: a GPU where there is one)")
+    sample.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder, or a .png for one image")
+    sample.set_defaults(run=run_sample)
+
+    info = commands.add_parser("info", help="what a saved pipeline is, takes and weighs")
+    info.add_argument("folder", help="a saved pipeline, or its name on the Hub")
+    info.set_defaults(run=run_info)
+
     commands.add_parser("scenes", help="write pictures of the built-in data set as an image folder", add_help=False)
     return parser
 
@@ -132,6 +165,38 @@ def run_export_hub(options: argparse.Namespace) -> int:
         if url is None:
             return 1
         print(f"Uploaded: {url}")
+    return 0
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    import torch
+
+    from .pipelines import drawing
+
+    if options.num is not None and options.num < 1:
+        raise ValueError(f"--num must be at least 1, received {options.num}.")
+    paths = drawing.result_paths(options.out, options.num or 1, options.seed)
+    chosen = {name: getattr(options, name) for name in drawing.ARGUMENTS}
+    drawn, settings = drawing.draw(
+        options.folder,
+        chosen,
+        seed=options.seed,
+        lora=options.lora,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+    )
+    if options.caption:
+        print("\n".join(drawn))
+        return 0
+    drawing.save_images(drawn, settings, paths)
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from .pipelines import drawing
+
+    print(drawing.describe(options.folder))
     return 0
 
 

@@ -1,0 +1,124 @@
+"""`diffusers-ext sample` and `info` over all public pipelines, from a saved folder to files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines.contract import CASES, ONE_EACH
+from pipelines.tiny_ldm import tiny_labels, tiny_mask
+from pipelines.tiny_paella import tiny_picture
+
+from diffusers_ext import cli
+from diffusers_ext.pipelines.drawing import ARGUMENTS, options_of, pipeline_class
+
+WORDS = {  # case -> what a user writes
+    "paella": ["a red circle"],
+    "paella-inpaint": ["a red circle", "--image", "image.png", "--mask", "mask.png"],
+    "paella-img2img": ["a red circle", "--image", "image.png", "--strength", "0.5"],
+    "paella-variation": ["--image", "image.png"],
+    "ldm-unconditional": ["--height", "16", "--width", "16"],
+    "ldm-class": ["--class_label", "star"],
+    "ldm-text": ["a red circle", "--negative_prompt", "blue", "--guidance", "2"],
+    "ldm-layout": ["--boxes", "circle 0.1 0.2 0.5 0.9", "star 0.6 0 1 0.4"],
+    "ldm-semantic": ["--map", "map.png"],
+    "ldm-upscale": ["--image", "small.png"],
+    "ldm-inpaint": ["--image", "image.png", "--mask", "mask.png"],
+    "versatile-text-to-image": ["a red circle"],
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_picture(1).save("image.png")
+    tiny_picture(1, 4, 4).save("small.png")
+    tiny_mask().save("mask.png")
+    Image.fromarray(tiny_labels().astype(np.uint8)).save("map.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_pipeline_draws_by_one_command(name, files, capsys):
+    CASES[name].build().save_pretrained("saved")
+    words = ["sample", "saved", *WORDS[name], "--steps", "2", "--num", "2", "--seed", "5", "--out", "drawn"]
+    assert cli.main(words) == 0
+    paths = sorted((files / "drawn").iterdir())
+    assert [path.name for path in paths] == ["00005.png", "00006.png"]
+    assert capsys.readouterr().out.split() == ["drawn/00005.png", "drawn/00006.png"]
+    pictures = [Image.open(path) for path in paths]
+    settings = json.loads(pictures[1].info["diffusers_ext"])
+    assert settings["pipeline"] == CASES[name].pipeline and settings["seed"] == 6 and settings["steps"] == 2
+    # a picture can be drawn again by itself, from the seed that is in it
+    assert cli.main([*words[:-6], "--seed", "6", "--out", "again.png"]) == 0
+    assert np.abs(np.asarray(Image.open("again.png"), int) - np.asarray(pictures[1], int)).max() <= 1
+
+
+def test_texts_are_printed(files, capsys):
+    CASES["versatile-image-to-text"].build().save_pretrained("saved")
+    assert cli.main(["sample", "saved", "--image", "image.png", "--caption", "--num", "2", "--steps", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 and not (files / "samples").exists()
+
+
+def test_an_adapter_changes_the_picture(files):
+    pipe = CASES["ldm-text"].build()
+    pipe.save_pretrained("saved")
+    pipe.unet.add_adapter(_lora())
+    for parameter in (p for p in pipe.unet.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    pipe.unet.save_lora_adapter("lora")
+    words = ["sample", "saved", "a red circle", "--steps", "2", "--out"]
+    assert cli.main([*words, "plain.png"]) == 0
+    assert cli.main([*words, "adapted.png", "--lora", "lora"]) == 0
+    assert np.abs(np.asarray(Image.open("plain.png"), int) - np.asarray(Image.open("adapted.png"), int)).max() > 3
+
+
+def _lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["to_q", "to_k"])
+
+
+def test_info_names_class_options_and_components(files, capsys):
+    CASES["ldm-class"].build().save_pretrained("saved")
+    assert cli.main(["info", "saved"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("LDMClassConditionalPipeline: takes --class_label, ") and "class_embedder" in told
+    parameters = sum(p.numel() for p in pipeline_class("saved").from_pretrained("saved").unet.parameters())
+    assert f"unet: UNet2DConditionModel, {parameters:,} parameters" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "saved", "--map", "map.png"], "LDMTextPipeline takes no --map; it takes --prompt"),
+        (["sample", "saved"], "exactly one of `prompt`"),
+        (["sample", "saved", "a", "--num", "0"], "--num must be at least 1, received 0"),
+        (["sample", "saved", "a red circle", "--steps", "2", "--num", "2", "--out", "x.png"], "is one file, but 2"),
+        (["sample", "nowhere-at-all", "a"], "nowhere-at-all"),
+        (["sample", "empty", "a"], "'empty' holds no pipeline"),
+        (["info", "saved/unet"], "'saved/unet' holds a model"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(words, message, files, capsys):
+    CASES["ldm-text"].build().save_pretrained("saved")
+    (files / "empty").mkdir()
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("diffusers-ext")
+
+
+def test_other_files_and_boxes_are_refused(files, capsys):
+    CASES["ldm-layout"].build().save_pretrained("saved")
+    assert cli.main(["sample", "saved", "--boxes", "circle 0.1 0.2"]) == 2
+    assert '--boxes takes "name x0 y0 x1 y1"' in capsys.readouterr().err
+    CASES["ldm-upscale"].build().save_pretrained("other")
+    assert cli.main(["sample", "other", "--image", "none.png"]) == 2
+    assert "There is no picture 'none.png'" in capsys.readouterr().err
+
+
+def test_every_condition_has_an_option():
+    for name in ONE_EACH:
+        assert set(options_of(type(CASES[name].build()))) <= set(ARGUMENTS)
+        assert "num" in options_of(type(CASES[name].build())) and "steps" in options_of(type(CASES[name].build()))
