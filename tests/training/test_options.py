@@ -11,13 +11,14 @@ import train_autoencoder
 import train_ldm
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from first_stages import Quantized, new_autoencoder
 from ldm_networks import KINDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from diffusers_ext.models.token_codec import codebook_weight
 from diffusers_ext.models.vq_paella import PaellaVQModel
+from diffusers_ext.training.autoencoder.networks import new_autoencoder
+from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
 
@@ -218,11 +219,11 @@ def test_every_codebook_that_starts_with_means_needs_enough_pictures():
         widths = ["--block_out_channels", "8", "16"] if model == "paella_vq" else []
         args, _, _ = train_autoencoder.parse_args(["--dataset_name", "scenes", "--model", model, *widths])
         with pytest.raises(ValueError, match="512 codes cannot start from the 448 latents of 7 pictures"):
-            train_autoencoder.check_sizes(args, 64, 8, 7)
+            check_sizes(args, 64, 8, 7)
         args.kmeans_samples = 0
-        train_autoencoder.check_sizes(args, 64, 8, 7)
+        check_sizes(args, 64, 8, 7)
     args.model, args.kmeans_samples = "kl", 512
-    train_autoencoder.check_sizes(args, 64, 8, 7)
+    check_sizes(args, 64, 8, 7)
 
 
 def test_first_and_new_codes_leave_the_running_statistics_alone(tmp_path):

@@ -22,6 +22,8 @@ from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
 from diffusers_ext.data.photographs import tile_photographs
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.models.token_codec import encode_indices
+from diffusers_ext.training.autoencoder.data import read_picture
+from diffusers_ext.training.autoencoder.objective import check_sizes
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -356,9 +358,9 @@ def test_an_autoencoder_that_cannot_work_is_refused_before_it_starts(stages):
     with pytest.raises(ValueError, match="--resolution=60 is no multiple of .* factor 8; the nearest is 64"):
         train_autoencoder.build_autoencoder(args, 60)
     with pytest.raises(ValueError, match="--resolution=16 is too small for --disc_layers=3, which needs 24"):
-        train_autoencoder.check_sizes(args, 16, 8, 1000)
+        check_sizes(args, 16, 8, 1000)
     with pytest.raises(ValueError, match="--num_vq_embeddings=512 codes cannot start from the 448 latents of 7 pic"):
-        train_autoencoder.check_sizes(args, 64, 8, 7)
+        check_sizes(args, 64, 8, 7)
     args.model, args.pretrained_model_name_or_path = "gumbel_vq", str(stages["vq"])
     with pytest.raises(ValueError, match="holds a VQModel, but --model=gumbel_vq trains a GumbelVQModel"):
         train_autoencoder.build_autoencoder(args, 32)
@@ -388,7 +390,7 @@ def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
         partial(train_paella.read_sample, args=args, data=data),
         partial(train_clip.read_sample, data=data, columns=clip_data),
         partial(train_clip.collate_samples, tokenizer=tokenizer),
-        partial(train_autoencoder.read_picture, data=data),
+        partial(read_picture, data=data),
     ):
         pickle.loads(pickle.dumps(work))  # what starting a loader process asks for where there is no fork
     for workers in ("0", "2"):

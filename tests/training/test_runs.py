@@ -30,6 +30,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
+from diffusers_ext.training.autoencoder.loop import DISCRIMINATOR_LOSSES
 from diffusers_ext.training_utils import checkpoints, folders, loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
@@ -593,7 +594,7 @@ def test_a_discriminator_that_is_not_finite_stops_the_run_and_nothing_is_saved(t
         calls.append(1)
         return hinge_discriminator_loss(real, fake) * (float("nan") if len(calls) == 2 else 1.0)
 
-    monkeypatch.setitem(train_autoencoder.DISCRIMINATOR_LOSSES, "hinge", once)
+    monkeypatch.setitem(DISCRIMINATOR_LOSSES, "hinge", once)
     with pytest.raises(FloatingPointError, match="The gradient of the discriminator in step 2 is not finite"):
         run("kl", tmp_path, "--checkpointing_steps", "1")
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]

@@ -10,7 +10,6 @@ import train_autoencoder
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, VQModel
-from first_stages import Quantized, build_autoencoder
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
@@ -18,6 +17,9 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.losses.perceptual import CLIPDistance
 from diffusers_ext.losses.quantization import vector_quantize
 from diffusers_ext.models.discriminator import PatchDiscriminator
+from diffusers_ext.training.autoencoder.data import first_pictures, read_picture
+from diffusers_ext.training.autoencoder.networks import build_autoencoder
+from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
 from diffusers_ext.training_utils import loop
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def test_resuming_is_exact_with_discriminator_and_average(smoke, tmp_path):
 def test_the_scale_in_the_config_makes_unit_variance(smoke, tmp_path):
     _, data, train = train_autoencoder.parse_args([SMOKE])
     vae, (train_set, _) = AutoencoderKL.from_pretrained(smoke), load_pictures(data)
-    draws = train_autoencoder.first_pictures(train_set, 32, data, train.seed, torch.device("cpu"))
+    draws = first_pictures(train_set, 32, data, train.seed, torch.device("cpu"))
     ((image, generators),) = draws
     posterior = vae.encode(image).latent_dist
     noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
@@ -126,7 +128,7 @@ def test_one_step_by_hand(tmp_path, reduction):
     ((keys, _),) = loop.StepPlan(4, 4, seed=train.seed).micro_batches(0)
     train_set, _ = load_pictures(data)
     image = torch.stack([
-        train_autoencoder.read_picture(
+        read_picture(
             train_set[i], loop.keyed_generator(train.seed, epoch, i, loop.DATA_STREAM), data
         ) for epoch, i in keys
     ])  # fmt: skip
@@ -221,7 +223,7 @@ def test_the_paper_presets_of_vq_models_have_the_originals_quantiser_loss():
 def test_without_kmeans_pictures_the_codebook_keeps_its_random_start():
     words = ["--dataset_name", "scenes", "--kmeans_samples", "0", "--plain_fraction", "0", "--num_vq_embeddings", "16"]
     args, *_ = train_autoencoder.parse_args([*words, "--block_out_channels", "8", "8"])
-    train_autoencoder.check_sizes(args, 32, 2, 1)  # no picture is too few for it
+    check_sizes(args, 32, 2, 1)  # no picture is too few for it
     objective = Quantized(build_autoencoder(args, 32), args, 10)
     before = objective.autoencoder.quantize.embedding.weight.clone()
     objective.before_step(0, torch.zeros(1, 3, 32, 32), 1, None, None, 0)
@@ -257,6 +259,6 @@ def test_networks_that_do_not_fit_are_refused(smoke, tmp_path):
     with pytest.raises(ValueError, match="--resolution=30 is no multiple of the autoencoder's factor 4; .* is 32"):
         build_autoencoder(args, 30)
     with pytest.raises(ValueError, match="--feature_model needs at least 2 validation pictures, got 1"):
-        train_autoencoder.check_sizes(args, 32, 4, 11, 1)
+        check_sizes(args, 32, 4, 11, 1)
     with pytest.raises(ValueError, match="--feature_model='somewhere' is not a folder with a CLIP .* such a folder"):
         CLIPDistance("somewhere", "--feature_model")

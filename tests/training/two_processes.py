@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from first_stages import Quantized, new_autoencoder
 
 from diffusers_ext.models.token_codec import codebook_weight
 from diffusers_ext.models.vq_paella import PaellaVQModel
+from diffusers_ext.training.autoencoder.networks import new_autoencoder
+from diffusers_ext.training.autoencoder.objective import Quantized
 
 
 def first_codes_of_each_process() -> dict[str, list[float]]:

@@ -1,5 +1,5 @@
-"""The first stages of train_autoencoder.py: for each `--model` the network, and its objective with all of it that the
-loop does not know: its loss, its draws, what it keeps between steps, what it reports.
+"""What train_autoencoder.py learns: for each `--model` all of it that the loop does not know: loss, draws, what it
+keeps between steps, what it reports.
 
 | `--model` | bottleneck | paper |
 |---|---|---|
@@ -12,15 +12,14 @@ loop does not know: its loss, its draws, what it keeps between steps, what it re
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
-from diffusers_ext.losses.kl import kl_divergence, reconstruction_nll, sample_posterior
+from diffusers_ext.losses.kl import kl_divergence, latent_scale, reconstruction_nll, sample_posterior
 from diffusers_ext.losses.quantization import (
     codebook_perplexity,
     gumbel_quantize,
@@ -33,88 +32,23 @@ from diffusers_ext.models.token_codec import (
     codebook_weight,
     decode_indices,
     decode_latents,
-    downsample_factor,
     encode_indices,
     encode_latents,
 )
 from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.models.vq_paella import PaellaVQModel
-from diffusers_ext.training_utils.loop import keyed_generator
-from diffusers_ext.training_utils.weights import load_whole
-
-if TYPE_CHECKING:
-    from train_autoencoder import AutoencoderArgs
+from diffusers_ext.training.autoencoder.args import AutoencoderArgs
+from diffusers_ext.training.autoencoder.networks import Autoencoder
+from diffusers_ext.training_utils.loop import evaluating, keyed_generator
 
 Batches = Iterator[tuple[Tensor, list[Generator]]]  # pictures (b, 3, h, w), and for each its source of draws
 Trained = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
-Autoencoder = Tokenizer | AutoencoderKL
-KINDS: dict[str, type[VQModel] | type[PaellaVQModel] | type[AutoencoderKL]] = {
-    "vq": VQModel, "paella_vq": PaellaVQModel, "gumbel_vq": GumbelVQModel, "kl": AutoencoderKL,
-}  # fmt: skip
-
-
-def build_autoencoder(args: "AutoencoderArgs", resolution: int = 256) -> Autoencoder:
-    """A new (or the pretrained) autoencoder that takes pictures of `resolution` pixels a side.
-
-    Raises:
-        ValueError: the pretrained one is of another kind than `--model`, or the resolution does not fit the factor.
-    """
-    kind = KINDS[args.model]
-    if args.pretrained_model_name_or_path:
-        name_or_path = args.pretrained_model_name_or_path
-        name = kind.load_config(name_or_path, subfolder=args.subfolder)["_class_name"]
-        if name != kind.__name__:
-            raise ValueError(
-                f"{args.pretrained_model_name_or_path!r} holds a {name}, but --model={args.model} trains a "
-                f"{kind.__name__}."
-            )
-        autoencoder = load_whole(kind, name_or_path, subfolder=args.subfolder)
-    else:
-        autoencoder = new_autoencoder(kind, args, resolution)
-    factor = downsample_factor(autoencoder)
-    if resolution % factor:
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise ValueError(
-            f"--resolution={resolution} is no multiple of the autoencoder's factor {factor}; the nearest is {nearest}."
-        )
-    return autoencoder
-
-
-def new_autoencoder(
-    kind: type[VQModel] | type[PaellaVQModel] | type[AutoencoderKL], args: "AutoencoderArgs", resolution: int
-) -> Autoencoder:
-    """An autoencoder with fresh weights, and 1 for the scale of its latents."""
-    if issubclass(kind, PaellaVQModel):
-        return kind(
-            levels=len(args.block_out_channels),
-            bottleneck_blocks=args.bottleneck_blocks,
-            embed_dim=args.block_out_channels[-1],
-            latent_channels=args.latent_channels,
-            num_vq_embeddings=args.num_vq_embeddings,
-            scale_factor=1.0,
-        )
-    attends = [level in args.attention_levels for level in range(len(args.block_out_channels))]
-    codebook = {"vq_embed_dim": args.vq_embed_dim, "num_vq_embeddings": args.num_vq_embeddings}
-    return kind(
-        down_block_types=tuple("AttnDownEncoderBlock2D" if attn else "DownEncoderBlock2D" for attn in attends),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if attn else "UpDecoderBlock2D" for attn in attends[::-1]),
-        block_out_channels=tuple(args.block_out_channels),
-        layers_per_block=args.layers_per_block,
-        norm_num_groups=args.norm_num_groups,
-        mid_block_add_attention=args.mid_block_add_attention,
-        latent_channels=args.latent_channels,
-        sample_size=resolution,
-        scaling_factor=1.0,
-        **({} if args.model == "kl" else codebook),
-    )
-
-
 class Objective(nn.Module):
     """Picture in, reconstruction and bottleneck loss out."""
 
-    def __init__(self, autoencoder: Autoencoder, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Autoencoder, args: AutoencoderArgs, num_steps: int):
         super().__init__()
         self.autoencoder, self.args, self.num_steps = autoencoder, args, num_steps
 
@@ -129,7 +63,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def starts_with_kmeans(cls, args: "AutoencoderArgs") -> bool:
+    def starts_with_kmeans(cls, args: AutoencoderArgs) -> bool:
         """Whether the first codes are means of the pictures' latents."""
         return False
 
@@ -175,7 +109,7 @@ class CodebookObjective(Objective):
     autoencoder: Tokenizer
     usage: Tensor  # (k,), counts since the last restart
 
-    def __init__(self, autoencoder: Tokenizer, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int):
         super().__init__(autoencoder, args, num_steps)
         self.register_buffer("usage", torch.zeros(autoencoder.config.num_vq_embeddings))
 
@@ -204,13 +138,13 @@ class CodebookObjective(Objective):
 class Quantized(CodebookObjective):
     """Nearest codes."""
 
-    def __init__(self, autoencoder: Tokenizer, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int):
         super().__init__(autoencoder, args, num_steps)
         self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
         self.last_restart = round(args.restart_fraction * num_steps)
 
     @classmethod
-    def starts_with_kmeans(cls, args: "AutoencoderArgs") -> bool:
+    def starts_with_kmeans(cls, args: AutoencoderArgs) -> bool:
         return args.kmeans_samples > 0 and not args.pretrained_model_name_or_path
 
     @property
@@ -300,7 +234,7 @@ class Gaussian(Objective):
 
     autoencoder: AutoencoderKL
 
-    def __init__(self, autoencoder: AutoencoderKL, args: "AutoencoderArgs", num_steps: int):
+    def __init__(self, autoencoder: AutoencoderKL, args: AutoencoderArgs, num_steps: int):
         super().__init__(autoencoder, args, num_steps)
         # The original's parameter is in no optimiser, so that it stays what it was at the start.
         self.logvar = nn.Parameter(torch.tensor(float(args.logvar_init)), requires_grad=args.learn_logvar)
@@ -338,3 +272,38 @@ class Gaussian(Objective):
 
 
 OBJECTIVES = {"vq": Quantized, "paella_vq": Quantized, "gumbel_vq": GumbelQuantized, "kl": Gaussian}
+
+
+def check_sizes(
+    args: AutoencoderArgs, resolution: int, factor: int, num_pictures: int, num_validation: int = 2
+) -> None:
+    """Refuses now what would otherwise stop the run in its middle: the discriminator's start, the k-means, the report.
+
+    Raises:
+        ValueError: the pictures are too small for the discriminator, or too few for a first codebook or a covariance.
+    """
+    if args.feature_model and num_validation < 2:
+        raise ValueError(
+            f"--feature_model needs at least 2 validation pictures, got {num_validation}: raise --validation_samples, "
+            "or use more pictures (a tenth of them is held out)."
+        )
+    smallest = 3 * 2**args.disc_layers
+    if args.disc_start is not None and resolution < smallest:
+        raise ValueError(
+            f"--resolution={resolution} is too small for --disc_layers={args.disc_layers}, which needs {smallest} "
+            "pixels a side."
+        )
+    num_latents = min(args.kmeans_samples, num_pictures) * (resolution // factor) ** 2
+    if OBJECTIVES[args.model].starts_with_kmeans(args) and num_latents < args.num_vq_embeddings:
+        raise ValueError(
+            f"--num_vq_embeddings={args.num_vq_embeddings} codes cannot start from the {num_latents} latents of "
+            f"{min(args.kmeans_samples, num_pictures)} pictures: raise --kmeans_samples, use more pictures, or fewer "
+            "codes."
+        )
+
+
+def store_scale(objective: Objective, pictures: Iterator[tuple[Tensor, list[Generator]]]) -> None:
+    """Writes 1 / std of the pictures' latents into the autoencoder's config, where diffusers' pipelines look."""
+    with evaluating(objective):
+        latents = torch.cat([objective.latents(*batch) for batch in pictures])
+    objective.autoencoder.register_to_config(scaling_factor=latent_scale(latents))
