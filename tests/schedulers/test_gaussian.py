@@ -10,6 +10,7 @@ from diffusers.utils.dummy_pt_objects import DummyObject
 from diffusers_ext.schedulers.gaussian import (
     check_falling,
     check_gaussian_scheduler,
+    guided_step,
     ldm_scheduler,
     scheduler_attribute,
     scheduler_setting,
@@ -88,3 +89,30 @@ def test_what_an_adapter_holds_is_found():
         check_gaussian_scheduler(Holder(diffusers.EDMEulerScheduler()), "APipeline")
     open_step = type("Open", (), {"step": lambda self, model_output, timestep, sample, **rest: None})()
     assert step_arguments(open_step, **wanted) == wanted
+
+
+class Guiding(Holder):
+    """Takes both predictions, and a generator through the scheduler that it holds."""
+
+    def step(self, model_output, timestep, sample, model_output_uncond=None, guidance_scale=None, **inner):
+        self.got = (model_output, model_output_uncond, guidance_scale)
+        return self.scheduler.step(model_output, timestep, sample, **inner)
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: inner, Holder, Guiding, lambda inner: Holder(Guiding(inner))])
+def test_both_predictions_go_to_a_scheduler_that_guides(wrap):
+    cond, uncond, sample = torch.randn(3, 1, 4, 2, 2)
+    inner = ldm_scheduler()
+    inner.set_timesteps(4)
+    t = inner.timesteps[1]
+    scheduler = wrap(inner)
+    after, guided = guided_step(scheduler, cond, uncond, 3.0, t, sample, channels=3, eta=0.0)
+    torch.testing.assert_close(guided[:, :3], uncond[:, :3] + 3 * (cond - uncond)[:, :3])
+    assert torch.equal(guided[:, 3:], cond[:, 3:])
+    guiding = next((one for one in (scheduler, getattr(scheduler, "scheduler", None)) if hasattr(one, "got")), None)
+    output = guided if guiding is None else cond
+    assert torch.equal(after, inner.step(output, t, sample, return_dict=False)[0])
+    if guiding is not None:
+        assert guiding.got[1] is uncond and guiding.got[2] == 3.0
+        alone, _ = guided_step(scheduler, cond, None, 3.0, t, sample)
+        assert guiding.got == (cond, None, None) and torch.equal(alone, after)

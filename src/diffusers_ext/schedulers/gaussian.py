@@ -11,6 +11,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
+from ..guidance import Mix, guide
+
 WAY_OUT = (
     "Use a scheduler of diffusers that denoises with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver++, UniPC ...) and the"
     " checkpoint's config, for instance `EulerDiscreteScheduler.from_pretrained(<checkpoint>, subfolder='scheduler')`."
@@ -50,13 +52,55 @@ def step_arguments(scheduler: Any, **wanted: Any) -> dict[str, Any]:
     An adapter hands what its `**kwargs` catch to the scheduler that it holds, so that one's step counts as well. A
     step with `**kwargs` and nothing behind it takes everything.
     """
-    known: set[str] = set()
+    names, takes_others = _step_parameters(scheduler)
+    return wanted if takes_others else {name: value for name, value in wanted.items() if name in names}
+
+
+def guided_step(
+    scheduler: Any,
+    cond: Tensor | None,
+    uncond: Tensor | None,
+    guidance_scale: float | Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    *,
+    mix: Mix | None = None,
+    channels: int | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """One step of a scheduler, from the predictions that `guidance.both_branches` returned.
+
+    A scheduler whose step has a parameter `model_output_uncond` guides by itself: it gets both predictions and the
+    scale. Any other gets the guided prediction.
+
+    Args:
+        cond, uncond, guidance_scale, mix, channels: as for `guidance.guide`.
+        timestep: of the step.
+        sample: noisy (b, c, ...), as the scheduler left it.
+        arguments: further ones of the step, see `step_arguments`.
+
+    Returns:
+        The next sample and the guided prediction. Where the scheduler guides, the latter is only a preview.
+    """
+    guided = guide(cond, uncond, guidance_scale, mix=mix, channels=channels)
+    prediction = guided
+    if cond is not None and uncond is not None:
+        names, _ = _step_parameters(scheduler)
+        if "model_output_uncond" in names:
+            prediction = cond
+            arguments |= {"model_output_uncond": uncond, "guidance_scale": guidance_scale}
+    return scheduler.step(prediction, timestep, sample, **arguments, return_dict=False)[0], guided
+
+
+def _step_parameters(scheduler: Any) -> tuple[set[str], bool]:
+    """Names that the scheduler's step knows, also behind an adapter's `**kwargs`; whether it takes any other name."""
+    names: set[str] = set()
     for one in scheduler_chain(scheduler):
         parameters = inspect.signature(one.step).parameters
-        known |= parameters.keys()
+        names |= parameters.keys()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return {name: value for name, value in wanted.items() if name in known}
-    return wanted
+            return names, False
+    return names, True
 
 
 def check_gaussian_scheduler(scheduler: Any, pipeline_name: str) -> None:
