@@ -152,11 +152,20 @@ def as_texts(name: str, texts: Any) -> list[str]:
     return list(texts)
 
 
+def check_fraction(name: str, value: Any, meaning: str) -> None:
+    """A number from 0 to 1.
+
+    Args:
+        meaning: What the two ends do, for the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, received {value!r}.")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], received {value}: {meaning}.")
+
+
 def check_eta(eta: Any) -> None:
-    if isinstance(eta, bool) or not isinstance(eta, numbers.Real):
-        raise TypeError(f"`eta` must be a number, received {eta!r}.")
-    if not 0 <= float(eta) <= 1:
-        raise ValueError(f"`eta` must lie in [0, 1], received {eta}: 0 is deterministic, 1 is as noisy as DDPM.")
+    check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
 
 
 def check_steps(scheduler: Any, num_inference_steps: Any) -> None:

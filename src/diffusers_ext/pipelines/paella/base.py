@@ -4,15 +4,15 @@ Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spac
 Original: dome272/Paella@b1f88ef and its sampling notebook @97d18f9; code and weights MIT.
 Differences: both guidance branches run in one doubled batch; every draw takes a generator, or one for each sample.
 
-Shapes: b samples, h x w the token grid, H x W pixels, d the width of the condition, v the number of codes.
+Shapes: b samples, n prompts, h x w the token grid, H x W pixels, d the width of the condition, v the number of codes.
 """
 
+import math
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vq_model import VQModel
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -21,36 +21,28 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...conditions.images import image_batch, image_list
-from ...guidance import classifier_free_guidance
-from ...models.token_codec import Tokenizer, decode_indices, downsample_factor, encode_indices
+from ...conditions.images import image_list
+from ...conditions.named_boxes import find_class
+from ...guidance import both_branches, guide
+from ...models.token_codec import Tokenizer, downsample_factor
 from ...models.unet_paella import PaellaUNet
 from ...models.vq_gumbel import GumbelVQModel
 from ...models.vq_paella import PaellaVQModel
 from ...schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from ..base import HousePipeline
-from ..callbacks import Callback, report_step, start_scale
+from ..callbacks import Callback, report_step
 from ..checks import (
     as_texts,
     check_callback_tensors,
-    check_decoded,
     check_generator,
     check_guidance_scale,
     check_integer,
     check_output_type,
+    check_side,
 )
 from ..clip_vectors import image_vectors, text_ids
-from ..listed_options import read_option, record_option, record_sample_size, sample_sides
+from ..listed_options import read_option, record_option, record_sample_size
 from ..tokenization import warn_of_cuts
-from .checks import (
-    check_components,
-    check_conditions,
-    check_image_components,
-    check_labels,
-    check_latents,
-    check_size,
-    check_text_components,
-)
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -65,7 +57,7 @@ class PaellaBasePipeline(HousePipeline):
             are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
         unet: Token predictor.
         scheduler: Draws the tokens of each step and renoises them.
-        image_encoder: CLIP image tower of the same embedding space, for conditions that are pictures.
+        image_encoder: CLIP image tower of the same embedding space, for conditions that are images.
         feature_extractor: Its image processor.
         default_sample_size: Side or (height, width) of the token grid when a call names no size; by default
             `unet.config.sample_size`, else 32.
@@ -115,31 +107,11 @@ class PaellaBasePipeline(HousePipeline):
         )
         self.vae_scale_factor = downsample_factor(vqvae) if vqvae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = default_guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
 
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes 0, 1, ..., see `id2label`."""
         return read_option(self.config.get("id2label"))
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        # u + s * (c - u): the null branch cancels exactly at s = 1 and only there
-        return self._guidance_scale != 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def check_inputs(
         self,
@@ -160,24 +132,147 @@ class PaellaBasePipeline(HousePipeline):
     ) -> int:
         """Raises `ValueError` or `TypeError` for everything that can be known to be wrong before a model runs.
 
-        The arguments are those of `__call__`, with the size resolved.
+        The arguments are those of a call. The size and the scale are resolved.
 
         Returns:
             The number of prompts.
         """
-        check_components(self)
+        self.check_components()
         check_integer("num_inference_steps", num_inference_steps, 1)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         check_guidance_scale(guidance_scale)
         check_output_type(output_type)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        grid = check_size(self, height, width)
-        num_prompts = check_conditions(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, grid)
+        if callback_on_step_end_tensor_inputs is not None:
+            check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        grid = self.check_size(height, width)
+        num_prompts = self.check_conditions(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, grid)
         batch_size = num_prompts * num_images_per_prompt
         check_generator(generator, batch_size, self._execution_device)
         if latents is not None:
-            check_latents(self, latents, (batch_size, *grid))
+            self.check_latents(latents, (batch_size, *grid))
         return num_prompts
+
+    def check_components(self) -> None:
+        """Network, tokenizer and scheduler are there and agree on the codebook."""
+        missing = [name for name in ("vqvae", "unet", "scheduler") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
+        if not hasattr(self.scheduler, "noise_ratio") or "num_vec_classes" not in self.scheduler.config:
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}; {type(self).__name__} draws tokens and needs a"
+                " DiscreteRenoisingScheduler. Its ways of drawing and its schedule are that class's options, and"
+                " travel with the checkpoint:"
+                " `DiscreteRenoisingScheduler.from_pretrained(<checkpoint>, subfolder='scheduler')`."
+            )
+        codes = {
+            "unet.config.num_vq_embeddings": self.unet.config["num_vq_embeddings"],
+            "vqvae.config.num_vq_embeddings": self.vqvae.config["num_vq_embeddings"],
+            "scheduler.config.num_vec_classes": self.scheduler.config["num_vec_classes"],
+        }
+        if len(set(codes.values())) > 1:
+            listed = ", ".join(f"{name}={value}" for name, value in codes.items())
+            raise ValueError(f"The components disagree on the number of token codes: {listed}.")
+
+    def check_size(self, height: Any, width: Any, names: tuple[str, str] = ("height", "width")) -> tuple[int, int]:
+        """The token grid (h, w) of a valid size in pixels."""
+        factor, levels = self.vae_scale_factor, self.unet.downsample_factor
+        # the smallest grid that the network takes, rounded up to what its levels divide
+        smallest = math.ceil(self.unet.min_size / levels) * levels * factor
+        for name, side in zip(names, (height, width), strict=True):
+            check_side(name, side, levels * factor, smallest, because=f"tokenizer {factor} x network {levels}")
+        return height // factor, width // factor
+
+    def check_conditions(
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        prompt_embeds: Any,
+        negative_prompt_embeds: Any,
+        grid: tuple[int, int],
+    ) -> int:
+        """The number of prompts, if both branches are well formed."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError(
+                "Pass exactly one of `prompt` and `prompt_embeds`; received"
+                f" {'neither' if prompt is None else 'both'}."
+            )
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Pass at most one of `negative_prompt` and `negative_prompt_embeds`; received both.")
+        if prompt is not None:
+            num_prompts = len(as_texts("prompt", prompt))
+        else:
+            self._check_embeds("prompt_embeds", prompt_embeds, grid)
+            num_prompts = prompt_embeds.shape[0]
+        if negative_prompt is not None:
+            num_negative = len(as_texts("negative_prompt", negative_prompt))
+            if num_negative != num_prompts and not isinstance(negative_prompt, str):
+                raise ValueError(
+                    f"`negative_prompt` holds {num_negative} texts for {num_prompts} prompts; pass one text for all of"
+                    " them or one a prompt."
+                )
+        if negative_prompt_embeds is not None:
+            self._check_embeds("negative_prompt_embeds", negative_prompt_embeds, grid)
+            if negative_prompt_embeds.shape[0] not in (1, num_prompts):
+                raise ValueError(
+                    f"`negative_prompt_embeds` holds {negative_prompt_embeds.shape[0]} conditions for {num_prompts}"
+                    " prompts; pass one for all of them or one a prompt."
+                )
+            if negative_prompt_embeds.ndim == 4 and (prompt_embeds is None or prompt_embeds.ndim == 2):
+                raise ValueError(
+                    "`negative_prompt_embeds` is a map over the grid, so `prompt_embeds` must be one as well."
+                )
+        if prompt is not None or negative_prompt is not None:
+            self.check_encoder("text_encoder")
+        return num_prompts
+
+    def check_encoder(self, name: str) -> None:
+        """The encoder `text_encoder` or `image_encoder` and what prepares its input are there and fit the network."""
+        if name == "text_encoder" and None in (self.tokenizer, self.text_encoder):
+            instead = " or `class_labels`" if self.class_names is not None else ""
+            raise ValueError(
+                f"The pipeline was built without tokenizer or text_encoder; pass `prompt_embeds`{instead} (and"
+                " `negative_prompt_embeds`) in place of texts."
+            )
+        missing = [part for part in ("image_encoder", "feature_extractor") if getattr(self, part) is None]
+        if name == "image_encoder" and missing:
+            raise ValueError(
+                f"The pipeline was built without {' and '.join(missing)}, which turn `image` into a condition: pass"
+                " them to `from_pretrained` or `from_pipe` (the CLIP image tower whose vectors the network was trained"
+                " with), or pass `prompt_embeds`."
+            )
+        width = getattr(self, name).config.projection_dim
+        if self.unet is not None and width != self.unet.config["condition_dim"]:  # encoding needs no network
+            raise ValueError(
+                f"The components do not fit together: {name}.config.projection_dim={width} differs from"
+                f" unet.config.condition_dim={self.unet.config['condition_dim']}."
+            )
+
+    def check_latents(self, latents: Any, shape: tuple[int, int, int], name: str = "latents") -> None:
+        """Tokens of the codebook, of the wanted shape."""
+        if not isinstance(latents, Tensor) or latents.dtype != torch.long:
+            kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise TypeError(f"`{name}` must be an int64 tensor of token indices, received {kind}.")
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape} (images, height and width in tokens), received"
+                f" {tuple(latents.shape)}."
+            )
+        num_codes = self.scheduler.config["num_vec_classes"]
+        low, high = int(latents.min()), int(latents.max())
+        if low < 0 or high >= num_codes:
+            raise ValueError(f"`{name}` must hold token indices 0 to {num_codes - 1}, received {low} to {high}.")
+
+    def _check_embeds(self, name: str, embeds: Any, grid: tuple[int, int]) -> None:
+        width = self.unet.config["condition_dim"]
+        if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+            kind = embeds.dtype if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise TypeError(f"`{name}` must be a floating-point tensor, received {kind}.")
+        shape = tuple(embeds.shape)
+        if len(shape) not in (2, 4) or shape[0] == 0 or shape[1] != width or (len(shape) == 4 and shape[2:] != grid):
+            raise ValueError(
+                f"`{name}` must have shape (n, {width}) or (n, {width}, {grid[0]}, {grid[1]}) with n >= 1, received"
+                f" {shape}."
+            )
 
     def encode_prompt(
         self,
@@ -206,7 +301,7 @@ class PaellaBasePipeline(HousePipeline):
             Both conditions, each `(n * num_images_per_prompt, d)` (or spatial); the second is None without guidance.
         """
         if prompt_embeds is None or (do_classifier_free_guidance and negative_prompt is not None):
-            check_text_components(self)
+            self.check_encoder("text_encoder")
         device = device if device is not None else self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self._encode_texts(as_texts("prompt", prompt), device)
@@ -229,7 +324,7 @@ class PaellaBasePipeline(HousePipeline):
         return prompt_embeds, negative_prompt_embeds
 
     def encode_image(self, image: Any, device: torch.device | str | None = None) -> Tensor:
-        """Pictures as condition vectors `(n, d)`, un-normalised, to pass as `prompt_embeds` to any Paella pipeline.
+        """Images as condition vectors `(n, d)`, un-normalised, to pass as `prompt_embeds` to any Paella pipeline.
 
         Needs only the image encoder and the feature extractor, which resizes as it is configured (Paella: to 224 x
         224, without a crop). Networks fine-tuned on image vectors follow them best.
@@ -238,7 +333,7 @@ class PaellaBasePipeline(HousePipeline):
             image: What `conditions.images.image_list` takes; sizes may differ.
             device: Where the image encoder runs; by default where the pipeline runs.
         """
-        check_image_components(self)
+        self.check_encoder("image_encoder")
         device = device if device is not None else self._execution_device
         return image_vectors(self.feature_extractor, self.image_encoder, image_list(image), device)
 
@@ -251,9 +346,22 @@ class PaellaBasePipeline(HousePipeline):
             class_labels: One class or several, by number or, if the checkpoint has names (`class_names`), by name.
             device: Where the vectors are made; by default where the pipeline runs.
         """
-        labels = check_labels(self, class_labels)
-        vectors = torch.zeros(len(labels), self.unet.config["condition_dim"], dtype=self.unet.dtype)
-        vectors[range(len(labels)), labels] = 1
+        if self.unet is None:
+            raise ValueError("The pipeline was built without unet, which knows how many classes there are: pass it.")
+        if self.class_names is None and (self.text_encoder is not None or self.image_encoder is not None):
+            raise ValueError(
+                "`class_labels` is for networks that were trained on classes (`train_paella.py --condition class`);"
+                " this one was trained on the vectors of its CLIP: pass `prompt`, or what `encode_image` gives as"
+                " `prompt_embeds`."
+            )
+        labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+        if not labels:
+            raise ValueError("`class_labels` is empty; pass at least one class.")
+        num_classes = self.unet.config["condition_dim"]
+        numbers = [find_class(label, num_classes, self.class_names, "class_labels") for label in labels]
+        vectors = torch.zeros(len(numbers), num_classes, dtype=self.unet.dtype)
+        vectors[range(len(numbers)), numbers] = 1
         return vectors.to(device if device is not None else self._execution_device)
 
     def prepare_latents(
@@ -270,33 +378,17 @@ class PaellaBasePipeline(HousePipeline):
 
         Args:
             batch_size: b.
-            height: Pixels; so is `width`.
-            generator: One for the whole batch or a list with one a sample; draws are made on the generator's device.
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+            generator: One for the whole batch, or a list with one a sample. Draws are made on the generator's device.
             latents: Tokens to start from in place of a draw.
+            device: Where the tokens lie; by default where the pipeline runs.
         """
         device = device if device is not None else self._execution_device
         if latents is not None:
             return latents.to(device)
-        h, w = height // self.vae_scale_factor, width // self.vae_scale_factor
-        num_codes = self.scheduler.config["num_vec_classes"]
-        if isinstance(generator, (list, tuple)):
-            draws = [torch.randint(num_codes, (1, h, w), generator=g, device=g.device).to(device) for g in generator]
-            return torch.cat(draws)
-        draw_on = generator.device if generator is not None else device
-        return torch.randint(num_codes, (batch_size, h, w), generator=generator, device=draw_on).to(device)
-
-    def _resolve_scale(self, guidance_scale: Any) -> Any:
-        return self.config["default_guidance_scale"] if guidance_scale is None else guidance_scale
-
-    def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
-        """Fills in the sizes that the caller left out; checks nothing."""
-        rows, columns = sample_sides("default_sample_size", self.config["default_sample_size"])
-        if isinstance(latents, Tensor) and latents.ndim == 3:
-            rows, columns = latents.shape[1:]
-        return (
-            rows * self.vae_scale_factor if height is None else height,
-            columns * self.vae_scale_factor if width is None else width,
-        )
+        grid = height // self.vae_scale_factor, width // self.vae_scale_factor
+        return self.scheduler.random_tokens((batch_size, *grid), device, generator=generator)
 
     def _begin_run(
         self,
@@ -322,51 +414,8 @@ class PaellaBasePipeline(HousePipeline):
             renoise_mode=renoise_mode,
         )
         timesteps = self.scheduler.timesteps[: steps - start_index]
-        self._guidance_scale = start_scale(guidance_scale)
-        self._num_timesteps = len(timesteps)
-        self._interrupt = False
+        self.start_run(timesteps, guidance_scale)
         return timesteps
-
-    def _read_source(self, image: Any) -> Tensor:
-        """The picture to edit: tokens (b, h, w) as `output_type="latent"` gives them, else float (b, 3, H, W)."""
-        if isinstance(image, Tensor) and image.dtype == torch.long:
-            if image.ndim != 3 or image.numel() == 0:
-                raise ValueError(
-                    f"`image` holds int64 tokens, so it must have shape (b, h, w), received {tuple(image.shape)}."
-                )
-            check_latents(self, image, (image.shape[0], image.shape[1], image.shape[2]), name="image")
-            return image
-        return image_batch(image)
-
-    def _source_size(self, source: Tensor) -> tuple[int, int]:
-        """Height and width in pixels."""
-        factor = 1 if source.is_floating_point() else self.vae_scale_factor
-        return source.shape[-2] * factor, source.shape[-1] * factor
-
-    def _source_tokens(
-        self, source: Tensor, batch_size: int, sample_mode: str = "argmax", generator: Generators = None
-    ) -> Tensor:
-        """The tokens `(b, h, w)` of the picture to edit, one for each sample."""
-        source = source.to(self._execution_device)
-        repeats = batch_size // source.shape[0]  # all samples of the first picture come first
-        if not source.is_floating_point():
-            return source.repeat_interleave(repeats, dim=0)
-        source = 2 * source - 1
-        if sample_mode == "sample":  # each sample draws its own tokens
-            source = source.repeat_interleave(repeats, dim=0)
-            return encode_indices(self.vqvae, source, sample=True, generator=generator)
-        return encode_indices(self.vqvae, source).repeat_interleave(repeats, dim=0)
-
-    def _noise_source(self, tokens: Tensor, timesteps: Tensor, generator: Generators, noise: Tensor | None) -> Tensor:
-        """The tokens of a picture, noised to the level of the first step; at all noise just random tokens."""
-        if len(timesteps) == 0:
-            return tokens
-        if len(timesteps) == self.scheduler.num_inference_steps:
-            height, width = (side * self.vae_scale_factor for side in tokens.shape[1:])
-            return self.prepare_latents(tokens.shape[0], height, width, generator=generator, latents=noise)
-        noised = self.scheduler.add_noise(tokens, noise=noise, timesteps=timesteps[0], generator=generator)
-        assert isinstance(noised, Tensor)  # a tuple only with `return_mask`
-        return noised
 
     def _sample(
         self,
@@ -380,80 +429,39 @@ class PaellaBasePipeline(HousePipeline):
         callback: Callback | None = None,
         callback_names: list[str],
     ) -> Tensor:
-        """Predict all tokens, draw, renoise some of them; from `tokens`, which `mask` (1 = draw) keeps where it is 0.
+        """The sampling loop: predict all tokens, draw them, renoise some of them towards the initial ones.
 
         Args:
             timesteps: One for each step.
             tokens: `(b, h, w)`, noised to the level of the first step.
-            cond, null: `(b, d)` or `(b, d, h, w)` each.
-            mask: Bool `(b, h, w)`.
+            cond: The condition, `(b, d)` or `(b, d, h, w)`.
+            null: The null condition, of the same shape.
+            mask: Bool `(b, h, w)`. Where it is False, the token stays what it is in `tokens`.
         """
         cond, null = cond.to(self.unet.dtype), null.to(self.unet.dtype)
-        initial_tokens = tokens
+        draw = {"initial_noise": tokens, "mask": mask, "generator": generator, "return_dict": False}
         unchecked: list[tuple[int, Tensor]] = []  # whether logits could be sampled, read once after the loop
-        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                logits = self._predict(tokens, t, cond, null)
-                tokens, drawn = self.scheduler.step(
-                    logits.float(),
-                    t,
-                    tokens,
-                    initial_noise=initial_tokens,
-                    mask=mask,
-                    generator=generator,
-                    step_index=i,
-                    unchecked=unchecked,
-                    return_dict=False,
-                )
-                if callback is not None:
-                    named = {
-                        "latents": tokens,
-                        "prompt_embeds": cond,
-                        "negative_prompt_embeds": null,
-                        "pred_original_sample": drawn,
-                    }
-                    changed = report_step(self, callback, callback_names, i, t, named)
-                    tokens = changed.get("latents", tokens)
-                    cond = changed.get("prompt_embeds", cond)
-                    null = changed.get("negative_prompt_embeds", null)
-                progress_bar.update()
+        for i, t in self.steps(timesteps):
+            logits = self._predict(tokens, t, cond, null).float()
+            tokens, clean = self.scheduler.step(logits, t, tokens, step_index=i, unchecked=unchecked, **draw)
+            if callback is not None:
+                tensors = {"latents": tokens, "prompt_embeds": cond, "negative_prompt_embeds": null}
+                tensors["pred_original_sample"] = clean
+                tensors |= report_step(self, callback, callback_names, i, t, tensors)
+                tokens, cond, null = tensors["latents"], tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
         self.scheduler.check_sampled(unchecked)
         return tokens
 
-    def _end_run(
-        self, tokens: Tensor, output_type: str, return_dict: bool, *, overlay: tuple[Tensor, Tensor] | None = None
-    ) -> ImagePipelineOutput | tuple:
-        """Tokens to what the caller asked for.
-
-        Args:
-            overlay: Bool `(b, H, W)` where drawn pixels show, and the pixels elsewhere, `(b, 3, H, W)` in [0, 1].
-        """
-        images: Any = tokens
-        if output_type != "latent":
-            pixels = decode_indices(self.vqvae, tokens).float()
-            check_decoded(pixels, "pictures", self)
-            if overlay is not None:
-                mask, original = (tensor.to(pixels.device) for tensor in overlay)
-                pixels = torch.where(mask[:, None], pixels, 2 * original - 1)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
     def _predict(self, tokens: Tensor, t: Tensor, cond: Tensor, null: Tensor) -> Tensor:
-        """Guided logits `(b, v, h, w)`; both branches in one doubled forward, one branch where the other cancels."""
-        scale = self.guidance_scale
-        if scale in (0.0, 1.0):
-            return self.unet(tokens, t, cond if scale else null, return_dict=False)[0]
-        tokens, conditions = torch.cat([tokens, tokens]), torch.cat([null, cond])
-        if not _runs_plain_forward(self.unet):
-            logits_null, logits_cond = self.unet(tokens, t, conditions, return_dict=False)[0].float().chunk(2)
-            return classifier_free_guidance(logits_cond, logits_null, scale)
+        """Guided logits `(b, v, h, w)`, mixed in float32."""
+        unet, scale = self.unet, self.guidance_scale
+        inputs = (tokens, cond), (tokens, null)
+        if not _runs_plain_forward(unet):
+            logits = both_branches(lambda x, c: unet(x, t, c, return_dict=False)[0].float(), *inputs, scale)
+            return guide(*logits, scale)
         # the head is affine and the weights of the mix sum to 1: mixed features give the mixed logits, from one head
-        features = self.unet.forward_features(tokens, t, conditions)
-        features_null, features_cond = features.float().chunk(2)
-        return self.unet.head(classifier_free_guidance(features_cond, features_null, scale).to(features.dtype))
+        features = both_branches(lambda x, c: unet.forward_features(x, t, c).float(), *inputs, scale)
+        return unet.head(guide(*features, scale).to(unet.dtype))
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """`(n, d)` projected, un-normalised text vectors."""

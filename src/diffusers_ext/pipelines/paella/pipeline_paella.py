@@ -7,6 +7,7 @@ Original: dome272/Paella@b1f88ef and its sampling notebook @97d18f9; code and we
 Shapes: b samples, n prompts, h x w the token grid, H x W pixels, d the width of the condition.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,13 @@ from ...conditions.regions import (
     region_map,
     region_weights,
 )
+from ...models.token_codec import decode_indices
 from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_integer
 from .base import (
     Generators,
     PaellaBasePipeline,
 )
-from .checks import check_components, check_conditions, check_size
 
 
 class PaellaPipeline(PaellaBasePipeline):
@@ -117,14 +118,14 @@ class PaellaPipeline(PaellaBasePipeline):
         Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
-        size = self._resolve_size(height, width, latents)
+        scale = self.resolve_scale(guidance_scale)
+        size = self.resolve_size(height, width, latents)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
         if class_labels is not None:
             if prompt is not None or prompt_embeds is not None:
                 raise ValueError("Pass one of `prompt`, `prompt_embeds` and `class_labels`; received more.")
-            check_components(self)
+            self.check_components()
             prompt_embeds = self.encode_labels(class_labels)
         one_picture = None
         if regions is not None:
@@ -141,7 +142,6 @@ class PaellaPipeline(PaellaBasePipeline):
             prompt_embeds=prompt_embeds if one_picture is None else one_picture,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
         )
         timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
 
@@ -170,7 +170,7 @@ class PaellaPipeline(PaellaBasePipeline):
         )
 
         # 4. Tokens to pixels
-        return self._end_run(tokens, output_type, return_dict)
+        return self.finish(tokens, output_type, return_dict, partial(decode_indices, self.vqvae))
 
     def encode_regions(
         self,
@@ -198,7 +198,7 @@ class PaellaPipeline(PaellaBasePipeline):
             interpolation: "lerp" or "slerp", for the ramps.
             prompt_embeds: `(n, d)` in place of the texts, for instance of `encode_image`.
         """
-        rows, columns = self._resolve_size(height, width)
+        rows, columns = self.resolve_size(height, width)
         self._check_regions(prompt, prompt_embeds, regions, rows, columns, interpolation)
         vectors = self.encode_prompt(prompt, do_classifier_free_guidance=False, prompt_embeds=prompt_embeds)[0]
         factor = self.vae_scale_factor
@@ -244,8 +244,8 @@ class PaellaPipeline(PaellaBasePipeline):
 
         The other arguments and the result are those of `__call__`.
         """
-        scale = self._resolve_scale(guidance_scale)
-        size = self._resolve_size(height, width, latents)
+        scale = self.resolve_scale(guidance_scale)
+        size = self.resolve_size(height, width, latents)
         self._check_frames(prompt, prompt_embeds, num_frames, interpolation, generator, negative_prompt, batch_size)
         self.check_inputs(
             None,
@@ -290,10 +290,10 @@ class PaellaPipeline(PaellaBasePipeline):
         self, prompt: Any, prompt_embeds: Any, regions: Any, height: Any, width: Any, interpolation: str = "lerp"
     ) -> Tensor:
         """An empty tensor of the shape that `encode_regions` returns, if it can."""
-        check_components(self)
+        self.check_components()
         check_interpolation(interpolation)
-        grid = check_size(self, height, width)
-        num_prompts = check_conditions(self, prompt, None, prompt_embeds, None, grid)
+        grid = self.check_size(height, width)
+        num_prompts = self.check_conditions(prompt, None, prompt_embeds, None, grid)
         if prompt_embeds is not None and prompt_embeds.ndim != 2:
             raise ValueError(
                 "`prompt_embeds` is a map over the grid already; with `regions` it must have shape (n, d)."
@@ -323,14 +323,14 @@ class PaellaPipeline(PaellaBasePipeline):
         negative_prompt: Any,
         batch_size: Any,
     ) -> None:
-        check_components(self)
+        self.check_components()
         check_interpolation(interpolation)
         check_integer("batch_size", batch_size, 1)
         if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim != 2:
             raise ValueError(
                 f"`prompt_embeds` must have shape (n, d), one vector a prompt, received {tuple(prompt_embeds.shape)}."
             )
-        num_prompts = check_conditions(self, prompt, None, prompt_embeds, None, (0, 0))
+        num_prompts = self.check_conditions(prompt, None, prompt_embeds, None, (0, 0))
         if num_prompts < 2:
             raise ValueError(f"An interpolation needs at least 2 prompts, received {num_prompts}.")
         check_integer("num_frames", num_frames, num_prompts)

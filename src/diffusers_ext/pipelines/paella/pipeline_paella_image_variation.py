@@ -5,6 +5,7 @@ Original: the notebook dome272/Paella@97d18f9, with weights fine-tuned on image 
 weights MIT. The vectors are the projected ones, not normalised.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ...conditions.images import image_list
+from ...models.token_codec import decode_indices
 from ..callbacks import Callback, callback_tensor_names
 from .base import Generators, PaellaBasePipeline
-from .checks import check_components, check_image_components
 
 
 class PaellaImageVariationPipeline(PaellaBasePipeline):
@@ -67,18 +68,18 @@ image = pipe(load_image("picture.png")).images[0]"""
         The other arguments and the result are those of `PaellaPipeline.__call__`, order of draws included.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
-        size = self._resolve_size(height, width, latents)
+        scale = self.resolve_scale(guidance_scale)
+        size = self.resolve_size(height, width, latents)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self)
+        self.check_components()
         if (image is None) == (prompt_embeds is None):
             raise ValueError(
                 f"Pass exactly one of `image` and `prompt_embeds`; received {'neither' if image is None else 'both'}."
             )
         checked = prompt_embeds
         if image is not None:
-            check_image_components(self)
+            self.check_encoder("image_encoder")
             image = image_list(image)
             checked = torch.empty(
                 len(image), self.unet.config["condition_dim"], device="meta"
@@ -95,7 +96,6 @@ image = pipe(load_image("picture.png")).images[0]"""
             prompt_embeds=checked,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
         )
         timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
 
@@ -122,4 +122,4 @@ image = pipe(load_image("picture.png")).images[0]"""
         )
 
         # 4. Tokens to pixels
-        return self._end_run(tokens, output_type, return_dict)
+        return self.finish(tokens, output_type, return_dict, partial(decode_indices, self.vqvae))

@@ -8,6 +8,7 @@ them.
 Shapes: b samples, h x w the token grid.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ...conditions.images import resize_images
+from ...models.token_codec import decode_indices
 from ..callbacks import Callback, callback_tensor_names
-from .base import Generators, PaellaBasePipeline
-from .checks import check_components, check_count, check_sample_mode, check_size, check_strength
+from .base import Generators
+from .editing import PaellaEditBasePipeline
 
 
-class PaellaImg2ImgPipeline(PaellaBasePipeline):
+class PaellaImg2ImgPipeline(PaellaEditBasePipeline):
     """Redraws a picture under a prompt and keeps its structure.
 
     Takes the components of `PaellaPipeline`: `PaellaImg2ImgPipeline.from_pipe(pipe)` shares them.
@@ -84,12 +86,10 @@ image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0
         `scheduler.add_noise` (with strength 1: initial tokens only); then for each step those of `scheduler.step`.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
+        scale = self.resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self)
-        check_strength(strength)
-        check_sample_mode(self, sample_mode)
+        self.check_edit(strength, sample_mode)
         if image is None:
             raise ValueError("`image` is needed: the picture to redraw.")
         source, size = self._resize_source(self._read_source(image), height, width)
@@ -105,9 +105,8 @@ image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
         )
-        check_count("image", len(source), num_prompts)
+        self.check_count("image", len(source), num_prompts)
         timesteps = self._begin_run(
             num_inference_steps, scale, temperature, renoise_steps, strength=strength, renoise_mode=renoise_mode
         )
@@ -136,14 +135,13 @@ image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0
         )
 
         # 4. Tokens to pixels
-        return self._end_run(tokens, output_type, return_dict)
+        return self.finish(tokens, output_type, return_dict, partial(decode_indices, self.vqvae))
 
     def _resize_source(self, source: Tensor, height: Any, width: Any) -> tuple[Tensor, tuple[int, int]]:
         """The picture in the wanted size, and that size in pixels."""
         rows, columns = self._source_size(source)
         size = (rows if height is None else height, columns if width is None else width)
-        check_size(
-            self,
+        self.check_size(
             *size,
             names=(
                 "image.height" if height is None else "height",

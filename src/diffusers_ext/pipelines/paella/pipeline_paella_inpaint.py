@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ...conditions.inpainting import continue_pixels
 from ...conditions.masks import mask_batch, mask_to_tokens
+from ...models.token_codec import decode_indices
 from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_integer, check_side
-from .base import Generators, PaellaBasePipeline
-from .checks import check_components, check_count, check_sample_mode, check_size, check_strength
+from .base import Generators
+from .editing import PaellaEditBasePipeline
 
 Position = str | tuple[int, int]
 
 
-class PaellaInpaintPipeline(PaellaBasePipeline):
+class PaellaInpaintPipeline(PaellaEditBasePipeline):
     """Repaints a part of a picture, or draws what lies around it.
 
     Takes the components of `PaellaPipeline`: `PaellaInpaintPipeline.from_pipe(pipe)` shares them. The condition may be
@@ -103,12 +104,10 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         1: uniforms, then tokens, of `scheduler.add_noise`); then for each step those of `scheduler.step`.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
+        scale = self.resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self)
-        check_strength(strength)
-        check_sample_mode(self, sample_mode)
+        self.check_edit(strength, sample_mode)
         source = self._read_source(_required(image))
         size, (left, top) = self._place(source, height, width, position)
         mask = self._canvas_mask(source, mask_image, size, left, top)
@@ -126,10 +125,9 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
         )
-        check_count("image", len(source), num_prompts)
-        check_count("mask_image", len(mask), num_prompts)
+        self.check_count("image", len(source), num_prompts)
+        self.check_count("mask_image", len(mask), num_prompts)
         timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps, strength=strength)
 
         # 2. Conditions; the canvas in tokens, in which the hole is noise
@@ -170,11 +168,15 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         tokens = torch.where(drawn, tokens, known)
 
         # 4. Tokens to pixels
-        overlay = None
-        if apply_overlay:
-            pixels = source.to(mask.device).repeat_interleave(batch_size // len(source), dim=0)
-            overlay = (mask, _paste(pixels, *size, left, top))
-        return self._end_run(tokens, output_type, return_dict, overlay=overlay)
+        def decode(tokens: Tensor) -> Tensor:
+            pixels = decode_indices(self.vqvae, tokens).float()
+            if not apply_overlay:
+                return pixels
+            original = _paste(source, *size, left, top).to(pixels.device)
+            original = original.repeat_interleave(batch_size // len(source), dim=0)
+            return torch.where(mask[:, None].to(pixels.device), pixels, 2 * original - 1)
+
+        return self.finish(tokens, output_type, return_dict, decode)
 
     def _place(
         self, source: Tensor, height: Any, width: Any, position: Any
@@ -185,8 +187,7 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         for name, side in (("image.height", rows), ("image.width", columns)):
             check_side(name, side, factor, factor, because="a token")
         size = (rows if height is None else height, columns if width is None else width)
-        check_size(
-            self,
+        self.check_size(
             *size,
             names=("image.height" if height is None else "height", "image.width" if width is None else "width"),
         )
