@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from train_optimus import OptimusArgs, build_model
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from diffusers_ext.conversion.optimus import SPECIAL_TOKENS
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
+from diffusers_ext.pipelines.versatile.optimus_text import vocabulary_options
+from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, SMALLEST_VOCABULARY, train_bpe
 from diffusers_ext.training_utils.weights import load_whole
 
 if TYPE_CHECKING:
@@ -89,11 +91,21 @@ def build_vae() -> AutoencoderKL:
 
 def build_optimus() -> dict[str, Any]:
     """A tiny text autoencoder with random weights, and tokenizers that read and write single bytes."""
-    args = OptimusArgs(
-        latent_dim=16, encoder_hidden_size=16, encoder_num_layers=1, decoder_hidden_size=16, decoder_num_layers=1,
-        num_attention_heads=2,
-    )  # fmt: skip
+    tokenizers = [train_bpe([], SMALLEST_VOCABULARY, special) for special in (BERT_TOKENS, SPECIAL_TOKENS)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, tokenizers = build_model(args, [])
+        model = AutoencoderOptimus(
+            latent_dim=16,
+            encoder_hidden_size=16,
+            encoder_intermediate_size=64,
+            encoder_num_layers=1,
+            encoder_num_attention_heads=2,
+            encoder_max_length=79,
+            decoder_hidden_size=16,
+            decoder_num_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_max_length=31,
+            initializer_range=0.25,
+            **vocabulary_options(*tokenizers),
+        )
     return {"optimus": model, **dict(zip(TOKENIZERS, tokenizers, strict=True))}

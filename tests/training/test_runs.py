@@ -31,6 +31,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
 from diffusers_ext.training.autoencoder.loop import DISCRIMINATOR_LOSSES
+from diffusers_ext.training.optimus.args import OptimusArgs
+from diffusers_ext.training.optimus.networks import build_model as build_optimus
 from diffusers_ext.training_utils import checkpoints, folders, loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
@@ -634,13 +636,13 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=300)
     gpt2 = GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=32, vocab_size=300)
-    train = train_optimus.OptimusArgs(
+    train = OptimusArgs(
         latent_dim=4, encoder_hidden_size=8, encoder_num_layers=1, decoder_hidden_size=8, decoder_num_layers=1,
         num_attention_heads=2, vocab_size=300,
     )  # fmt: skip
-    model, tokenizers = train_optimus.build_model(train, ["a red ring"])
+    model, tokenizers = build_optimus(train, ["a red ring"])
     model.save_pretrained(base / "optimus")
-    for part, tokenizer in zip(train_optimus.PARTS, tokenizers, strict=True):
+    for part, tokenizer in zip(("encoder", "decoder"), tokenizers, strict=True):
         tokenizer.save_pretrained(base / "optimus" / f"{part}_tokenizer")
     for name, network, tokenizer in (("bert", BertModel(bert), 0), ("gpt2", GPT2Model(gpt2), 1)):
         network.save_pretrained(base / name)

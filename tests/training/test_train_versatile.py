@@ -13,7 +13,7 @@ import train_versatile
 import versatile_parts
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training.tiny_versatile import sentence_tokenizers, tiny_encoders, tiny_unet
+from tiny_flows import sentence_tokenizers, tiny_encoders, tiny_unet
 from transformers import CLIPConfig, CLIPModel
 
 from diffusers_ext.models.unet_versatile import VersatileUNet

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training.tiny_versatile import tiny_encoders, tiny_unet
+from tiny_flows import tiny_encoders, tiny_unet
 from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups
 
 from diffusers_ext.pipelines.versatile.contexts import image_context, text_context

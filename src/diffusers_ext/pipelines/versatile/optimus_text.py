@@ -67,3 +67,15 @@ def read_sentences(tokenizer, token_ids: Tensor) -> list[str]:
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         sentences.append(_SPACE_BEFORE.sub("", " ".join(text.split())))
     return sentences
+
+
+def vocabulary_options(encoder_tokenizer, decoder_tokenizer) -> dict[str, int]:
+    """What `AutoencoderOptimus` has to know of the tokenizers that it is made for, as its arguments."""
+    return {
+        "encoder_vocab_size": len(encoder_tokenizer),
+        "encoder_pad_token_id": encoder_tokenizer.pad_token_id,
+        "decoder_vocab_size": len(decoder_tokenizer),
+        "pad_token_id": decoder_tokenizer.pad_token_id,
+        "bos_token_id": decoder_tokenizer.bos_token_id,
+        "eos_token_id": decoder_tokenizer.eos_token_id,
+    }

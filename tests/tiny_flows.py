@@ -1,7 +1,6 @@
 """The networks around a tiny Versatile Diffusion, and a tiny one, untrained."""
 
 import torch
-import train_optimus
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -14,8 +13,11 @@ from transformers import (
 )
 from versatile_flows import FlowEncoders
 
+from diffusers_ext.conversion.optimus import SPECIAL_TOKENS
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
+from diffusers_ext.pipelines.versatile.optimus_text import vocabulary_options
+from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, train_bpe
 
 WORDS = ["<s>", "</s>", "<pad>", "a", "red", "blue", "ring", "star"]
 
@@ -32,8 +34,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def sentence_tokenizers() -> list[PreTrainedTokenizerFast]:
     """Of Optimus' encoder and decoder."""
     sentences = ["a red ring", "a blue star", "red ring"]
-    special = train_optimus.ENCODER_TOKENS, train_optimus.SPECIAL_TOKENS
-    return [train_optimus.train_tokenizer(sentences, 300, tokens) for tokens in special]
+    return [train_bpe(sentences, 300, tokens) for tokens in (BERT_TOKENS, SPECIAL_TOKENS)]
 
 
 def tiny_encoders() -> FlowEncoders:
@@ -49,7 +50,7 @@ def tiny_encoders() -> FlowEncoders:
     optimus = AutoencoderOptimus(
         latent_dim=6, encoder_hidden_size=8, encoder_intermediate_size=16, encoder_num_layers=1,
         encoder_num_attention_heads=2, encoder_max_length=32, decoder_hidden_size=8, decoder_num_layers=1,
-        decoder_num_attention_heads=2, decoder_max_length=32, **train_optimus.vocabulary(*readers),
+        decoder_num_attention_heads=2, decoder_max_length=32, **vocabulary_options(*readers),
     ).eval()  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=2, scaling_factor=0.5).eval()
     return FlowEncoders(
