@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from ldm_args import LDMArgs
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from diffusers_ext.conditions.layout import LayoutObject, LayoutTokenizer
 from diffusers_ext.conditions.masks import random_mask
@@ -238,18 +237,3 @@ def low_resolution(
     if args.degradation == "bicubic":
         return degrade_bicubic(image, factor)
     return degrade_bsr(image, factor, generator, light=args.degradation == "bsr_light")
-
-
-class CachedRows(Dataset):
-    """Rows whose pictures are replaced by what a cache holds of them; the other columns are read as before."""
-
-    def __init__(self, cache: Dataset, rows: NamedRows, columns: tuple[str, ...]):
-        self.cache, self.rows = cache, rows
-        self.conditions = rows.dataset.select_columns(list(columns)) if columns else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        condition = {} if self.conditions is None else self.conditions[index]
-        return {**condition, **self.cache[index], ROW: self.rows.name(index)}

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ldm_args import LDMArgs
-from ldm_data import CachedRows, NamedRows, condition_columns
+from ldm_data import NamedRows, condition_columns
 from torch import Generator, Tensor
 
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
@@ -15,6 +15,7 @@ from diffusers_ext.pipelines.ldm.first_stage import FirstStage
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.cache import digest_network, digest_rows, open_cache
+from diffusers_ext.training_utils.caching import CachedRows
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from diffusers_ext.training_utils.args import TrainArgs
+from diffusers_ext.training_utils.args import TrainArgs, between, positive
 
 
 @dataclass
@@ -90,15 +90,9 @@ class AutoencoderArgs:
     def __post_init__(self):
         if len(self.gumbel_temperature) != 2 or min(self.gumbel_temperature) <= 0:
             raise ValueError(f"--gumbel_temperature needs two values > 0, got {self.gumbel_temperature}.")
-        for name in ("restart_steps", "disc_layers", "validation_samples", "bottleneck_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be > 0, got {getattr(self, name)}.")
-        for name in ("kmeans_samples", "scale_samples", "kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}.")
-        for name in ("plain_fraction", "restart_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must lie in [0, 1], got {getattr(self, name)}.")
+        positive(self, "restart_steps", "disc_layers", "validation_samples", "bottleneck_blocks")
+        between(self, 0, None, "kmeans_samples", "scale_samples", "kl_weight")
+        between(self, 0, 1, "plain_fraction", "restart_fraction")
         levels = len(self.block_out_channels)
         if not set(self.attention_levels) <= set(range(levels)):
             raise ValueError(

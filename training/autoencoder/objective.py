@@ -19,7 +19,7 @@ from accelerate.utils import broadcast
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
-from diffusers_ext.losses.kl import kl_divergence, latent_scale, reconstruction_nll, sample_posterior
+from diffusers_ext.losses.kl import kl_divergence, latent_scale, reconstruction_nll
 from diffusers_ext.losses.quantization import (
     codebook_perplexity,
     gumbel_quantize,
@@ -39,6 +39,7 @@ from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.args import AutoencoderArgs
 from diffusers_ext.training.autoencoder.networks import Autoencoder
+from diffusers_ext.training_utils.conditions import draw_posterior
 from diffusers_ext.training_utils.loop import evaluating, keyed_generator
 
 Batches = Iterator[tuple[Tensor, list[Generator]]]  # pictures (b, 3, h, w), and for each its source of draws
@@ -247,13 +248,9 @@ class Gaussian(Objective):
         """Draws (d, h', w') Gaussian values a sample."""
         moments = self.moments(image)
         divergence = kl_divergence(moments).mean()
-        picture = self.autoencoder.decode(sample_posterior(moments, self.noise(moments, generators))).sample
+        picture = self.autoencoder.decode(draw_posterior(moments, generators)).sample
         terms = {"bottleneck": self.args.kl_weight * divergence, "kl": divergence, "logvar": self.logvar.detach()}
         return picture, terms, moments.detach()
-
-    def noise(self, moments: Tensor, generators: Sequence[Generator]) -> Tensor:
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(moments.device)
 
     def reconstruction_loss(self, error: Tensor, num_elements: int) -> Tensor:
         reduction = self.args.resolved_reduction
@@ -261,7 +258,7 @@ class Gaussian(Objective):
 
     def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
         moments = self.moments(image)
-        return sample_posterior(moments, self.noise(moments, generators))
+        return draw_posterior(moments, generators)
 
     def reconstruct(self, image: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.autoencoder.encode(image).latent_dist

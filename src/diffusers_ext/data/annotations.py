@@ -41,16 +41,19 @@ class NamedRows(TorchDataset):
 
     def __init__(self, dataset: Dataset, image_column: str):
         self.dataset, self.image_column = dataset, image_column
+        self.source = dataset  # where the names are
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], ROW: self.name(index)}
+        return {**self.dataset[index], ROW: RowName(self.source, self.image_column, index)}
 
-    def name(self, index: int) -> RowName:
-        """What an error calls a row."""
-        return RowName(self.dataset, self.image_column, index)
+    def select_columns(self, columns: list[str]) -> NamedRows:
+        """The same rows with these columns alone; their names still tell the file of the picture."""
+        selected = NamedRows(self.dataset.select_columns(columns), self.image_column)
+        selected.source = self.source
+        return selected
 
 
 def relative_box(box: Sequence[float], box_format: BoxFormat, size: tuple[int, int]) -> tuple[float, ...]:
