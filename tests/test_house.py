@@ -54,7 +54,7 @@ LAW = {
     "losses": set(),
     "degradations": set(),
     "evaluation": set(),
-    "training_utils": set(),
+    "training_utils": {"losses", "data"},
     "schedulers": {"guidance"},
     "data": {"conditions", "degradations"},
     "models": set(),
