@@ -140,6 +140,14 @@ def recipe(name: str):
     return importlib.import_module(f"train_{name}")
 
 
+def builder(name: str, function: str):
+    """A function that builds a network of a recipe."""
+    modules = [recipe(name)]
+    if (ROOT / "training" / name / "networks.py").is_file():
+        modules.append(importlib.import_module(f"diffusers_ext.training.{name}.networks"))
+    return next(getattr(module, function) for module in modules if hasattr(module, function))
+
+
 SECTIONS = python_sections()
 LINES = shell_lines()
 
@@ -257,6 +265,6 @@ def test_paper_presets_have_the_papers_size():
         arguments = module.parse_args([str(ROOT / "training" / "presets" / name)])[0]
         for build, count in counts.items():
             with torch.device("meta"):
-                network = getattr(module, build)(arguments)
+                network = builder(name.split("-")[0], build)(arguments)
             assert sum(parameter.numel() for parameter in network.parameters()) == count, (name, build)
             assert all(parameter.is_meta for parameter in network.parameters())

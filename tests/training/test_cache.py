@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 from diffusers_ext import PaellaPipeline
 from diffusers_ext.data.image_folder import load_image_dataset
 from diffusers_ext.data.scenes import load_scenes, write_scenes
+from diffusers_ext.training.paella.conditions import make_condition
+from diffusers_ext.training.paella.networks import build_pipeline, freeze
 from diffusers_ext.training_utils.cache import (
     CacheError,
     SampleCache,
@@ -155,17 +157,20 @@ def test_augmentation_excludes_the_cache(words):
 @torch.no_grad()
 def test_bf16_training_sees_the_tokens_and_vectors_that_sampling_sees(tmp_path):
     args, data, _ = train_paella.parse_args(smoke(tmp_path))
-    pipe = train_paella.build_pipeline(args, data.resolution).to(torch.float32)
-    conditioner = train_paella.Conditioner(pipe, args, data.resolution, 4)
-    rows = [train_paella.read_sample(row, torch.Generator(), args, data) for row in load_scenes(4)]
-    batch = torch.utils.data.default_collate(rows)
-    tokens, vectors = conditioner(batch)
+    pipe = build_pipeline(args, data.resolution)
+    condition = make_condition(args, data, pipe, "text")
+    encoders = freeze(pipe, torch.device("cpu"), 4)
+    rows = [condition.read(row, torch.Generator()) for row in load_scenes(4)]
+    texts, batch = [row["text"] for row in rows], condition.collate(rows)
+    encoded = condition.encode(encoders, batch)
+    tokens, vectors = encoded["tokens"], condition.tensor(encoded)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast_tokens, autocast_vectors = conditioner(batch)
-        lossy = pipe.text_encoder(conditioner.token_ids(batch["text"])).text_embeds
+        encoded = condition.encode(encoders, batch)
+        autocast_tokens, autocast_vectors = encoded["tokens"], condition.tensor(encoded)
+        lossy = pipe.text_encoder(batch["ids"]).text_embeds
     assert torch.equal(autocast_tokens, tokens) and torch.equal(autocast_vectors, vectors)
     assert (lossy - vectors).abs().max() > 1e-4  # autocast would have made a difference
-    prompt = pipe.encode_prompt(batch["text"], num_images_per_prompt=1)
+    prompt = pipe.encode_prompt(texts, num_images_per_prompt=1)
     torch.testing.assert_close(vectors, prompt[0] if isinstance(prompt, tuple) else prompt)
 
 

@@ -1,5 +1,6 @@
 """The recipes from raw pictures to a pipeline that samples, on real data at smoke size, in this process."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -15,15 +16,23 @@ import train_autoencoder
 import train_clip
 import train_paella
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel
 
 from diffusers_ext import GumbelVQModel, PaellaPipeline, PaellaVQModel
+from diffusers_ext.conversion.open_clip import load_open_clip
 from diffusers_ext.data.photographs import tile_photographs
+from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.models.token_codec import encode_indices
 from diffusers_ext.training.autoencoder.data import read_picture
 from diffusers_ext.training.autoencoder.objective import check_sizes
+from diffusers_ext.training.paella.card import CONDITIONS
+from diffusers_ext.training.paella.conditions import make_condition
+from diffusers_ext.training.paella.networks import build_pipeline
+from diffusers_ext.training.paella.objective import PaellaObjective
+from diffusers_ext.training_utils.clip import load_clip
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -250,7 +259,7 @@ def test_every_condition_trains_and_samples(stages, tmp_path, options, monkeypat
     card = (tmp_path / "README.md").read_text()
     wanted = "PaellaImageVariationPipeline" if options[1] == "image" else "PaellaPipeline"
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == wanted
-    assert f"A {wanted}, trained on pictures and {train_paella.CONDITIONS[options[1]]}" in card
+    assert f"A {wanted}, trained on pictures and {CONDITIONS[options[1]]}" in card
     assert "![samples](validation-3.png)" in card and "pipeline_tag: " in card and str(tmp_path.parent) not in card
     lines = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)[0].replace(f'"{tmp_path.name}"', f'"{tmp_path}"')
     load_scenes(1)[0]["image"].save(tmp_path / "picture.png")
@@ -260,7 +269,7 @@ def test_every_condition_trains_and_samples(stages, tmp_path, options, monkeypat
     assert type(drawn["pipe"]).__name__ == wanted and drawn["image"].size == (32, 32)
     trained_tower = "--train_text_encoder" in options
     if pipe.text_encoder is not None:
-        frozen = train_paella.load_clip(str(stages["clip"]))["text_encoder"].text_projection.weight
+        frozen = load_clip(str(stages["clip"]), load_open_clip)["text_encoder"].text_projection.weight
         assert torch.equal(frozen, pipe.text_encoder.text_projection.weight) != trained_tower
 
 
@@ -270,7 +279,7 @@ def test_training_from_a_written_out_folder_sees_the_same_pictures(stages, tmp_p
     assert len(logged(tmp_path, "loss")) == 3 and (tmp_path / "model_index.json").is_file()
     built_in = load_scenes(24, resolution=32, columns=("image", "text"))
     args, data, _ = train_paella.parse_args(paella_words(stages, tmp_path, data=folder))
-    pictures, _ = train_paella.load_pictures(data, columns=("text",))
+    pictures, _ = load_pictures(data, columns=("text",))
     shown = {(row["text"], row["image"].tobytes()) for row in pictures}
     assert shown < {(row["text"], row["image"].tobytes()) for row in built_in} and len(shown) >= 20
 
@@ -287,10 +296,10 @@ def test_fine_tuning_a_pipeline_with_lora(stages, tmp_path):
 
 def test_dropped_conditions_are_the_zero_vector(stages, tmp_path):
     args, data, _ = train_paella.parse_args(paella_words(stages, tmp_path))
-    pipe = train_paella.build_pipeline(args, data.resolution)
-    predictor = train_paella.Predictor(pipe.unet, None).eval()
+    pipe = build_pipeline(args, data.resolution)
+    objective = PaellaObjective(pipe, make_condition(args, data, pipe, "text"), None, args).eval()
     tokens, r, condition = torch.randint(32, (2, 8, 8)), torch.rand(2), torch.randn(2, 16)
-    logits = predictor(tokens, r, condition, torch.tensor([True, False]))
+    logits = objective.predict(tokens, r, condition, torch.tensor([True, False]))
     expected = [
         pipe.unet(tokens[:1], r[:1], condition[:1]).sample,
         pipe.unet(tokens[1:], r[1:], 0 * condition[1:]).sample,
@@ -370,16 +379,37 @@ def test_a_first_stage_without_codes_is_refused(stages, tmp_path):
     diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "kl")
     args, data, _ = train_paella.parse_args(paella_words({**stages, "vq": tmp_path / "kl"}, tmp_path))
     with pytest.raises(ValueError, match="kl holds a AutoencoderKL, which has no codes. Known are VQModel, GumbelVQM"):
-        train_paella.build_pipeline(args, data.resolution)
+        build_pipeline(args, data.resolution)
 
 
 def test_labels_beyond_the_network_are_named(stages, tmp_path):
     words = paella_words(stages, tmp_path, "--condition", "class", "--num_labels", "3")
     args, data, _ = train_paella.parse_args(words)
-    conditioner = train_paella.Conditioner(train_paella.build_pipeline(args, data.resolution), args, data.resolution)
-    for labels in ([0, 3], [-1, 2]):
-        with pytest.raises(ValueError, match=f"labels {labels[0]} to {labels[1]}, but --num_labels=3 allows 0 to 2"):
-            conditioner.embed({"label": torch.tensor(labels)})
+    pipe, kept = build_pipeline(args, data.resolution), {"tokens": torch.zeros(8, 8)}
+    condition = make_condition(args, data, pipe, "label")
+    row = {"image": Image.new("RGB", (32, 32))}
+    for label in (3, -1):
+        message = f"labels {label} to {label}, but --num_labels=3 allows 0 to 2"
+        with pytest.raises(ValueError, match=message):  # by the loader's processes, before any network sees it
+            condition.read({**row, "label": label}, torch.Generator())
+        with pytest.raises(ValueError, match=message):
+            condition.recall({**kept, "label": torch.tensor(label)}, torch.Generator())
+    args.condition = "semantic"
+    condition, labels = make_condition(args, data, pipe, "map"), Image.new("L", (32, 32), 2)
+    labels.putpixel((5, 5), 3)
+    with pytest.raises(ValueError, match="labels 2 to 3, but --num_labels=3 allows 0 to 2"):
+        condition.read({**row, "map": labels}, torch.Generator())
+
+
+KINDS = [("text", False), ("text", True), ("image", False), ("class", False), ("semantic", False)]
+
+
+def paella_work(kind: tuple[str, bool], args: Any, data: Any) -> list[Any]:
+    """What the loader's processes do for a kind of condition."""
+    condition, trained = kind
+    args = dataclasses.replace(args, condition=condition, train_text_encoder=trained, num_labels=3)
+    found = make_condition(args, data, build_pipeline(args, data.resolution), "text")
+    return [found.read, found.recall, found.collate]
 
 
 def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
@@ -387,7 +417,7 @@ def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
     clip_data = ["text", "negative_text"]
     tokenizer = AutoTokenizer.from_pretrained(stages["clip"])
     for work in (
-        partial(train_paella.read_sample, args=args, data=data),
+        *(work for kind in KINDS for work in paella_work(kind, args, data)),
         partial(train_clip.read_sample, data=data, columns=clip_data),
         partial(train_clip.collate_samples, tokenizer=tokenizer),
         partial(read_picture, data=data),
@@ -455,7 +485,7 @@ def test_missing_stages_are_named(tmp_path, stages):
         at = words.index(f"--pretrained_{option}_name_or_path")
         args, data, _ = train_paella.parse_args(words[:at] + words[at + 2 :])
         with pytest.raises(ValueError, match=f"--pretrained_{option}_name_or_path.*{way_out}"):
-            train_paella.build_pipeline(args, data.resolution)
+            build_pipeline(args, data.resolution)
 
 
 def test_photographs_from_folder_to_sample(tmp_path):

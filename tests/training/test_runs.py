@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
+from diffusers_ext import PaellaPipeline
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
 from diffusers_ext.training.autoencoder.loop import DISCRIMINATOR_LOSSES
 from diffusers_ext.training.optimus.args import OptimusArgs
@@ -470,7 +471,7 @@ def test_a_failed_export_leaves_the_old_result(finished, monkeypatch):
         Path(folder, "model_index.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_paella.PaellaPipeline, "save_pretrained", full)
+    monkeypatch.setattr(PaellaPipeline, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left on the disk of"):
         run("paella", folder, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
     assert {path: path.read_bytes() for path in before} == before

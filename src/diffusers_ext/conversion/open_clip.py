@@ -13,10 +13,18 @@ position by transformers. Every tokenizer of CLIP ends every text with it.
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from .keys import Rules, build_empty, count_heads, count_keys, load_strict, rename_keys, under, unwrap_state_dict
 
@@ -154,7 +162,9 @@ def read_config(
     )
 
 
-def build_open_clip_processors(model: CLIPModel) -> tuple[CLIPTokenizer, CLIPImageProcessor]:
+def build_open_clip_processors(
+    model: CLIPModel, preprocessing: Mapping[str, Any] | None = None
+) -> tuple[CLIPTokenizer, CLIPImageProcessor]:
     """What feeds `model`: the tokenizer with the vocabulary that open_clip ships, and the picture preparation.
 
     Token ids equal those of `open_clip.get_tokenizer` up to the end of the text (open_clip pads with 0, this tokenizer
@@ -162,9 +172,12 @@ def build_open_clip_processors(model: CLIPModel) -> tuple[CLIPTokenizer, CLIPIma
     left as they are, which open_clip repairs first. Pictures: shorter side and centre crop to the tower's size,
     bicubic, CLIP's mean and standard deviation.
 
+    Args:
+        preprocessing: what open_clip notes of pictures (`visual.preprocess_cfg`): some weights have another mean.
+
     Raises:
         ImportError: open_clip, whose package holds the vocabulary, is not installed.
-        ValueError: the text tower has another vocabulary.
+        ValueError: the text tower has another vocabulary, or pictures are resized in another way.
     """
     config: Any = model.config
     text, vision = config.text_config, config.vision_config
@@ -184,8 +197,83 @@ def build_open_clip_processors(model: CLIPModel) -> tuple[CLIPTokenizer, CLIPIma
     vocabulary |= {"<|startoftext|>": VOCABULARY - 2, "<|endoftext|>": VOCABULARY - 1}
     merges: Any = list(original.bpe_ranks)  # pairs, as the tokenizers library takes them
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=text.max_position_embeddings)
-    side = vision.image_size
-    return tokenizer, CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    side, noted = vision.image_size, dict(preprocessing or {})
+    resizing = noted.get("interpolation", "bicubic"), noted.get("resize_mode", "shortest")
+    if resizing != ("bicubic", "shortest"):
+        raise ValueError(
+            f"open_clip prepares pictures for these weights by {' and '.join(resizing)}, but this converter knows "
+            "bicubic and shortest."
+        )
+    normal = {f"image_{name}": list(noted[name]) for name in ("mean", "std") if name in noted}
+    size, crop = {"shortest_edge": side}, {"height": side, "width": side}
+    return tokenizer, CLIPImageProcessor(size=size, crop_size=crop, **normal)
+
+
+def load_open_clip(name: str) -> dict[str, Any]:
+    """A CLIP that open_clip loads, as the components of a pipeline: the towers in float32, in eval mode.
+
+    Args:
+        name: `<model>/<tag or file>`, as `open_clip.create_model` knows them: `ViT-g-14/laion2b_s12b_b42k`, or
+            `ViT-B-32/some/folder/weights.safetensors`. Weights of a tag that are not in open_clip's cache are
+            downloaded.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: open_clip knows no such model or tag, or the model is none that transformers' CLIP can hold.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f'"open_clip:{name}" needs the open_clip package: pip install open_clip_torch (extra "train")'
+        ) from error
+    model, _, weights = name.partition("/")
+    config: Any = open_clip.get_model_config(model)
+    if not weights or config is None:
+        raise ValueError(
+            f'"open_clip:{name}" must be open_clip:<model>/<tag or file>, such as '
+            f"open_clip:ViT-g-14/laion2b_s12b_b42k; the models are {', '.join(open_clip.list_models())}."
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if weights not in tags and not Path(weights).is_file():
+        raise ValueError(
+            f'"open_clip:{name}": {weights!r} is no file and no tag of {model}; its tags are '
+            f"{', '.join(tags) or 'none'}."
+        )
+    quick_gelu = bool(config.get("quick_gelu", False))
+    if weights in tags and open_clip.get_pretrained_cfg(model, weights).get("quick_gelu", False) != quick_gelu:
+        raise ValueError(
+            f'"open_clip:{name}": these weights were trained with{"out" if quick_gelu else ""} the quick GELU, which '
+            f"{model} has{'' if quick_gelu else ' not'}: name the model "
+            f"{model.removesuffix('-quickgelu') if quick_gelu else model + '-quickgelu'}."
+        )
+    original: Any = open_clip.create_model(model, pretrained=weights, precision="fp32", device="cpu")
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    width = vision["width"] if isinstance(vision.get("width"), int) else 0  # a ResNet has other keys, and is refused
+    clip = convert_open_clip(
+        original.state_dict(),
+        vision_heads=width // vision.get("head_width", 64) or None,
+        text_heads=text.get("heads", 8),
+        quick_gelu=quick_gelu,
+    )
+    tokenizer, feature_extractor = build_open_clip_processors(clip, original.visual.preprocess_cfg)
+    towers = split_towers(clip)
+    return {"tokenizer": tokenizer, "feature_extractor": feature_extractor, **towers}
+
+
+def split_towers(clip: CLIPModel) -> dict[str, Any]:
+    """The two towers of a CLIP with their projections, each as the model that a pipeline holds."""
+    config: Any = clip.config
+    weights = clip.state_dict()
+    towers: dict[str, Any] = {}
+    for name, kind, part in (
+        ("text_encoder", CLIPTextModelWithProjection, "text"),
+        ("image_encoder", CLIPVisionModelWithProjection, "vision"),
+    ):
+        prefixes = (f"{part}_model.", "text_projection." if part == "text" else "visual_projection.")
+        own = {key: value for key, value in weights.items() if key.startswith(prefixes)}
+        towers[name] = load_strict(build_empty(kind, config=getattr(config, f"{part}_config")), own)
+    return towers
 
 
 def _take_apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

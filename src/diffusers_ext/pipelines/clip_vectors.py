@@ -41,8 +41,13 @@ def text_ids(tokenizer, text_encoder, texts: list[str]) -> tuple[Tensor, list[st
 
 def image_vectors(feature_extractor, image_encoder, images: list[Tensor], device: torch.device | str) -> Tensor:
     """`(n, d)` of pictures `(3, H, W)` in [0, 1], of any sizes, resized as the feature extractor is configured."""
+    pixels = prepare_pictures(feature_extractor, images)
+    return image_encoder(pixels.to(device=device, dtype=image_encoder.dtype)).image_embeds
+
+
+def prepare_pictures(feature_extractor, images: list[Tensor]) -> Tensor:
+    """Pictures `(3, H, W)` in [0, 1] as the image encoder takes them, `(n, 3, h, w)`."""
     # as 8-bit PIL pictures: the one form in which every image processor resizes and rescales alike
     arrays = [(image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy() for image in images]
     pictures = [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
-    inputs = feature_extractor(images=pictures, return_tensors="pt")
-    return image_encoder(inputs.pixel_values.to(device=device, dtype=image_encoder.dtype)).image_embeds
+    return feature_extractor(images=pictures, return_tensors="pt").pixel_values

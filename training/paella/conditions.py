@@ -1,0 +1,258 @@
+"""What Paella is conditioned on, one class a kind: CLIP's vector of a caption or of the image, a class, a label map.
+
+A sample passes three methods. `read` and `collate` work in the loader's processes, to which the object is sent, so it
+holds no networks: they leave to the GPU what only the GPU can do. `encode` runs the frozen networks on a batch, and
+`tensor` makes of its result what the U-Net is given. A cache keeps what `encode` gives: a training from it reads with
+`recall` in place of `read`, and leaves `encode` out.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
+from diffusers_ext.models.token_codec import downsample_factor
+from diffusers_ext.pipelines.clip_vectors import prepare_pictures, text_window
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
+from diffusers_ext.pipelines.tokenization import tokenize_texts
+from diffusers_ext.training.paella.args import PaellaArgs
+from diffusers_ext.training.paella.networks import Encoders
+from diffusers_ext.training_utils.args import DataArgs
+from diffusers_ext.training_utils.cache import digest_network, digest_saved
+
+Sample = dict[str, Any]
+
+
+@dataclass
+class Condition:
+    """What all kinds share: the image, and its tokens.
+
+    Args:
+        data: How images are cropped, and their column.
+        column: That of the condition.
+    """
+
+    data: DataArgs
+    column: str
+
+    @property
+    def crop(self) -> dict[str, bool]:
+        return {"center_crop": self.data.center_crop, "random_flip": self.data.random_flip}
+
+    def read(self, row: Sample, generator: Generator) -> Sample:
+        """A sample: the cropped `image` (3, h, w) in [-1, 1], and what belongs to the condition."""
+        image = row[self.data.image_column]
+        return {"image": prepare_image(image, self.data.resolution, generator=generator, **self.crop)}
+
+    def read_all(self, row: Sample) -> Sample:
+        """What a cache is made of: nothing is chosen at random."""
+        return self.read(row, Generator())
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        """A sample from the cache, with the draws of `read`."""
+        torch.rand(3, generator=generator)  # the place of the crop and the flip, which come first
+        return dict(kept)
+
+    def collate(self, samples: list[Sample]) -> Sample:
+        return default_collate(samples)
+
+    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
+        """The batch with its `tokens` (b, h, w), and with the condition as far as frozen networks make it."""
+        return {**batch, "tokens": encoders.tokens(batch["image"])}
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        """What the network is given for an encoded batch: (b, d), or (b, d, h, w) on the token grid."""
+        raise NotImplementedError
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        """What the cache keeps of samples from `read_all`, each a sequence over the samples."""
+        return {"tokens": encoders.tokens(torch.stack([sample["image"] for sample in samples]).to(encoders.device))}
+
+    def digests(self, encoders: Encoders) -> dict[str, str]:
+        """What the cached condition depends on, besides data and options."""
+        return {}
+
+    def when_sampling(self) -> "Condition":
+        """The kind that gives a pipeline's `prompt_embeds`."""
+        return self
+
+
+@dataclass
+class Captions(Condition):
+    """The vector of a caption from CLIP's frozen text tower."""
+
+    tokenizer: Any
+    window: int
+    pad_to_window = True  # as the pipeline does it
+
+    def read(self, row: Sample, generator: Generator) -> Sample:
+        return {**super().read(row, generator), "text": choose_text(row[self.column], generator)}
+
+    def read_all(self, row: Sample) -> Sample:
+        captions = row[self.column]
+        return {**super().read_all(row), "text": [captions] if isinstance(captions, str) else list(captions)}
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        sample = super().recall(kept, generator)
+        vectors = sample["vectors"]  # (n, d), one for each caption
+        return {**sample, "vectors": vectors[int(torch.randint(len(vectors), (), generator=generator))]}
+
+    def collate(self, samples: list[Sample]) -> Sample:
+        batch = super().collate(samples)
+        return {**batch, "ids": self.token_ids(batch.pop("text"))} if "text" in batch else batch
+
+    def token_ids(self, texts: list[str]) -> Tensor:
+        """The captions as the text tower reads them (b, l)."""
+        return tokenize_texts(self.tokenizer, texts, self.window, pad_to_window=self.pad_to_window)[0]
+
+    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
+        return {**super().encode(encoders, batch), "vectors": encoders.vectors(encoders.text_encoder, batch["ids"])}
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        return encoded["vectors"]
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        ids = self.token_ids([caption for sample in samples for caption in sample["text"]])
+        vectors = encoders.vectors(encoders.text_encoder, ids.to(encoders.device))
+        return {**super().store(encoders, samples), "vectors": vectors.split([len(s["text"]) for s in samples])}
+
+    def digests(self, encoders: Encoders) -> dict[str, str]:
+        return {"text_encoder": digest_network(encoders.text_encoder), "tokenizer": digest_saved(self.tokenizer)}
+
+
+@dataclass
+class TrainedCaptions(Captions):
+    """A caption's token ids: the text tower is trained with the U-Net, so its vectors change."""
+
+    pad_to_window = False  # the tower looks back only, so what stands behind a caption changes nothing
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        kept = Condition.recall(self, kept, generator)
+        return {**kept, "text": choose_text(json.loads(bytes(kept["text"].tolist())), generator)}
+
+    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
+        return Condition.encode(self, encoders, batch)
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        return encoded["ids"]
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        texts = [torch.tensor(list(json.dumps(sample["text"]).encode())) for sample in samples]
+        return {**Condition.store(self, encoders, samples), "text": texts}
+
+    def digests(self, encoders: Encoders) -> dict[str, str]:
+        return {}
+
+    def when_sampling(self) -> Condition:
+        return Captions(self.data, self.column, self.tokenizer, self.window)
+
+
+@dataclass
+class Images(Condition):
+    """The image's own vector from CLIP's frozen image tower, prepared as `PaellaImageVariationPipeline` does."""
+
+    feature_extractor: Any
+
+    def read(self, row: Sample, generator: Generator) -> Sample:
+        sample = super().read(row, generator)
+        return {**sample, "pixels": prepare_pictures(self.feature_extractor, [(sample["image"] + 1) / 2])[0]}
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        return {**super().recall(kept, generator), "vectors": kept["vectors"][0]}
+
+    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
+        return {
+            **super().encode(encoders, batch),
+            "vectors": encoders.vectors(encoders.image_encoder, batch["pixels"]),
+        }
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        return encoded["vectors"]
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        pixels = torch.stack([sample["pixels"] for sample in samples]).to(encoders.device)
+        vectors = encoders.vectors(encoders.image_encoder, pixels).unsqueeze(1)  # (b, 1, d)
+        return {**super().store(encoders, samples), "vectors": vectors}
+
+    def digests(self, encoders: Encoders) -> dict[str, str]:
+        return {
+            "image_encoder": digest_network(encoders.image_encoder),
+            "feature_extractor": digest_saved(self.feature_extractor),
+        }
+
+
+@dataclass
+class Classes(Condition):
+    """A class as a one-hot vector."""
+
+    num_labels: int
+
+    def read(self, row: Sample, generator: Generator) -> Sample:
+        label = self.known(torch.tensor(int(row[self.column])))
+        return {**super().read(row, generator), "label": label}
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        self.known(kept["label"])  # a cache serves networks of any size
+        return super().recall(kept, generator)
+
+    def known(self, labels: Tensor) -> Tensor:
+        """The labels, all of which the network knows.
+
+        Raises:
+            ValueError: it does not.
+        """
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_labels:
+            raise ValueError(
+                f"The data holds labels {low} to {high}, but --num_labels={self.num_labels} allows 0 to "
+                f"{self.num_labels - 1}."
+            )
+        return labels
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        return F.one_hot(encoded["label"], self.num_labels).float()
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        return {**super().store(encoders, samples), "label": [sample["label"] for sample in samples]}
+
+
+@dataclass
+class LabelMaps(Classes):
+    """A label map as the share that each label has of the pixels of a token."""
+
+    token_side: int
+
+    def read(self, row: Sample, generator: Generator) -> Sample:
+        again = generator.clone_state()  # the same crop and flip as the image
+        sample = Condition.read(self, row, generator)
+        labels = prepare_map(row[self.column], self.data.resolution, generator=again, **self.crop)
+        return {**sample, "map": self.known(labels)}
+
+    def recall(self, kept: Sample, generator: Generator) -> Sample:
+        self.known(kept["map"])
+        return Condition.recall(self, kept, generator)
+
+    def tensor(self, encoded: Sample) -> Tensor:
+        one_hot = F.one_hot(encoded["map"], self.num_labels).float().permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(one_hot, self.token_side)
+
+    def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
+        return {**Condition.store(self, encoders, samples), "map": [sample["map"] for sample in samples]}
+
+
+def make_condition(args: PaellaArgs, data: DataArgs, pipe: PaellaPipeline, column: str) -> Condition:
+    """The one place that asks for `--condition` and `--train_text_encoder`."""
+    if args.condition == "text":
+        kind = TrainedCaptions if args.train_text_encoder else Captions
+        return kind(data, column, pipe.tokenizer, text_window(pipe.tokenizer, pipe.text_encoder))
+    if args.condition == "image":
+        return Images(data, column, pipe.feature_extractor)
+    assert args.num_labels is not None
+    if args.condition == "class":
+        return Classes(data, column, args.num_labels)
+    return LabelMaps(data, column, args.num_labels, data.resolution // downsample_factor(pipe.vqvae))

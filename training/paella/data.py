@@ -1,0 +1,84 @@
+"""The rows that Paella is trained on: their labels, and what a cache holds of them."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffusers_ext.data.annotations import check_labels
+from diffusers_ext.data.labels import count_map_labels, find_classes
+from diffusers_ext.data.scenes import CLASS_NAMES
+from diffusers_ext.training.paella.args import PaellaArgs
+from diffusers_ext.training.paella.conditions import Condition
+from diffusers_ext.training.paella.networks import Encoders
+from diffusers_ext.training_utils.args import DataArgs
+from diffusers_ext.training_utils.cache import SampleCache, digest_network, digest_rows, open_cache
+
+
+def condition_column(args: PaellaArgs, data: DataArgs) -> str:
+    """The column of the data set that the condition is read from."""
+    columns = {"text": data.caption_column, "class": data.label_column, "semantic": args.semantic_column}
+    return columns.get(args.condition, data.image_column)
+
+
+def count_labels(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> int | None:
+    """`--num_labels`, or where it is unset what the data tell; `None` where a pipeline to fine-tune tells."""
+    if args.num_labels is not None or args.pretrained_model_name_or_path:
+        return args.num_labels
+    if args.condition == "class":
+        return find_classes(sets, data)[0]
+    return count_map_labels(sets, args.semantic_column, data) if args.condition == "semantic" else None
+
+
+def check_classes(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> None:
+    """Refuses rows of a class that the network does not know, before anything is trained."""
+    if args.condition == "class" and data.dataset_name != "scenes":
+        for rows in sets:
+            check_labels(rows, data.label_column, data.image_column, args.num_labels or 0)
+
+
+def class_names(dataset: Any, args: PaellaArgs, data: DataArgs) -> list[str] | None:
+    """Names of the classes 0, 1, ... where the data know them, and as many as there are."""
+    if args.condition != "class":
+        return None
+    if data.dataset_name == "scenes":
+        names = list(CLASS_NAMES)
+    else:
+        names = getattr(dataset.features[data.label_column], "names", None)  # of a ClassLabel
+    return names if names is not None and len(names) == args.num_labels else None
+
+
+def cache_samples(
+    args: PaellaArgs, condition: Condition, encoders: Encoders, dataset: Any, accelerator: Accelerator
+) -> SampleCache:
+    """The cache in `--cache_dir`, written if it is not there.
+
+    Raises:
+        CacheError: it belongs to other data, encoders or options; the message tells which.
+    """
+    assert args.cache_dir is not None
+    data, column = condition.data, condition.column
+    key = {
+        "data": digest_rows(dataset, (data.image_column, column)),
+        "resolution": data.resolution,
+        "vqvae": digest_network(encoders.vqvae),
+        "condition": args.condition,
+        "column": column,
+        "train_text_encoder": args.train_text_encoder,
+        **condition.digests(encoders),
+    }
+
+    def encode(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        kept = condition.store(encoders, samples)
+        return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
+
+    return open_cache(
+        args.cache_dir,
+        key,
+        dataset,
+        read=condition.read_all,
+        encode=encode,
+        accelerator=accelerator,
+        batch_size=encoders.batch_size,
+        ragged=("vectors", "text"),
+        num_workers=data.dataloader_num_workers,
+    )
