@@ -29,6 +29,7 @@ from torch import Tensor
 from diffusers_ext.conversion.paella import convert_paella_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
+from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.schedulers.token_sampling import discrete_renoising_step, sample_tokens
 
@@ -165,9 +166,14 @@ def cases(model: plain.DenoiseUNet, pipe: PaellaPipeline, args: argparse.Namespa
 
     def our_tail() -> Tensor:
         logits = classifier_free_guidance(logits_cond, logits_null, SCALE)
-        return scheduler.step(logits, 0.0, tokens, initial_noise=tokens, gumbel_uniforms=uniforms, return_dict=False)[
-            0
-        ]
+        return scheduler.step(
+            logits,
+            0.0,
+            tokens,
+            initial_noise=tokens,
+            draws=RenoisingDraws(gumbel_uniforms=uniforms),
+            return_dict=False,
+        )[0]
 
     def plain_tail_with_draws() -> Tensor:
         return plain.draw_tokens(logits_cond, logits_null, SCALE, TEMPERATURE, MASS, torch.rand_like(uniforms))
@@ -210,7 +216,7 @@ def compare_steps(model: plain.DenoiseUNet, pipe: PaellaPipeline, args: argparse
     logits = pipe._predict(tokens, torch.zeros((), device=args.device), condition, null).float()
     pipe.scheduler.set_timesteps(1, device=args.device)
     drawn = pipe.scheduler.step(
-        logits, 0.0, tokens, initial_noise=tokens, gumbel_uniforms=uniforms, return_dict=False
+        logits, 0.0, tokens, initial_noise=tokens, draws=RenoisingDraws(gumbel_uniforms=uniforms), return_dict=False
     )[0]
     difference = relative(logits, torch.lerp(logits_null, logits_cond, SCALE))
     return f"{difference:.1e}, {different(drawn, expected)}"

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffusers_ext.conversion.paella import convert_paella_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.losses.discrete import loss_weight, token_cross_entropy, weighted_mean
+from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler, typical_filter
 from diffusers_ext.schedulers.token_sampling import sample_tokens
 
@@ -144,8 +145,7 @@ def v1_sample(case: Case) -> None:
             tokens,
             initial_noise=initial,
             mask=mask,
-            gumbel_uniforms=case[step + "gumbel_u"],
-            **renoise,
+            draws=RenoisingDraws(gumbel_uniforms=case[step + "gumbel_u"], **renoise),
         )
         if step + "before_renoise" in case:
             case.check(step + "before_renoise", output.pred_original_sample)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from diffusers_ext.guidance import classifier_free_guidance
+from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
 from diffusers_ext.schedulers.scheduling_discrete_renoising import (
     DiscreteRenoisingScheduler,
     DiscreteRenoisingSchedulerOutput,
@@ -235,13 +236,23 @@ def test_renoised_positions_receive_what_the_mode_says(mode):
     scheduler.set_timesteps(4)
     u = torch.rand(x.shape, generator=gen(9))
     out = scheduler.step(
-        logits(), 0.25, x, initial_noise=initial, renoise_uniforms=u, renoise_tokens=fresh, generator=gen()
+        logits(),
+        0.25,
+        x,
+        initial_noise=initial,
+        draws=RenoisingDraws(renoise_uniforms=u, renoise_tokens=fresh),
+        generator=gen(),
     )
     replacement = {"start": initial, "prev": x, "rand": fresh}[mode]
     replaced = u < torch.cos(torch.tensor(0.5 * torch.pi / 2))  # the level of the next step
     assert torch.equal(out.prev_sample, torch.where(replaced, replacement, out.pred_original_sample))
     forced = scheduler.step(
-        logits(), 0.25, x, initial_noise=initial, renoise_mask=replaced, renoise_tokens=fresh, generator=gen()
+        logits(),
+        0.25,
+        x,
+        initial_noise=initial,
+        draws=RenoisingDraws(renoise_mask=replaced, renoise_tokens=fresh),
+        generator=gen(),
     )
     assert torch.equal(forced.prev_sample, out.prev_sample)
 
@@ -250,10 +261,12 @@ def test_renoise_mode_of_one_run():
     scheduler = make()
     scheduler.set_timesteps(4, renoise_mode="prev")
     x, everywhere = tokens(1), torch.ones(2, 4, 3)
-    out = scheduler.step(logits(), 0.0, x, renoise_mask=everywhere, generator=gen())
+    out = scheduler.step(logits(), 0.0, x, draws=RenoisingDraws(renoise_mask=everywhere), generator=gen())
     assert torch.equal(out.prev_sample, x)
     scheduler.set_timesteps(4)
-    out = scheduler.step(logits(), 0.0, x, initial_noise=tokens(2), renoise_mask=everywhere, generator=gen())
+    out = scheduler.step(
+        logits(), 0.0, x, initial_noise=tokens(2), draws=RenoisingDraws(renoise_mask=everywhere), generator=gen()
+    )
     assert torch.equal(out.prev_sample, tokens(2))
 
 
@@ -263,7 +276,11 @@ def test_renoising_stops_after_the_given_number_of_steps():
     renoised = []
     for timestep in scheduler.timesteps:
         out = scheduler.step(
-            certain(tokens()), timestep, tokens(1), renoise_tokens=(tokens() + 1) % V, generator=gen()
+            certain(tokens()),
+            timestep,
+            tokens(1),
+            draws=RenoisingDraws(renoise_tokens=(tokens() + 1) % V),
+            generator=gen(),
         )
         renoised.append(not torch.equal(out.prev_sample, out.pred_original_sample))
     assert renoised == [True, True, False, False]  # steps 1 and 2 of 0..4
@@ -279,8 +296,7 @@ def test_a_masked_run_with_fresh_tokens_corrupts_and_restores_what_is_kept():
         initial,
         initial_noise=initial,
         mask=mask,
-        renoise_mask=torch.ones(2, 4, 3),
-        renoise_tokens=fresh,
+        draws=RenoisingDraws(renoise_mask=torch.ones(2, 4, 3), renoise_tokens=fresh),
     )
     assert torch.equal(out.prev_sample, fresh) and torch.equal(out.pred_original_sample, initial)
     out = scheduler.step(
@@ -320,7 +336,9 @@ def test_documented_order_of_draws(sampling, width, mode):
     if mode == "rand":
         injected["renoise_tokens"] = torch.randint(V, (2, 4, 3), generator=g)
     untouched = gen(7)
-    replayed = scheduler.step(logits(), 0.2, x, initial_noise=initial, generator=untouched, **injected)
+    replayed = scheduler.step(
+        logits(), 0.2, x, initial_noise=initial, generator=untouched, draws=RenoisingDraws(**injected)
+    )
     assert torch.equal(drawn.prev_sample, replayed.prev_sample)
     assert torch.equal(drawn.pred_original_sample, replayed.pred_original_sample)
     assert torch.equal(untouched.get_state(), gen(7).get_state())  # what is injected is not drawn
@@ -509,13 +527,21 @@ def test_bad_grid_is_named(config, arguments, message):
         ({"mask": torch.ones(2, 8, 6)}, ValueError, r"`mask` has shape \(2, 8, 6\), expected \(2, 4, 3\)"),
         ({"generator": [gen()]}, ValueError, "one per image: got 1 entries for a batch of 2"),
         ({"generator": [gen(), 3]}, ValueError, "`generator` must be one torch.Generator, or one per image"),
-        ({"gumbel_uniforms": torch.rand(2, 12, V)}, ValueError, r"`gumbel_uniforms` has shape .* expected \(24, 10\)"),
         (
-            {"exponentials": torch.rand(24, V)},
+            {"draws": RenoisingDraws(gumbel_uniforms=torch.rand(2, 12, V))},
+            ValueError,
+            r"`gumbel_uniforms` has shape .* expected \(24, 10\)",
+        ),
+        (
+            {"draws": RenoisingDraws(exponentials=torch.rand(24, V))},
             ValueError,
             "draws `exponentials` do not fit sampling='gumbel'.*`gumbel_",
         ),
-        ({"renoise_uniforms": torch.rand(1, 4, 3)}, ValueError, r"`renoise_uniforms` has shape \(1, 4, 3\), expected"),
+        (
+            {"draws": RenoisingDraws(renoise_uniforms=torch.rand(1, 4, 3))},
+            ValueError,
+            r"`renoise_uniforms` has shape \(1, 4, 3\), expected",
+        ),
     ],
 )
 def test_bad_step_is_named(changes, error, message):
@@ -637,8 +663,7 @@ def test_recorded_v3_runs_replay_from_their_logits(name):
             timestep,
             x,
             initial_noise=record["init_noise"],
-            exponentials=here["exp_q"],
-            renoise_uniforms=here.get("renoise_u"),
+            draws=RenoisingDraws(exponentials=here["exp_q"], renoise_uniforms=here.get("renoise_u")),
         )
         assert torch.equal(result.pred_original_sample, here["sampled"])
         x = result.prev_sample

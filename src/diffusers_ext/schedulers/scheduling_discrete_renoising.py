@@ -12,23 +12,31 @@ Letters in shape comments: b images, v token classes, (h, w) the token grid, n =
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
-from torch import Generator, Tensor
+from torch import Tensor
 
-from diffusers_ext.schedulers.token_sampling import (
+from .renoising_draws import Generators, RenoisingDraws, draw, fitting_draw
+from .token_sampling import (
+    check_choice,
+    check_integer,
+    check_levels,
+    check_logits,
+    check_mask,
+    check_temperature,
+    check_tokens,
     check_typical,
     discrete_renoising_step,
     replaced_positions,
     typical_filter,  # noqa: F401 (public here)
+    unfit_positions,
 )
-
-Generators = Generator | Sequence[Generator] | None
 
 _CHOICES = {
     "noise_schedule": ("cosine", "linear"),
@@ -103,14 +111,14 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
     ):
         if isinstance(num_vec_classes, bool) or not isinstance(num_vec_classes, int) or num_vec_classes < 2:
             raise ValueError(f"`num_vec_classes` must be an integer >= 2, got {num_vec_classes!r}.")
-        _check_choice("noise_schedule", noise_schedule)
-        _check_choice("time_convention", time_convention)
-        _check_choice("sampling", sampling)
-        _check_choice("renoise_mode", renoise_mode)
-        _check_choice("renoise_positions", renoise_positions)
+        check_choice("noise_schedule", noise_schedule, _CHOICES["noise_schedule"])
+        check_choice("time_convention", time_convention, _CHOICES["time_convention"])
+        check_choice("sampling", sampling, _CHOICES["sampling"])
+        check_choice("renoise_mode", renoise_mode, _CHOICES["renoise_mode"])
+        check_choice("renoise_positions", renoise_positions, _CHOICES["renoise_positions"])
         check_typical(typical_mass, typical_min_tokens)
         # a list, as it comes back from a file: a loaded scheduler has the same config
-        self.register_to_config(temperature=list(_check_temperature(temperature)))
+        self.register_to_config(temperature=list(check_temperature(temperature)))
         self.set_timesteps(12)  # the original's default, so that `timesteps` and `len` are never empty
         self.num_inference_steps = None
 
@@ -168,7 +176,7 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                 )
             grid = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu").flatten()
             grid = torch.cat([grid, torch.tensor([clean])])
-            self._check_grid(grid)
+            check_levels(grid, self.config["time_convention"])
         elif isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
             raise ValueError(f"`num_inference_steps` must be an integer >= 1, got {num_inference_steps!r}.")
         elif num_inference_steps < 1:
@@ -187,13 +195,11 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
             grid = torch.linspace(t_start, t_end, num_inference_steps + 1)
 
         steps = len(grid) - 1
-        temperature = _check_temperature(self.config["temperature"] if temperature is None else temperature)
-        start_index = _check_integer("start_index", start_index, 0, steps - 1)
-        renoise_steps = _check_integer(
-            "renoise_steps", steps - 1 if renoise_steps is None else renoise_steps, 0, steps
-        )
+        temperature = check_temperature(self.config["temperature"] if temperature is None else temperature)
+        start_index = check_integer("start_index", start_index, 0, steps - 1)
+        renoise_steps = check_integer("renoise_steps", steps - 1 if renoise_steps is None else renoise_steps, 0, steps)
         if renoise_mode is not None:
-            _check_choice("renoise_mode", renoise_mode)
+            check_choice("renoise_mode", renoise_mode, _CHOICES["renoise_mode"])
 
         levels = grid[1:].clone()
         levels[renoise_steps:] = clean
@@ -205,16 +211,6 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         self.renoise_mode = self.config["renoise_mode"] if renoise_mode is None else renoise_mode
         self._renoises = [i < renoise_steps for i in range(start_index, steps)]
         self._timestep_values = grid[:-1][start_index:].tolist()  # host copy, for the look-up of a step
-
-    def _check_grid(self, grid: Tensor) -> None:
-        falling = (grid.diff() > 0) if self.config["time_convention"] == "v1" else (grid.diff() < 0)
-        if len(grid) < 2 or not bool(falling.all()) or not bool(((grid >= 0) & (grid <= 1)).all()):
-            order = (
-                "rising from 0 (all noise) to below 1"
-                if self.config["time_convention"] == "v1"
-                else ("falling from 1 (all noise) to above 0")
-            )
-            raise ValueError(f"`timesteps` must be strictly {order}, got {grid[:-1].tolist()}.")
 
     def noise_ratio(self, timesteps: float | Tensor) -> Tensor:
         """Share of tokens that are replaced at a level, in [0, 1], float32, of the shape of `timesteps`.
@@ -245,11 +241,8 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             LongTensor of that shape.
         """
-
-        def draw(size: Sequence[int], **where) -> Tensor:
-            return torch.randint(0, self.config["num_vec_classes"], size, **where)
-
-        return _draw(draw, shape, _check_generators(generator, shape[0]), torch.device(device or "cpu"))
+        uniform = partial(torch.randint, self.config["num_vec_classes"])
+        return draw(uniform, shape, generator, torch.device(device or "cpu"))
 
     def add_noise(
         self,
@@ -278,11 +271,10 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             LongTensor (b, h, w); with `return_mask`, and the boolean mask (b, h, w).
         """
-        _check_tokens("original_samples", original_samples)
+        check_tokens("original_samples", original_samples)
         shape, device = original_samples.shape, original_samples.device
-        generators = _check_generators(generator, shape[0])
         if mask is not None:
-            mask = _check_mask("mask", mask, shape, device)
+            mask = check_mask("mask", mask, shape, device)
         elif timesteps is None:
             raise ValueError("`timesteps` is needed: one level of noise in [0, 1] per image (or a `mask`).")
         else:
@@ -293,13 +285,15 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                     "per image."
                 )
             ratio = ratio.reshape(-1, *[1] * (len(shape) - 1))  # (b, 1, 1)
-            uniforms = _draw(torch.rand, shape, generators, device, "uniforms", uniforms)
+            if uniforms is None:
+                uniforms = draw(torch.rand, shape, generator, device)
+            uniforms = fitting_draw("uniforms", uniforms, shape, device)
             mask = replaced_positions(uniforms, ratio, inclusive=self.config["time_convention"] == "v3")
             mask = mask.expand(shape)
         if noise is None:
-            noise = self.random_tokens(shape, device, generator=generators)
+            noise = self.random_tokens(shape, device, generator=generator)
         else:
-            _check_tokens("noise", noise, shape)
+            check_tokens("noise", noise, shape)
         noisy = torch.where(mask, noise.to(device), original_samples)
         return (noisy, mask) if return_mask else noisy
 
@@ -312,12 +306,7 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         initial_noise: Tensor | None = None,
         mask: Tensor | None = None,
         generator: Generators = None,
-        gumbel_uniforms: Tensor | None = None,
-        exponentials: Tensor | None = None,
-        cdf_uniforms: Tensor | None = None,
-        renoise_uniforms: Tensor | None = None,
-        renoise_mask: Tensor | None = None,
-        renoise_tokens: Tensor | None = None,
+        draws: RenoisingDraws | None = None,
         step_index: int | None = None,
         unchecked: list[tuple[int, Tensor]] | None = None,
         return_dict: bool = True,
@@ -336,12 +325,7 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                 sees the level of noise it was told, and the next step restores them. With positions by confidence
                 only generated ones are renoised.
             generator: a generator, or one per image.
-            gumbel_uniforms: injected draw (b*h*w, v) in [0, 1), for `sampling="gumbel"`.
-            exponentials: injected draw (b*h*w, v) of Exp(1), for `sampling="multinomial"`.
-            cdf_uniforms: injected draw (b*h*w, 2) in [0, 1), for `sampling="multinomial"`.
-            renoise_uniforms: injected draw (b, h, w) in [0, 1).
-            renoise_mask: injected positions (b, h, w), 1 = renoise; `renoise_uniforms` are then not drawn.
-            renoise_tokens: injected random tokens (b, h, w), for `rand`.
+            draws: random numbers that are passed in instead of drawn, for a replay.
             step_index: which of `timesteps` this is; a loop that passes it spares an accelerator the question what
                 number `timestep` is.
             unchecked: a list for `check_sampled`, to which the step adds whether the logits could be sampled, instead
@@ -356,14 +340,12 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                 with NaN, +inf, or nothing but -inf at a position.
         """
         index = self._index_for_timestep(timestep, step_index)
-        self._check_step(model_output, sample)
+        check_logits(model_output, sample, self.config["num_vec_classes"])
         if unchecked is None:
             self._check_finite(model_output, index)
         else:
-            unchecked.append((index, _unfit_positions(model_output)))
-        b, v, h, w = model_output.shape
+            unchecked.append((index, unfit_positions(model_output)))
         shape, device = sample.shape, model_output.device
-        generators = _check_generators(generator, b)
         renoises = self._renoises[index]
         if initial_noise is None and (mask is not None or (renoises and self.renoise_mode == "start")):
             raise ValueError(
@@ -371,33 +353,34 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                 "the run started from (with a mask: holding the tokens to keep where the mask is 0)."
             )
         if initial_noise is not None:
-            _check_tokens("initial_noise", initial_noise, shape)
+            check_tokens("initial_noise", initial_noise, shape)
             initial_noise = initial_noise.to(device)
         if mask is not None:
-            mask = _check_mask("mask", mask, shape, device)
+            mask = check_mask("mask", mask, shape, device)
 
-        sampling, draws = self._token_draws(
-            (b, h * w, v), generators, device, gumbel_uniforms, exponentials, cdf_uniforms
-        )
-        replacement = None
+        draws = RenoisingDraws() if draws is None else draws
+        sampling, token_draws = draws.of_tokens(self.config["sampling"], model_output, generator)
+        replacement = renoise_mask = renoise_uniforms = None
         if renoises:
-            if renoise_mask is not None:
-                renoise_mask = _check_mask("renoise_mask", renoise_mask, shape, device)
+            if draws.renoise_mask is not None:
+                renoise_mask = check_mask("renoise_mask", draws.renoise_mask, shape, device)
+            elif draws.renoise_uniforms is not None:
+                renoise_uniforms = fitting_draw("renoise_uniforms", draws.renoise_uniforms, shape, device)
             else:
-                renoise_uniforms = _draw(torch.rand, shape, generators, device, "renoise_uniforms", renoise_uniforms)
+                renoise_uniforms = draw(torch.rand, shape, generator, device)
             if self.renoise_mode == "start":
                 replacement = initial_noise
             elif self.renoise_mode == "prev":
                 replacement = sample.to(device)
-            elif renoise_tokens is not None:
-                _check_tokens("renoise_tokens", renoise_tokens, shape)
-                replacement = renoise_tokens.to(device)
+            elif draws.renoise_tokens is not None:
+                check_tokens("renoise_tokens", draws.renoise_tokens, shape)
+                replacement = draws.renoise_tokens.to(device)
             else:
-                replacement = self.random_tokens(shape, device, generator=generators)
+                replacement = self.random_tokens(shape, device, generator=generator)
 
         prev_sample, pred_original_sample = discrete_renoising_step(
             model_output,
-            draws,
+            token_draws,
             self.temperatures[index],
             sampling=sampling,
             typical_mass=self.config["typical_mass"] if self.config["typical_filtering"] else None,
@@ -431,7 +414,7 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
                 )
 
     def _check_finite(self, logits: Tensor, index: int) -> None:
-        if not any(_unfit_positions(logits).tolist()):  # one read-back
+        if not any(unfit_positions(logits).tolist()):  # one read-back
             return
         nan, inf = int(logits.isnan().sum()), int((logits == torch.inf).sum())
         empty = int((logits == -torch.inf).all(dim=1).sum())
@@ -451,148 +434,14 @@ class DiscreteRenoisingScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise ValueError("`num_inference_steps` is None: call `set_timesteps` before `step`.")
         if step_index is not None:
-            return _check_integer("step_index", step_index, 0, len(self) - 1)
+            return check_integer("step_index", step_index, 0, len(self.timesteps) - 1)
         values = torch.as_tensor(timestep).flatten().tolist()
-        index = min(range(len(self)), key=lambda i: abs(self._timestep_values[i] - values[0])) if values else 0
+        index = (
+            min(range(len(self.timesteps)), key=lambda i: abs(self._timestep_values[i] - values[0])) if values else 0
+        )
         if not values or any(abs(self._timestep_values[index] - value) > 1e-4 for value in values):
             raise ValueError(
                 f"`timestep` must be one of `timesteps` (the same for the whole batch), got {values}; this run has "
                 f"{[round(value, 6) for value in self._timestep_values]}."
             )
         return index
-
-    def _check_step(self, model_output: Tensor, sample: Tensor) -> None:
-        _check_tokens("sample", sample)
-        if sample.ndim != 3 or model_output.ndim != 4 or not model_output.is_floating_point():
-            raise ValueError(
-                f"`model_output` must be floating-point logits (b, v, h, w) and `sample` tokens (b, h, w), got shapes "
-                f"{tuple(model_output.shape)} ({model_output.dtype}) and {tuple(sample.shape)}."
-            )
-        expected = (sample.shape[0], self.config["num_vec_classes"], *sample.shape[1:])
-        if model_output.shape != expected:
-            raise ValueError(
-                f"`model_output` has shape {tuple(model_output.shape)}, expected {expected}: (b, num_vec_classes, h, "
-                "w) for this `sample` and the scheduler's `num_vec_classes`."
-            )
-
-    def _token_draws(
-        self,
-        shape: tuple[int, int, int],
-        generators: Generators,
-        device: torch.device,
-        gumbel_uniforms: Tensor | None,
-        exponentials: Tensor | None,
-        cdf_uniforms: Tensor | None,
-    ) -> tuple[str, Tensor | None]:
-        """How `sample_tokens` is to draw, and its draws as rows, for logits of shape (b, h*w, v)."""
-        b, positions, v = shape
-        injected = {"gumbel_uniforms": gumbel_uniforms, "exponentials": exponentials, "cdf_uniforms": cdf_uniforms}
-        injected = {name: draw for name, draw in injected.items() if draw is not None}
-        forms = {  # name of the draw -> how it is used, its width
-            "gumbel": {"gumbel_uniforms": ("gumbel", v)},
-            "multinomial": {"exponentials": ("race", v), "cdf_uniforms": ("inverse_cdf", 2)},
-            "argmax": {},
-        }[self.config["sampling"]]
-        if len(injected) > 1 or not injected.keys() <= forms.keys():
-            raise ValueError(
-                f"the injected draws {', '.join(f'`{name}`' for name in injected)} do not fit "
-                f"sampling={self.config['sampling']!r}, which takes "
-                f"{' or '.join(f'`{name}`' for name in forms) or 'none'}."
-            )
-        if not forms:
-            return "argmax", None
-        name, given = next(iter(injected.items()), (list(forms)[-1], None))
-        sampling, width = forms[name]
-        if given is not None:
-            return sampling, _draw(torch.rand, (b * positions, width), None, device, name, given)
-        return sampling, _draw(torch.rand, (b, positions, width), generators, device).flatten(0, 1)
-
-
-def _draw(
-    draw: Callable[..., Tensor],
-    shape: Sequence[int],
-    generators: Generators,
-    device: torch.device,
-    name: str = "",
-    given: Tensor | None = None,
-) -> Tensor:
-    """The injected draw if it fits; else one drawn on the generator's device, each image from its own in a list."""
-    if given is not None:
-        if given.shape != tuple(shape):
-            raise ValueError(f"the injected `{name}` has shape {tuple(given.shape)}, expected {tuple(shape)}.")
-        return given.to(device=device, dtype=torch.float32)
-    if generators is None:
-        return draw(tuple(shape), device=device)
-    if isinstance(generators, Generator):
-        return draw(tuple(shape), generator=generators, device=generators.device).to(device)
-    return torch.stack([draw(tuple(shape[1:]), generator=g, device=g.device).to(device) for g in generators])
-
-
-def _check_generators(generator: Generators, batch_size: int) -> Generators:
-    if generator is None or isinstance(generator, Generator):
-        return generator
-    generators = list(generator)
-    if len(generators) != batch_size or not all(isinstance(g, Generator) for g in generators):
-        raise ValueError(
-            f"`generator` must be one torch.Generator, or one per image: got {len(generators)} entries for a batch of "
-            f"{batch_size}."
-        )
-    return generators
-
-
-def _check_tokens(name: str, tokens: Tensor, shape: Sequence[int] | None = None) -> None:
-    if (
-        not isinstance(tokens, Tensor)
-        or tokens.is_floating_point()
-        or tokens.is_complex()
-        or tokens.dtype == torch.bool
-    ):
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(
-            f"`{name}` must be a tensor of integer tokens, got {kind}: images are encoded to tokens first."
-        )
-    if tokens.ndim < 2:
-        raise ValueError(f"`{name}` must be a batch of token maps (b, h, w), got shape {tuple(tokens.shape)}.")
-    if shape is not None and tokens.shape != shape:
-        raise ValueError(f"`{name}` has shape {tuple(tokens.shape)}, expected {tuple(shape)} as the other tokens.")
-
-
-def _check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The mask as booleans of the whole shape; integer and float masks must hold 0 and 1 only."""
-    if mask.dtype != torch.bool:
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(
-                f"`{name}` must hold only 0 and 1, got values in [{mask.min()}, {mask.max()}]: threshold it."
-            )
-        mask = mask == 1
-    try:
-        return mask.to(device).expand(tuple(shape))
-    except RuntimeError as error:
-        raise ValueError(f"`{name}` has shape {tuple(mask.shape)}, expected {tuple(shape)} (b, h, w).") from error
-
-
-def _unfit_positions(logits: Tensor) -> Tensor:
-    """How many positions of (b, v, h, w) hold NaN, +inf, or nothing but -inf: (3,), on the device."""
-    largest = logits.amax(dim=1)  # NaN, +inf or -inf exactly where a position cannot be sampled
-    return torch.stack([largest.isnan().sum(), (largest == torch.inf).sum(), (largest == -torch.inf).sum()])
-
-
-def _check_choice(name: str, value: str) -> None:
-    if value not in _CHOICES[name]:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}.")
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"`{name}` must be an integer in {low}..{high} for this grid, got {value!r}.")
-    return value
-
-
-def _check_temperature(temperature: Sequence[float]) -> tuple[float, float]:
-    if (
-        not isinstance(temperature, Sequence)
-        or len(temperature) != 2
-        or not all(isinstance(t, (int, float)) and math.isfinite(t) and t >= 0 for t in temperature)
-    ):
-        raise ValueError(f"`temperature` must be a pair (first, last) of finite numbers >= 0, got {temperature!r}.")
-    return float(temperature[0]), float(temperature[1])

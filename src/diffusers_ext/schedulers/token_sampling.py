@@ -1,11 +1,15 @@
 """Tokens from logits and back to noise: the pure tensor functions of discrete renoising (Paella, arXiv 2211.07292).
 
 Locally typical sampling: Meister et al., arXiv 2202.00666. Confidence-ordered positions: MaskGIT, arXiv 2202.04200.
-Nothing here draws a random number or reads a tensor back to the host (but for the filter's histogram on a CPU), so
-that `discrete_renoising_step` compiles as one full graph. The scheduler draws, checks and remembers.
+Nothing here draws a random number, and `discrete_renoising_step` reads no tensor back to the host (but for the
+filter's histogram on a CPU), so that it compiles as one full graph. The checks of its inputs stand here too. The
+scheduler draws, checks and remembers.
 
 Letters in shape comments: b images, v token classes, (h, w) the token grid, n = b*h*w rows of logits.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,10 +114,104 @@ def _chunk_rows(logits: Tensor) -> int:
 
 
 def check_typical(mass: float, min_tokens: int) -> None:
+    """Mass and number of tokens that `typical_filter` can keep."""
     if not 0.0 < mass <= 1.0:
         raise ValueError(f"`typical_mass` must lie in (0, 1], got {mass}: 1 keeps every token, 0.2 is the original's.")
     if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 1:
         raise ValueError(f"`typical_min_tokens` must be an integer >= 1, got {min_tokens!r}.")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """One of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> int:
+    """An integer from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"`{name}` must be an integer in {low}..{high} for this grid, got {value!r}.")
+    return value
+
+
+def check_temperature(temperature: Sequence[float]) -> tuple[float, float]:
+    """First and last temperature as floats."""
+    if (
+        not isinstance(temperature, Sequence)
+        or len(temperature) != 2
+        or not all(isinstance(t, (int, float)) and math.isfinite(t) and t >= 0 for t in temperature)
+    ):
+        raise ValueError(f"`temperature` must be a pair (first, last) of finite numbers >= 0, got {temperature!r}.")
+    return float(temperature[0]), float(temperature[1])
+
+
+def check_levels(levels: Tensor, time_convention: str) -> None:
+    """Levels of noise of a whole run that fall without a pause, the clean one last.
+
+    Args:
+        levels: (steps + 1,).
+        time_convention: `v1` (0 = all noise, 1 = clean) or `v3` (the other way round).
+    """
+    falling = (levels.diff() > 0) if time_convention == "v1" else (levels.diff() < 0)
+    if len(levels) < 2 or not bool(falling.all()) or not bool(((levels >= 0) & (levels <= 1)).all()):
+        order = "rising from 0 (all noise) to below 1"
+        if time_convention == "v3":
+            order = "falling from 1 (all noise) to above 0"
+        raise ValueError(f"`timesteps` must be strictly {order}, got {levels[:-1].tolist()}.")
+
+
+def check_tokens(name: str, tokens: Tensor, shape: Sequence[int] | None = None) -> None:
+    """A batch of maps of integer tokens, of the wanted shape if one is given."""
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(
+            f"`{name}` must be a tensor of integer tokens, got {kind}: images are encoded to tokens first."
+        )
+    if tokens.ndim < 2:
+        raise ValueError(f"`{name}` must be a batch of token maps (b, h, w), got shape {tuple(tokens.shape)}.")
+    if shape is not None and tokens.shape != shape:
+        raise ValueError(f"`{name}` has shape {tuple(tokens.shape)}, expected {tuple(shape)} as the other tokens.")
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The mask as booleans of the whole shape. Integer and float masks must hold 0 and 1 only."""
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"`{name}` must hold only 0 and 1, got values in [{mask.min()}, {mask.max()}]: threshold it."
+            )
+        mask = mask == 1
+    try:
+        return mask.to(device).expand(tuple(shape))
+    except RuntimeError as error:
+        raise ValueError(f"`{name}` has shape {tuple(mask.shape)}, expected {tuple(shape)} (b, h, w).") from error
+
+
+def check_logits(logits: Tensor, sample: Tensor, num_vec_classes: int) -> None:
+    """Floating-point logits (b, v, h, w) of the tokens (b, h, w)."""
+    check_tokens("sample", sample)
+    if sample.ndim != 3 or logits.ndim != 4 or not logits.is_floating_point():
+        raise ValueError(
+            f"`model_output` must be floating-point logits (b, v, h, w) and `sample` tokens (b, h, w), got shapes "
+            f"{tuple(logits.shape)} ({logits.dtype}) and {tuple(sample.shape)}."
+        )
+    expected = (sample.shape[0], num_vec_classes, *sample.shape[1:])
+    if logits.shape != expected:
+        raise ValueError(
+            f"`model_output` has shape {tuple(logits.shape)}, expected {expected}: (b, num_vec_classes, h, w) for this"
+            " `sample` and the scheduler's `num_vec_classes`."
+        )
+
+
+def unfit_positions(logits: Tensor) -> Tensor:
+    """How many positions of (b, v, h, w) hold NaN, +inf, or nothing but -inf: (3,), on the device."""
+    largest = logits.amax(dim=1)  # NaN, +inf or -inf exactly where a position cannot be sampled
+    return torch.stack([largest.isnan().sum(), (largest == torch.inf).sum(), (largest == -torch.inf).sum()])
 
 
 def sample_tokens(
