@@ -42,6 +42,7 @@ PUBLIC = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "VersatileEditPipeline",
     "VersatilePipeline",
     "VersatileUNet",
     "classifier_free_guidance",

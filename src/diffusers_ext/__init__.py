@@ -31,6 +31,7 @@ from .pipelines.paella.pipeline_paella_image_variation import PaellaImageVariati
 from .pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline
 from .pipelines.paella.pipeline_paella_inpaint import PaellaInpaintPipeline
 from .pipelines.versatile.pipeline_versatile import VersatilePipeline
+from .pipelines.versatile.pipeline_versatile_edit import VersatileEditPipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 
@@ -58,6 +59,7 @@ __all__ = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "VersatileEditPipeline",
     "VersatilePipeline",
     "VersatileUNet",
     "classifier_free_guidance",

@@ -37,6 +37,7 @@ AUTO_PIPELINES = {
         "paella-variation": "PaellaImageVariationPipeline",
         "ldm-upscale": "LDMUpscalePipeline",
         "versatile": "VersatilePipeline",
+        "versatile-edit": "VersatileEditPipeline",
     },
     "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline", "ldm-inpaint": "LDMInpaintPipeline"},
 }

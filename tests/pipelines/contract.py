@@ -67,6 +67,10 @@ def _versatile() -> Any:
     return quiet(diffusers_ext.VersatilePipeline(**tiny_versatile.tiny_versatile_components()))
 
 
+def _versatile_edit() -> Any:
+    return quiet(diffusers_ext.VersatileEditPipeline(**tiny_versatile.tiny_versatile_components()))
+
+
 def _picture() -> Any:
     return tiny_paella.tiny_picture(1)
 
@@ -139,6 +143,12 @@ CASES: dict[str, Case] = {
     ),
     "versatile-text-to-text": Case(
         "VersatilePipeline", _versatile, lambda: {"prompt": PROMPT, "data_type": "text"}, GUIDED, True
+    ),
+    "versatile-edit": Case(
+        "VersatileEditPipeline",
+        _versatile_edit,
+        lambda: {"image": _picture(), "prompt": PROMPT, "negative_prompt": "a blue star"},
+        GUIDED,
     ),
 }
 # One case a class where one is enough: loading, saving, signatures.

@@ -346,7 +346,7 @@ def test_pipeline_callback_gets_the_tensors_that_it_names(name):
     pipe = CASES[name].build()
     reader = Reader()
     reader.tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    if name in ("versatile-dual", "versatile-image-to-image"):
+    if name in ("versatile-dual", "versatile-image-to-image", "versatile-edit"):
         reader.tensor_inputs += ["image_embeds", "negative_image_embeds"]
     result = sample(pipe, name, callback_on_step_end=reader, num_images_per_prompt=2)
     assert list(reader.got) == reader.tensor_inputs
@@ -355,6 +355,8 @@ def test_pipeline_callback_gets_the_tensors_that_it_names(name):
     assert not any(torch.equal(reader.got["latents"], reader.got[one]) for one in reader.tensor_inputs[1:])
     assert not torch.equal(reader.got["prompt_embeds"], reader.got["negative_prompt_embeds"])
     assert equal(result, sample(pipe, name, num_images_per_prompt=2))  # what is returned unchanged changes nothing
+    if name == "versatile-edit":
+        return  # the contexts of its second half, which the reader got last, do not fit its first half
     # the null branch in place of the condition is guidance that cancels
     null = {"prompt_embeds": reader.got["negative_prompt_embeds"], **({
         "image_embeds": reader.got["negative_image_embeds"]} if "image_embeds" in reader.got else {})}  # fmt: skip
@@ -888,7 +890,8 @@ def test_the_message_names_the_pipelines_that_take_the_network():
 
 
 LONG = "a red circle and a blue star on the left of a small green ring"
-READS_PROMPTS = [name for name in CASES if "prompt" in CASES[name].inputs()]
+# editing reads its texts by the text autoencoder too, which cuts elsewhere: see test_pipeline_versatile.py
+READS_PROMPTS = [name for name in CASES if "prompt" in CASES[name].inputs() and name != "versatile-edit"]
 
 
 @pytest.mark.parametrize("name", READS_PROMPTS)
@@ -1008,12 +1011,22 @@ def test_without_a_dtype_all_parts_are_float32_and_with_one_they_have_it(name, f
         assert found == {key: wanted(key) for key in found}
 
 
+# pipelines that load the same checkpoints
+MODES = [
+    {getattr(diffusers_ext, name) for name in {case.pipeline for case in CASES.values()} if name.startswith(family)}
+    for family in ("Paella", "Versatile")
+]
+
+
 def test_a_folder_of_another_pipeline_is_refused_and_its_own_class_named(folders):
     for name, folder in folders.items():
         saver = CASES[name].pipeline
         for other in ONE_EACH:
             cls = getattr(diffusers_ext, CASES[other].pipeline)
-            if cls.__name__ == saver or {cls.__name__[:6], saver[:6]} == {"Paella"}:  # modes of one checkpoint
+            if cls.__name__ == saver or cls.__name__[:6] == saver[:6] in (
+                "Paella",
+                "Versat",
+            ):  # modes of one checkpoint
                 assert type(cls.from_pretrained(folder)) is cls
                 continue
             with pytest.raises(ValueError, match=rf"is no checkpoint of {cls.__name__}: .*`{saver}\.from_pretrained`"):

@@ -18,6 +18,7 @@ from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.pipelines.versatile.color_matching import match_color_statistics
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
+from diffusers_ext.pipelines.versatile.pipeline_versatile_edit import VersatileEditPipeline
 from diffusers_ext.schedulers.gaussian import signal_and_noise
 
 STEPS = {"num_inference_steps": 2}
@@ -316,6 +317,39 @@ def test_editing_by_way_of_the_caption(pipe):
         negative_image_embeds=torch.zeros_like(local), generator=generators, **STEPS,
     ).images  # fmt: skip
     assert all(np.array_equal(*pair) for pair in zip(images, result.images, strict=True))
+
+
+def test_the_method_is_the_pipeline_for_editing(pipe, tmp_path):
+    """Shared components, a folder of the other class, and the folder that it saves itself: equal results."""
+    call = {"image": PICTURE, "prompt": "a blue star", "negative_prompt": "a red circle", **STEPS, "eta": 0.5}
+    wanted = pipe.edit_image(**call, generator=seeded(1)[0], output_type="pt")
+    pipe.save_pretrained(tmp_path / "versatile")
+    editors = [VersatileEditPipeline.from_pipe(pipe), VersatileEditPipeline.from_pretrained(tmp_path / "versatile")]
+    editors[0].save_pretrained(tmp_path / "edit")
+    editors.append(VersatileEditPipeline.from_pretrained(tmp_path / "edit"))
+    for editor in editors:
+        images, texts = quiet(editor)(**call, generator=seeded(1)[0], output_type="pt", return_dict=False)
+        assert torch.equal(images, wanted.images) and texts == wanted.texts
+    assert type(VersatilePipeline.from_pretrained(tmp_path / "edit")) is VersatilePipeline
+    back = quiet(VersatilePipeline.from_pipe(editors[0]))
+    assert back.unet is pipe.unet and torch.equal(latents_of(back, "a star"), latents_of(pipe, "a star"))
+
+
+def test_callback_of_editing_follows_both_halves(pipe):
+    editor = quiet(VersatileEditPipeline.from_pipe(pipe))
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tensors["latents"].ndim))
+        pipe._interrupt = step == stop
+
+    call = {"image": PICTURE, "prompt": "a star", "negative_prompt": "a", **STEPS, "callback_on_step_end": callback}
+    stop = 9
+    editor(**call)
+    assert seen == [(0, 501, 2), (1, 1, 2), (2, 501, 4), (3, 1, 4)] and editor.num_timesteps == 4
+    seen.clear()
+    stop = 0
+    assert len(editor(**call).images) == 1 and len(seen) == 1  # nothing is run after the interruption
 
 
 @torch.no_grad()
@@ -617,6 +651,17 @@ def test_entry_file_as_a_script(saved, repo_root, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(common)
     assert "pass --prompt, --image, or both" in capsys.readouterr().err
+
+
+def test_entry_file_of_editing_as_a_script(saved, repo_root, tmp_path, capsys):
+    main = runpy.run_path(str(repo_root / "pipelines" / "versatile_edit.py"))["main"]
+    tiny_picture(1).save(tmp_path / "picture.png")
+    words = ["--prompt", "a star", "--negative_prompt", "a red circle", "--max_text_length", "5"]
+    steps = ["--num_inference_steps", "1", "--num_images_per_prompt", "2"]
+    files = ["--image", str(tmp_path / "picture.png"), "--output", str(tmp_path / "out.png")]
+    main([str(saved), *words, *steps, *files])
+    assert Image.open(tmp_path / "out.png").size == (32, 16)
+    assert capsys.readouterr().out.count("\n") == 3  # a caption each, and the file
 
 
 def test_loading_in_a_fresh_process_and_as_custom_pipeline(saved, run_python, repo_root):

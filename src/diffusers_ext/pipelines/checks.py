@@ -51,6 +51,30 @@ def check_output_type(output_type: Any) -> None:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}; received {output_type!r}.")
 
 
+def check_choice(name: str, value: Any, allowed: Sequence[str], *, or_none: bool = False) -> None:
+    """One of the allowed words, or None where that is allowed too."""
+    if (or_none and value is None) or value in allowed:
+        return
+    listed = ", ".join(map(repr, allowed)) + (" or None" if or_none else "")
+    raise ValueError(f"`{name}` is {value!r}; allowed are {listed}.")
+
+
+def check_share(name: str, value: Any) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, received {value!r}.")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"`{name}` is {value}: it lies between 0 and 1.")
+
+
+def check_temperature(temperature: Any) -> None:
+    """A finite number, at least 0: the temperature of words that are drawn."""
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        raise TypeError(f"`temperature` must be a number, received {temperature!r}.")
+    if not 0 <= float(temperature) < math.inf:
+        raise ValueError(f"`temperature` is {temperature}: 0 takes the most probable words, 1 draws them.")
+
+
 def check_callback_tensors(names: Sequence[str] | None, allowed: Sequence[str]) -> None:
     """Names of tensors that the pipeline offers to callbacks."""
     if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):

@@ -1,19 +1,23 @@
-"""What `VersatilePipeline` is made of: components, contexts, latents and results. No pipeline by itself.
+"""What the pipelines of Versatile Diffusion share: components, contexts, latents, the sampling loop, results.
 
-Xu, Wang, Zhang, Wang, Shi, arXiv 2211.08332; original: SHI-Labs/Versatile-Diffusion@cf0f4a2 (code MIT). The modes of
-sampling are in `pipeline_versatile.py`.
+Xu, Wang, Zhang, Wang, Shi, arXiv 2211.08332; original: SHI-Labs/Versatile-Diffusion@cf0f4a2 (code MIT). No pipeline by
+itself.
 
 Shapes: b samples, c x h x w latents, H x W pixels, l x d context tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -25,28 +29,44 @@ from transformers import (
 from ...conditions.focus import rescale_ranks
 from ...models.autoencoder_optimus import AutoencoderOptimus
 from ...models.unet_versatile import VersatileUNet
+from ...schedulers.gaussian import check_gaussian_scheduler, step_arguments
 from ..base import LOOKUP_ARGUMENTS, HousePipeline
-from ..checks import as_generators, as_texts
+from ..callbacks import Callback, report_step
+from ..checks import (
+    as_generators,
+    as_texts,
+    check_choice,
+    check_eta,
+    check_guidance_scale,
+    check_integer,
+    check_output_type,
+    check_predictions,
+    check_side,
+    check_steps,
+    check_timesteps,
+)
 from ..clip_vectors import text_ids
 from ..listed_options import record_sample_size, sample_sides
 from ..tokenization import warn_of_cuts
-from .checks import NULL_IMAGES, check_choice, check_parts
 from .conditions import Conditions, read_conditions
 from .contexts import (
+    NULL_PICTURES,
     image_context,
     mask_to_token_weights,
     null_picture,
     prepare_pictures,
     text_context,
 )
+from .denoising import EMBEDS_NAMES, FlowContext, changed_contexts, named_contexts, predict_flow_noise
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
 
 Generators = torch.Generator | list[torch.Generator] | None
-_MODEL_ARGUMENTS = (  # of the pipeline's `from_pretrained`, which the network's takes too
-    "cache_dir", "device_map", "disable_mmap", "dtype", "force_download", "local_files_only", "low_cpu_mem_usage",
-    "proxies", "revision", "token", "torch_dtype", "use_safetensors", "variant",
-)  # fmt: skip
+DATA_TYPES = ("image", "text")  # what the pipelines can decode
+NULL_IMAGES = ("zeros", *NULL_PICTURES)
+# of the pipeline's `from_pretrained`, which the network's takes too
+_MODEL_ARGUMENTS = {"device_map", "disable_mmap", "dtype", "low_cpu_mem_usage", "torch_dtype", "use_safetensors"}
+_MODEL_ARGUMENTS |= {"variant", *LOOKUP_ARGUMENTS}
 _NEEDED_BY = {  # components that only some flows need
     "-to-image": ["vae"],
     "-to-text": ["optimus", "encoder_tokenizer", "decoder_tokenizer"],
@@ -55,24 +75,41 @@ _NEEDED_BY = {  # components that only some flows need
 }
 
 
+@dataclass
+class VersatilePipelineOutput(BaseOutput):
+    """The results of a call.
+
+    Args:
+        images: PIL images, an array or a tensor, see `output_type`; None where texts were asked for.
+        texts: Strings, or their latents (b, d) with `output_type="latent"`. Beside edited images, their captions.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor | None = None
+    texts: list[str] | Tensor | None = None
+
+
 class VersatileBasePipeline(HousePipeline):
-    """Components of Versatile Diffusion, and what they do for a call.
+    """The components of Versatile Diffusion, and the steps of a call that its pipelines share.
 
     Args:
         unet: The multi-flow network.
-        scheduler: Any of diffusers that knows `scale_model_input`, `step` and `add_noise`, see `versatile_scheduler`.
-        vae: Pictures to latents and back; needed where pictures are made.
-        tokenizer: Of the text encoder.
-        text_encoder: CLIP text model with projection; needed for texts as context.
-        image_encoder: CLIP picture model with projection; needed for pictures as context.
-        feature_extractor: Its image processor.
-        optimus: Texts to latents and back; needed where texts are made.
-        encoder_tokenizer: Of its encoder, needed only for `edit_image`.
-        decoder_tokenizer: Of its decoder.
-        default_sample_size: Side or (height, width) of the latents of pictures when a call names no size; by default
-            `unet.config.sample_size`, else 64.
-        default_guidance_scale: Guidance scale when a call names none.
+        scheduler: A scheduler of diffusers with `scale_model_input`, `step` and `add_noise`, see
+            `versatile_scheduler`.
+        vae: The autoencoder of images; needed where images are made.
+        tokenizer: The tokenizer of the text encoder.
+        text_encoder: The CLIP text model with projection; needed for texts as context.
+        image_encoder: The CLIP vision model with projection; needed for images as context.
+        feature_extractor: The image processor of the image encoder.
+        optimus: The autoencoder of texts; needed where texts are made.
+        encoder_tokenizer: The tokenizer of the encoder in `optimus`; needed only for editing.
+        decoder_tokenizer: The tokenizer of the decoder in `optimus`.
+        default_sample_size: The side, or (height, width), of the latents of images when a call names no size; by
+            default `unet.config.sample_size`, else 64.
+        default_guidance_scale: The guidance scale when a call names none.
     """
+
+    _one_checkpoint = True  # each of its subclasses loads what another one saved
+    _usual_guidance_scale = 7.5
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->optimus"
     _optional_components = [name for names in _NEEDED_BY.values() for name in names]
@@ -124,10 +161,9 @@ class VersatileBasePipeline(HousePipeline):
             default_guidance_scale=default_guidance_scale,
         )
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config["block_out_channels"]) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # `decode_latents` gives pixels in [0, 1], so there is nothing to denormalise
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
         self._guidance_scale = default_guidance_scale
-        self._num_timesteps = 0
-        self._interrupt = False
 
     @classmethod
     def from_pretrained(  # type: ignore[override] # a named argument among the parent's keywords
@@ -168,31 +204,123 @@ class VersatileBasePipeline(HousePipeline):
 
     @property
     def size_multiple(self) -> int:
-        """Sides of pictures that are made are multiples of this many pixels."""
-        check_parts(self, "the size of pictures", "unet")
+        """The sides of images that are made are multiples of this many pixels."""
+        self.require("the size of pictures", "unet")
         return self.vae_scale_factor * self.unet.downsample_factor
 
     @property
     def default_side(self) -> int:
-        """Pixels of a square picture's side where a call names none; of a pair the longer one."""
+        """The side in pixels of a square image where a call names none; of two different sides the longer one."""
         return max(sample_sides("default_sample_size", self.config["default_sample_size"])) * self.vae_scale_factor
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    def require(self, what: str, *names: str) -> None:
+        """The components are there.
 
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        # u + s * (c - u): the null branch cancels exactly at s = 1 and only there
-        return self._guidance_scale != 1.0
+        Args:
+            what: What needs them, for the message.
+            names: The names of the components.
+        """
+        missing = [name for name in names if getattr(self, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The pipeline was loaded without {', '.join(missing)}; {what} needs them. Load it without `flows`,"
+                f" or pass `{missing[0]}=...` to `from_pretrained`."
+            )
 
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
+    def check_run(
+        self, num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int, eta: float, output_type: str
+    ) -> None:
+        """The arguments that every call has, and the scheduler that they are for."""
+        self.require("sampling", "unet", "scheduler")
+        check_gaussian_scheduler(self.scheduler, type(self).__name__)
+        check_steps(self.scheduler, num_inference_steps)
+        check_guidance_scale(guidance_scale)
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        check_eta(eta)
+        check_output_type(output_type)
 
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+    def check_flow(self, data_type: str, context_types: Sequence[str], given: Sequence[str] = ()) -> None:
+        """The network has the layers of a flow, and the encoders and decoders fit it.
+
+        Args:
+            data_type: What is made, "image" or "text".
+            context_types: The types of the contexts that it is made from.
+            given: Those of them whose context tokens are given, so that no encoder is needed.
+        """
+        check_choice("data_type", data_type, DATA_TYPES)
+        if not context_types:
+            raise ValueError("There is nothing to start from: pass `prompt`, `image`, or embeddings of one of them.")
+        missing = [flow for kind in context_types if (flow := f"{kind}-to-{data_type}") not in self.unet.flows]
+        if missing:
+            raise ValueError(
+                f"The call needs the flow {', '.join(missing)}; the loaded network has {', '.join(self.unet.flows)},"
+                f" of {', '.join(self.unet.known_flows)}. Load it with `{type(self).__name__}.from_pretrained(...,"
+                " flows=[...])` or without `flows`."
+            )
+        config = self.unet.config
+        sizes = [(f"{kind}_encoder", "projection_dim", config["context_types"][kind]) for kind in context_types]
+        sizes += [
+            ("vae", "latent_channels", config["data_types"][data_type]["channels"])
+            if data_type == "image"
+            else ("optimus", "latent_dim", config["data_types"][data_type]["channels"])
+        ]
+        wrong = [
+            f"{part}.config.{name} is {found}, the network needs {size}"
+            for part, name, size in sizes
+            if getattr(self, part) is not None and (found := getattr(getattr(self, part).config, name)) != size
+        ]
+        if wrong:
+            raise ValueError(f"The components do not fit: {'; '.join(wrong)}. Load those that it was trained with.")
+        if "text" in context_types and "text" not in given:
+            self.require("a text", "tokenizer", "text_encoder")
+        if "image" in context_types and "image" not in given:
+            self.require("a picture", "image_encoder", "feature_extractor")
+
+    def check_size(self, height: Any, width: Any) -> None:
+        """The images that are made have sides that the networks take, and there is what decodes them."""
+        self.require("a picture to be made", "vae")
+        because = f"autoencoder {self.vae_scale_factor} x network {self.unet.downsample_factor}"
+        for name, side in (("height", height), ("width", width)):
+            check_side(name, side, self.size_multiple, self.size_multiple, because=because)
+
+    def check_text_length(self, max_text_length: Any) -> None:
+        """The text decoder is there, and can write so many tokens; None stands for its own choice."""
+        self.require("a text to be made", "optimus", "decoder_tokenizer")
+        if max_text_length is None:
+            return
+        check_integer("max_text_length", max_text_length, 2)
+        if max_text_length > self.optimus.longest_sentence:
+            raise ValueError(
+                f"`max_text_length` is {max_text_length}: the text decoder writes from 2 (its first and last token) to"
+                f" {self.optimus.longest_sentence} tokens. Pass one of these, or None."
+            )
+
+    def check_embeds(self, conditions: Conditions, guidance_scale: float) -> None:
+        """Context tokens (b, l, d) that take the place of texts or images have the width of the network."""
+        if not conditions.embeds:
+            return
+        for kind, (embeds, negative) in conditions.embeds.items():
+            name, other = EMBEDS_NAMES[kind], {"text": "prompt", "image": "image"}[kind]
+            if embeds is None:
+                raise ValueError(f"`negative_{name}` is given without `{name}`.")
+            if conditions.texts if kind == "text" else conditions.images:
+                raise ValueError(f"`{other}` and `{name}` are both given: pass one of them.")
+            if guidance_scale != 1 and negative is None:
+                raise ValueError(f"`{name}` needs `negative_{name}` for guidance, or `guidance_scale=1`.")
+            width = self.unet.config["context_types"][kind]
+            for label, value in ((name, embeds), (f"negative_{name}", negative)):
+                if value is None:
+                    continue
+                if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[2] != width or 0 in value.shape:
+                    found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"`{label}` must have shape (b, tokens, {width}), received {found}.")
+                if not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"`{label}` holds values that are not finite (NaN or infinite): encode it anew.")
+            if negative is not None and len(negative) not in (1, len(embeds)):
+                raise ValueError(f"`negative_{name}` holds {len(negative)} samples and `{name}` {len(embeds)}.")
+        sizes = conditions.samples
+        if set(sizes.values()) - {1, max(sizes.values())}:
+            raise ValueError(f"The call has {sizes} samples: pass as many texts as pictures, or one for all.")
 
     def encode_prompt(
         self,
@@ -204,37 +332,24 @@ class VersatileBasePipeline(HousePipeline):
         prompt_weights: Sequence[float] | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Texts as context tokens; needs only the tokenizer and the text encoder.
+        """Encodes texts as context tokens; needs only the tokenizer and the text encoder.
 
         Args:
-            prompt: A text, one a sample, or several a sample (a list of lists), which follow each other as tokens.
+            prompt: The text, one a sample, or several a sample (a list of lists), which follow each other as tokens.
             num_images_per_prompt: How often each context is repeated.
-            do_classifier_free_guidance: Whether a null branch is wanted as well.
-            negative_prompt: What the null branch reads, one for all samples or one each; by default the empty text.
-            prompt_weights: What the tokens of each text of a sample are multiplied by.
-            device: Where the text encoder runs; by default where the pipeline runs.
+            do_classifier_free_guidance: Whether the null branch is wanted as well.
+            negative_prompt: The text of the null branch, one for all samples or one each; by default the empty text.
+            prompt_weights: The factor of the tokens of each text of a sample.
+            device: The device that the text encoder runs on; by default that of the pipeline.
 
         Returns:
             Both contexts, `(n * num_images_per_prompt, l, d)`; the second is None without guidance.
         """
-        check_parts(self, "a text", "tokenizer", "text_encoder")
         conditions = read_conditions("" if prompt is None else prompt, prompt_weights=prompt_weights)
-        device = device if device is not None else self._execution_device
-        samples = len(conditions.texts)
-        texts = [text for sample in conditions.texts for text in sample]
-        negatives = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        if len(negatives) not in (1, samples):
-            raise ValueError(
-                f"`negative_prompt` holds {len(negatives)} texts for {samples} samples; pass one for all or one each."
-            )
-        tokens = self._text_tokens(texts, device)
-        weights = torch.tensor(conditions.text_weights * samples, device=device, dtype=tokens.dtype)
-        embeds = (tokens * weights[:, None, None]).reshape(samples, -1, tokens.shape[-1])  # one text after the other
-        negative = None
-        if do_classifier_free_guidance:
-            negative = self._text_tokens(negatives, device).repeat(1, len(conditions.text_weights), 1)
-            negative = negative.expand(samples, -1, -1).repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), negative
+        pair = self._encode_texts(conditions, negative_prompt, do_classifier_free_guidance, device)
+        embeds, negative = (None if one is None else one.repeat_interleave(num_images_per_prompt, 0) for one in pair)
+        assert embeds is not None
+        return embeds, negative
 
     def encode_image(
         self,
@@ -248,41 +363,66 @@ class VersatileBasePipeline(HousePipeline):
         null_image: str = "zeros",
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Pictures as context tokens; needs only the image encoder and the feature extractor.
+        """Encodes images as context tokens; needs only the image encoder and the feature extractor.
 
-        Whatever their size, they are stretched to a square of the pipeline's default size first, as in the original.
+        Images of any size are stretched to a square of the pipeline's default size first, as in the original.
 
         Args:
-            image: A picture, one a sample, or several a sample (a list of lists), which follow each other as tokens.
+            image: The image, one a sample, or several a sample (a list of lists), which follow each other as tokens.
             num_images_per_prompt: How often each context is repeated.
-            do_classifier_free_guidance: Whether a null branch is wanted as well.
-            image_masks: One a picture, nested alike, of its size: 1 (white) where it is read, 0 where it is not.
-            image_weights: What the tokens of each picture of a sample are multiplied by.
-            focus: 0 keeps what is on the picture, 0.5 everything, 1 its style; one for all pictures or one each.
-            null_image: What the null branch reads: "zeros" (no tokens), or a "grey" or "black" picture.
-            device: Where the image encoder runs; by default where the pipeline runs.
+            do_classifier_free_guidance: Whether the null branch is wanted as well.
+            image_masks: The mask of each image, nested as the images are, of the size of its image: 1 (white) where
+                the image is read, 0 where it is not.
+            image_weights: The factor of the tokens of each image of a sample.
+            focus: 0 keeps the objects of an image, 0.5 everything, 1 its style; one for all images or one each.
+            null_image: The image of the null branch: "zeros" (no tokens), or a "grey" or "black" one.
+            device: The device that the image encoder runs on; by default that of the pipeline.
 
         Returns:
             Both contexts, `(n * num_images_per_prompt, l, d)`; the second is None without guidance.
         """
-        check_parts(self, "a picture", "image_encoder", "feature_extractor")
         check_choice("null_image", null_image, NULL_IMAGES)
         conditions = read_conditions(image=image, image_masks=image_masks, image_weights=image_weights, focus=focus)
-        device = device if device is not None else self._execution_device
-        tokens = self._image_tokens(conditions, device)
-        count, samples = len(conditions.image_weights), len(conditions.images)
-        factors = torch.tensor(conditions.image_weights * samples, device=device, dtype=tokens.dtype)
-        embeds = (tokens * factors[:, None, None]).reshape(samples, -1, tokens.shape[-1])
-        negative = None
-        if do_classifier_free_guidance:
-            negative = torch.zeros_like(embeds)
-            if null_image != "zeros":
-                side = self.default_side
-                picture = prepare_pictures(self.feature_extractor, [null_picture(null_image, side)], side)
-                null = image_context(self.image_encoder, picture.to(device, self.image_encoder.dtype))
-                negative = null.repeat(samples, count, 1)
-            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
-        return embeds.repeat_interleave(num_images_per_prompt, dim=0), negative
+        pair = self._encode_pictures(conditions, null_image, do_classifier_free_guidance, device)
+        embeds, negative = (None if one is None else one.repeat_interleave(num_images_per_prompt, 0) for one in pair)
+        assert embeds is not None
+        return embeds, negative
+
+    def encode_contexts(
+        self,
+        conditions: Conditions,
+        shares: Mapping[str, float],
+        total: int,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        null_image: str = "zeros",
+        guided: bool = True,
+    ) -> list[FlowContext]:
+        """Encodes the conditions of a call, unless their tokens are given.
+
+        Args:
+            conditions: The conditions of the call.
+            shares: The share of each context that counts, by type.
+            total: The number of results; those of one sample lie next to each other.
+            negative_prompt: As in `encode_prompt`.
+            null_image: As in `encode_image`.
+            guided: Whether the null branch is encoded as well.
+        """
+        contexts = []
+        for kind, share in shares.items():
+            if kind in conditions.embeds:
+                pair = conditions.embeds[kind]
+            elif kind == "text":
+                pair = self._encode_texts(conditions, negative_prompt, guided)
+            else:
+                pair = self._encode_pictures(conditions, null_image, guided)
+            embeds, negative = (
+                None if one is None else one.to(self._execution_device).repeat_interleave(total // len(one), dim=0)
+                for one in pair
+            )
+            assert embeds is not None
+            contexts.append(FlowContext(kind, embeds, negative, share))
+        return contexts
 
     def prepare_latents(
         self,
@@ -295,23 +435,89 @@ class VersatileBasePipeline(HousePipeline):
         latents: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The initial latents: standard normal noise (b, c, h, w) or (b, d), times what the scheduler starts with.
+        """The initial latents: standard normal noise (b, c, h, w) or (b, d), times the scheduler's initial sigma.
 
         Args:
-            data_type: "image" or "text".
-            batch_size: b.
-            height: Pixels, of pictures; so is `width`.
-            generator: One for the whole batch or a list with one a sample.
+            data_type: What is made, "image" or "text".
+            batch_size: The number of samples, b.
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+            generator: One generator for the whole batch, or a list with one a sample.
             latents: Standard normal noise in place of a draw.
+            device: The device of the latents; by default that of the pipeline.
         """
         device = torch.device(device if device is not None else self._execution_device)
+        shape = (batch_size, self.unet.config["data_types"][data_type]["channels"])
+        if data_type == "image":
+            height, width = self.resolve_size(height, width)
+            shape = (*shape, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is None:
-            shape = self._latent_shape(data_type, batch_size, *self._resolve_size(height, width))
             latents = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=self.unet.dtype)
+        elif not isinstance(latents, Tensor) or not latents.is_floating_point():
+            kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise TypeError(f"`latents` must be a floating-point tensor of standard normal noise, received {kind}.")
+        elif tuple(latents.shape) != shape or not bool(torch.isfinite(latents).all()):
+            raise ValueError(f"`latents` must be finite and of shape {shape}, received {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
 
+    def prepare_timesteps(self, num_inference_steps: int) -> Tensor:
+        """Sets the scheduler to so many steps, and returns the timestep of each."""
+        self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
+        check_timesteps(self.scheduler, num_inference_steps)
+        return self.scheduler.timesteps
+
+    def denoise(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        contexts: list[FlowContext],
+        data_type: str,
+        *,
+        mixing: str = "attention",
+        eta: float = 0.0,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        callback_names: Sequence[str] = (),
+        first_step: int = 0,
+    ) -> Tensor:
+        """The sampling loop: from noise to latents of `data_type`, under any mixture of contexts.
+
+        Args:
+            latents: The latents to start from.
+            timesteps: The timesteps that are run.
+            contexts: The contexts of all results.
+            data_type: What is made, "image" or "text".
+            mixing: "attention" or "layer".
+            eta: Noise of DDIM.
+            generator: One generator for the whole batch, or a list with one a result.
+            callback: Called after each step.
+            callback_names: The tensors that it gets.
+            first_step: What the callback is told as the number of the first step.
+        """
+        step_options = step_arguments(self.scheduler, eta=eta, generator=generator)
+        finite: list[Tensor] = []  # whether each step's prediction is
+        for i, t in self.steps(timesteps):
+            noise = predict_flow_noise(
+                self.unet,
+                self.scheduler.scale_model_input(latents, t),
+                t,
+                contexts,
+                data_type=data_type,
+                guidance_scale=self.guidance_scale,
+                layer_choices=None if mixing == "attention" else self._draw_layer_choices(contexts, generator),
+            )
+            finite.append(torch.isfinite(noise).all())
+            latents = self.scheduler.step(noise, t, latents, **step_options, return_dict=False)[0]
+            if callback is not None:
+                tensors = {"latents": latents, **named_contexts(contexts)}
+                changed = report_step(self, callback, callback_names, first_step + i, t, tensors)
+                latents, contexts = changed.get("latents", latents), changed_contexts(contexts, changed)
+                self._check_null_branch(contexts)
+        check_predictions(finite, timesteps, self)
+        return latents
+
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (b, c, h, w) to pictures (b, 3, H, W) in [0, 1]."""
+        """Decodes latents (b, c, h, w) to images (b, 3, H, W) in [0, 1]."""
         pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config["scaling_factor"], return_dict=False)[0]
         return ((pixels.float() + 1) / 2).clamp(0, 1)
 
@@ -324,13 +530,15 @@ class VersatileBasePipeline(HousePipeline):
         max_text_length: int | None = None,
         merge_repeats: bool = True,
     ) -> list[str]:
-        """Latents (b, d) to texts.
+        """Decodes latents (b, d) to texts.
 
         Args:
-            generator: Draws the words; one for all texts or one each.
-            temperature: Spread of the draws; 0 takes the most probable word each time.
-            max_text_length: In tokens of the decoder, first and last included; by default 30, or as many as it has.
-            merge_repeats: Leave one of several equal runs of words.
+            latents: The latents of the texts.
+            generator: The generator that draws the words, one for all texts or one each.
+            temperature: The spread of the draws; 0 takes the most probable word each time.
+            max_text_length: The number of tokens of the decoder, first and last included; by default 30, or as many
+                as it has.
+            merge_repeats: Whether one of several equal runs of words is left.
         """
         if max_text_length is None:
             max_text_length = min(MAX_SENTENCE_LENGTH, self.optimus.longest_sentence)
@@ -344,13 +552,53 @@ class VersatileBasePipeline(HousePipeline):
         texts = read_sentences(self.decoder_tokenizer, ids)
         return [merge_repeated_words(text) for text in texts] if merge_repeats else texts
 
-    def _text_tokens(self, texts: list[str], device: torch.device | str) -> Tensor:
-        ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
-        warn_of_cuts(self, cut, ids.shape[1])
-        return text_context(self.text_encoder, ids.to(device))
+    def _encode_texts(
+        self,
+        conditions: Conditions,
+        negative_prompt: str | list[str] | None,
+        guided: bool,
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The context tokens of the texts of each sample (n, l, d), and those of the null branch."""
+        self.require("a text", "tokenizer", "text_encoder")
+        device = device if device is not None else self._execution_device
+        samples, several = len(conditions.texts), len(conditions.text_weights)
+        negatives = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if len(negatives) not in (1, samples):
+            raise ValueError(
+                f"`negative_prompt` holds {len(negatives)} texts for {samples} samples; pass one for all or one each."
+            )
+        contexts = []
+        for texts in ([text for sample in conditions.texts for text in sample], negatives)[: 1 + guided]:
+            ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
+            warn_of_cuts(self, cut, ids.shape[1])
+            contexts.append(text_context(self.text_encoder, ids.to(device)))
+        weights = torch.tensor(conditions.text_weights * samples, device=device, dtype=contexts[0].dtype)
+        embeds = contexts[0] * weights[:, None, None]
+        embeds = embeds.reshape(samples, -1, embeds.shape[-1])  # one text after the other
+        return embeds, contexts[1].repeat(1, several, 1).expand(samples, -1, -1) if guided else None
+
+    def _encode_pictures(
+        self, conditions: Conditions, null_image: str, guided: bool, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The context tokens of the images of each sample (n, l, d), and those of the null branch."""
+        self.require("a picture", "image_encoder", "feature_extractor")
+        device = device if device is not None else self._execution_device
+        samples, several = len(conditions.images), len(conditions.image_weights)
+        tokens = self._image_tokens(conditions, device)
+        factors = torch.tensor(conditions.image_weights * samples, device=device, dtype=tokens.dtype)
+        embeds = (tokens * factors[:, None, None]).reshape(samples, -1, tokens.shape[-1])
+        if not guided:
+            return embeds, None
+        if null_image == "zeros":
+            return embeds, torch.zeros_like(embeds)
+        side = self.default_side
+        picture = prepare_pictures(self.feature_extractor, [null_picture(null_image, side)], side)
+        null = image_context(self.image_encoder, picture.to(device, self.image_encoder.dtype))
+        return embeds, null.repeat(samples, several, 1)
 
     def _image_tokens(self, conditions: Conditions, device: torch.device | str) -> Tensor:
-        """(samples * pictures, l, d), with mask and focus, without weights."""
+        """The tokens of all images (samples * images, l, d), with mask and focus, without weights."""
         pictures = [picture for sample in conditions.images for picture in sample]
         masks = [mask for sample in conditions.masks for mask in sample]
         pixels = prepare_pictures(self.feature_extractor, pictures, self.default_side)
@@ -369,18 +617,18 @@ class VersatileBasePipeline(HousePipeline):
         local = [rescale_ranks(one[None, 1:], level) for one, level in zip(tokens, levels, strict=True)]
         return torch.cat([tokens[:, :1], torch.cat(local)], dim=1)
 
-    def _latent_shape(self, data_type: str, batch: int, height: int, width: int) -> tuple[int, ...]:
-        channels = self.unet.config["data_types"][data_type]["channels"]
-        if data_type == "text":
-            return (batch, channels)
-        return (batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+    def _draw_layer_choices(self, contexts: Sequence[FlowContext], generator: Generators) -> list[Any]:
+        """One context a layer, for the whole batch; with a list of generators, for each result from its own."""
+        ratios = [context.ratio for context in contexts]
+        if isinstance(generator, list):
+            return [self.unet.draw_layer_choices(ratios, generator=one) for one in generator]
+        return self.unet.draw_layer_choices(ratios, generator=generator)
 
-    def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
-        """Fills in the sizes that the caller left out; checks nothing."""
-        rows, columns = sample_sides("default_sample_size", self.config["default_sample_size"])
-        if isinstance(latents, Tensor) and latents.ndim == 4:
-            rows, columns = latents.shape[2:]
-        return (
-            rows * self.vae_scale_factor if height is None else height,
-            columns * self.vae_scale_factor if width is None else width,
-        )
+    def _check_null_branch(self, contexts: Sequence[FlowContext]) -> None:
+        """Guidance that a callback turned on has what it guides away from."""
+        for context in contexts:
+            if self.do_classifier_free_guidance and context.negative_embeds is None:
+                raise ValueError(
+                    f"`guidance_scale` was set to {self.guidance_scale} in the run, but the call has no"
+                    f" `negative_{EMBEDS_NAMES[context.type]}` for it: pass them beside the embeddings."
+                )

@@ -1,12 +1,13 @@
-"""What a user hands to Versatile Diffusion (texts, pictures, masks, weights) in one shape: a list a sample.
+"""The conditions of a call of Versatile Diffusion (texts, pictures, masks, weights) in one shape: a list a sample.
 
-`"a cat"` is one sample, `["a cat", "a dog"]` are two, `[["a cat", "an oil painting"]]` is one of two texts; pictures,
-masks, weights and focus likewise.
+`"a cat"` is one sample, `["a cat", "a dog"]` are two samples, `[["a cat", "an oil painting"]]` is one sample of two
+texts. Pictures, masks, weights and focus are nested in the same way.
 """
 
 import math
 import numbers
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,44 @@ from ...conditions.images import image_list
 from ...conditions.masks import mask_values
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conditions:
-    """The conditions of a call; each field but the weights holds one list a sample, all of one length.
+    """The conditions of a call, read once; `read_conditions` makes them.
 
     Attributes:
-        texts: the texts of each sample; empty without texts.
-        images: the pictures of each sample, float (3, H, W) in [0, 1], of any sizes.
-        masks: float (1, H, W), 1 = read, 0 = leave out; None where a picture is read whole.
-        text_weights: of each text of a sample, the same for all samples.
-        image_weights: of each picture of a sample.
-        focus: of each picture of a sample.
+        texts: The texts of each sample; empty without texts.
+        images: The pictures of each sample, float (3, H, W) in [0, 1], of any sizes; empty without pictures.
+        masks: The mask of each picture, float (1, H, W), 1 = read, 0 = leave out; None where a picture is read whole.
+        text_weights: The weight of each text of a sample, the same for all samples.
+        image_weights: The weight of each picture of a sample.
+        focus: The focus of each picture of a sample.
+        embeds: Context tokens that were given in place of texts or pictures, and those of "no context" beside them, by
+            context type.
     """
 
-    texts: list[list[str]] = field(default_factory=list)
-    images: list[list[Tensor]] = field(default_factory=list)
-    masks: list[list[Tensor | None]] = field(default_factory=list)
-    text_weights: list[float] = field(default_factory=list)
-    image_weights: list[float] = field(default_factory=list)
-    focus: list[float] = field(default_factory=list)
+    texts: list[list[str]]
+    images: list[list[Tensor]]
+    masks: list[list[Tensor | None]]
+    text_weights: list[float]
+    image_weights: list[float]
+    focus: list[float]
+    embeds: dict[str, tuple[Tensor | None, Tensor | None]]
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """The number of samples by context type, of the types that were given."""
+        sizes = {kind: len(entries) for kind, entries in (("text", self.texts), ("image", self.images)) if entries}
+        return sizes | {kind: len(tokens) for kind, (tokens, _) in self.embeds.items() if tokens is not None}
+
+    def shares(self, text_ratio: float) -> dict[str, float]:
+        """The share of each context that counts, by type. Empty texts beside pictures do not count."""
+        kinds = [kind for kind in ("text", "image") if kind in self.samples]
+        if len(kinds) < 2:
+            return dict.fromkeys(kinds, 1.0)
+        if self.texts and not any(text.strip() for sample in self.texts for text in sample):
+            return {"image": 1.0}
+        shares = {"text": text_ratio, "image": 1 - text_ratio}
+        return {kind: share for kind, share in shares.items() if share > 0}
 
 
 def read_conditions(
@@ -46,34 +66,41 @@ def read_conditions(
     prompt_weights: Any = None,
     image_weights: Any = None,
     focus: Any = 0.5,
+    prompt_embeds: Any = None,
+    negative_prompt_embeds: Any = None,
+    image_embeds: Any = None,
+    negative_image_embeds: Any = None,
 ) -> Conditions:
-    """Sorts the arguments of `VersatilePipeline.__call__`; what is one serves for all samples.
+    """Sorts the arguments of a call, see `VersatilePipeline.__call__`. One entry serves for all samples.
 
     Raises:
         TypeError, ValueError: naming the argument, what was received and what is allowed.
     """
+    given = {"text": (prompt_embeds, negative_prompt_embeds), "image": (image_embeds, negative_image_embeds)}
+    embeds = {kind: pair for kind, pair in given.items() if any(tokens is not None for tokens in pair)}
     texts = [] if prompt is None else _nested("prompt", prompt, _is_text, "a string", "text")
     images = [] if image is None else _nested("image", image, _is_picture, "a picture", "picture")
-    pictures = [[_one_picture(entry) for entry in sample] for sample in images]
+    pictures = [[image_list(entry)[0] for entry in sample] for sample in images]
     if texts and pictures and 1 not in (len(texts), len(pictures)) and len(texts) != len(pictures):
         raise ValueError(
             f"`prompt` holds {len(texts)} samples and `image` {len(pictures)}: pass as many of one as of the other, or"
             " one for all. Several texts or pictures of one sample go into a list of their own: [[first, second]]."
         )
     count = max(len(texts), len(pictures))
-    per_text, per_image = (len(entries[0]) if entries else 0 for entries in (texts, pictures))
+    masks = [[None] * len(sample) for sample in pictures] if image_masks is None else _masks(image_masks, pictures)
     return Conditions(
         texts=texts * count if len(texts) == 1 else texts,
         images=pictures * count if len(pictures) == 1 else pictures,
-        masks=_read_masks(image_masks, pictures, count),
-        text_weights=_numbers("prompt_weights", prompt_weights, per_text, "text", 1.0),
-        image_weights=_numbers("image_weights", image_weights, per_image, "picture", 1.0),
-        focus=_numbers("focus", focus, per_image, "picture", 0.5, largest=1.0),
+        masks=masks * count if len(masks) == 1 else masks,
+        text_weights=_weights("prompt_weights", prompt_weights, texts, "text"),
+        image_weights=_weights("image_weights", image_weights, pictures, "picture"),
+        focus=_focus(focus, pictures),
+        embeds=embeds,
     )
 
 
-def _nested(name: str, value: Any, is_one: Any, what: str, noun: str) -> list[list[Any]]:
-    """One, a list, or a list of lists as the last of these."""
+def _nested(name: str, value: Any, is_one: Callable[[Any], bool], what: str, noun: str) -> list[list[Any]]:
+    """One entry, a list, or a list of lists as the last of these."""
     if is_one(value):
         return [[value]]
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 4:  # a batch of pictures
@@ -102,37 +129,27 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, Tensor)) and value.ndim == 3)
 
 
-def _one_picture(value: Any) -> Tensor:
-    return image_list(value)[0]
+def _is_mask_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, (Image.Image, np.ndarray, Tensor))
 
 
-def _read_masks(masks: Any, images: list[list[Tensor]], count: int) -> list[list[Tensor | None]]:
-    if masks is None:
-        return [[None] * len(sample) for sample in (images * count if len(images) == 1 else images)]
+def _masks(masks: Any, images: list[list[Tensor]]) -> list[list[Tensor | None]]:
     if not images:
         raise ValueError("`image_masks` is given without `image`: a mask says which part of a picture is read.")
-    is_one = lambda mask: mask is None or _is_mask(mask)  # noqa: E731 # as short as its name
-    samples = _nested("image_masks", masks, is_one, "a mask (or None)", "mask (or None)")
+    samples = _nested("image_masks", masks, _is_mask_or_none, "a mask (or None)", "mask (or None)")
     if len(samples) != len(images) or any(len(a) != len(b) for a, b in zip(samples, images, strict=True)):
         raise ValueError(
             f"`image_masks` holds {[len(sample) for sample in samples]} masks a sample and `image`"
             f" {[len(sample) for sample in images]} pictures: pass one mask a picture, None to read it whole."
         )
-    read = [
-        [_one_mask(mask, picture) for mask, picture in zip(*pair, strict=True)]
+    return [
+        [None if mask is None else _mask(mask, picture) for mask, picture in zip(*pair, strict=True)]
         for pair in zip(samples, images, strict=True)
     ]
-    return read * count if len(read) == 1 else read
 
 
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, (Image.Image, np.ndarray, Tensor))
-
-
-def _one_mask(mask: Any, picture: Tensor) -> Tensor | None:
-    """(1, H, W) in [0, 1], of the picture's size."""
-    if mask is None:
-        return None
+def _mask(mask: Any, picture: Tensor) -> Tensor:
+    """A mask (1, H, W) in [0, 1] of the picture's size."""
     values = mask_values(mask, "image_masks")
     if tuple(values.shape) != (1, *picture.shape[1:]):
         found = tuple(values.shape[1:] if len(values) == 1 else values.shape)
@@ -145,25 +162,36 @@ def _one_mask(mask: Any, picture: Tensor) -> Tensor | None:
     return values
 
 
-def _numbers(
-    name: str, value: Any, count: int, what: str, default: float, *, largest: float = math.inf
-) -> list[float]:
-    """One number for each of `count`, at least 0, not all of them 0 where they are weights."""
-    values: list[Any] = [default] * count
-    if value is not None:
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * max(count, 1)
+def _weights(name: str, value: Any, entries: Sequence[Sequence[Any]], noun: str) -> list[float]:
+    """The weight of each entry of a sample; by default all of them count once."""
+    count = len(entries[0]) if entries else 0
+    if value is None:
+        return [1.0] * count
+    if count == 0:
+        raise ValueError(f"`{name}` is given, but there is no {noun} to weigh.")
+    weights = _numbers(name, value, count, noun)
+    if sum(weights) == 0:
+        raise ValueError(f"`{name}` sums to 0: at least one {noun} must count.")
+    return weights
+
+
+def _focus(value: Any, pictures: Sequence[Sequence[Any]]) -> list[float]:
+    """The focus of each picture of a sample; 0.5 everywhere says nothing, and so needs no picture."""
+    levels = _numbers("focus", 0.5 if value is None else value, len(pictures[0]) if pictures else None, "picture", 1.0)
+    if not pictures and any(level != 0.5 for level in levels):
+        raise ValueError("`focus` is given, but there is no picture in `image` that it could change.")
+    return levels
+
+
+def _numbers(name: str, value: Any, count: int | None, noun: str, largest: float = math.inf) -> list[float]:
+    """Finite numbers from 0 on, `count` of them unless that is None; a single one serves for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * (1 if count is None else count)
     for number in values:
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
             raise TypeError(f"`{name}` must hold numbers, received {number!r}.")
         if not 0 <= float(number) <= largest or not math.isfinite(number):
             above = "" if largest == math.inf else f" and at most {largest:g}"
             raise ValueError(f"`{name}` must be finite, at least 0{above}, received {number}.")
-    if value is not None and count == 0 and name.endswith("weights"):
-        raise ValueError(f"`{name}` is given, but there is no {what} to weigh.")
-    if count == 0 and name == "focus" and any(number != default for number in values):
-        raise ValueError("`focus` is given, but there is no picture in `image` that it could change.")
-    if count and len(values) != count:
-        raise ValueError(f"`{name}` holds {len(values)} numbers for {count} {what}s a sample: pass one for each.")
-    if count and name.endswith("weights") and sum(values) == 0:
-        raise ValueError(f"`{name}` sums to 0: at least one {what} must count.")
-    return [float(number) for number in values] if count else []
+    if count is not None and len(values) != count:
+        raise ValueError(f"`{name}` holds {len(values)} numbers for {count} {noun}s a sample: pass one for each.")
+    return [float(number) for number in values]

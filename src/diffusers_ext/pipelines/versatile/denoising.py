@@ -4,17 +4,18 @@ Xu et al., arXiv 2211.08332; SHI-Labs/Versatile-Diffusion@cf0f4a2:lib/model_zoo/
 the scheduler's.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
-from ...guidance import classifier_free_guidance
+from ...guidance import both_branches, guide
 from ...models.unet_versatile import VersatileUNet
 from ...schedulers.gaussian import ldm_scheduler
+
+EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds"}  # what users call the tokens of a context
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class FlowContext:
     """One of the contexts that a sample is made from.
 
     Attributes:
-        type: a context type of the network, such as "text".
-        embeds: its tokens (b, l, d).
-        negative_embeds: what stands for "no context", (b, l', d); None where there is no guidance.
-        ratio: its share among the contexts.
+        type: A context type of the network, such as "text".
+        embeds: Its tokens (b, l, d).
+        negative_embeds: The tokens that stand for "no context", (b, l', d); None where there is no guidance.
+        ratio: Its share among the contexts.
     """
 
     type: str
@@ -52,37 +53,69 @@ def predict_flow_noise(
     """The network's guided prediction, with the same mixture in the guided and in the unguided half.
 
     Args:
-        latents: (b, c, h, w) or (b, d), already scaled as the scheduler wants them.
-        timestep: one for all.
-        contexts: at least one; all with `negative_embeds` unless `guidance_scale` is 1.
-        data_type: what is generated.
-        guidance_scale: 1 means no guidance, and half the work.
-        layer_choices: for layer mixing, those of all samples or one list a sample, see `VersatileUNet.forward`.
+        latents: Noisy latents (b, c, h, w) or (b, d), already scaled as the scheduler wants them.
+        timestep: The timestep of all samples.
+        contexts: At least one; all with `negative_embeds` unless `guidance_scale` is 1.
+        data_type: The type that is generated, "image" or "text".
+        guidance_scale: The scale of the guidance; 1 means no guidance, and half the work.
+        layer_choices: For layer mixing, the choices of all samples or one list a sample, see `VersatileUNet.forward`.
 
     Returns:
         The noise, in the shape of `latents`.
     """
-    options = {
-        "data_type": data_type,
-        "context_type": [context.type for context in contexts],
-        "context_ratios": [context.ratio for context in contexts],
-        "layer_choices": layer_choices,
-        "return_dict": False,
-    }
     positive = [context.embeds for context in contexts]
     negative = [context.negative_embeds for context in contexts if context.negative_embeds is not None]
-    if guidance_scale == 1.0:
-        return unet(latents, timestep, positive, **options)[0]
-    if len(negative) < len(positive):
+    if guidance_scale != 1 and len(negative) < len(positive):
         raise ValueError(
             f"`guidance_scale` is {guidance_scale}, but {len(positive) - len(negative)} of {len(positive)} contexts "
             "have no `negative_embeds`: pass them, or a scale of 1."
         )
-    if all(no.shape == yes.shape for no, yes in zip(negative, positive, strict=True)):
-        both = [torch.cat([no, yes]) for no, yes in zip(negative, positive, strict=True)]
-        if layer_choices is not None and not isinstance(layer_choices[0], int):  # the same in both halves
-            options["layer_choices"] = [*layer_choices, *layer_choices]
-        uncond, cond = unet(torch.cat([latents, latents]), timestep, both, **options)[0].chunk(2)
-    else:  # contexts of other lengths do not stack
-        uncond, cond = (unet(latents, timestep, half, **options)[0] for half in (negative, positive))
-    return classifier_free_guidance(cond, uncond, guidance_scale)
+    options: dict[str, Any] = {
+        "data_type": data_type,
+        "context_type": [context.type for context in contexts],
+        "context_ratios": [context.ratio for context in contexts],
+        "return_dict": False,
+    }
+    one_a_sample = layer_choices is not None and not isinstance(layer_choices[0], int)
+    cond, uncond = both_branches(
+        # a doubled batch makes the choices of its samples twice
+        lambda sample, tokens: unet(
+            sample,
+            timestep,
+            tokens,
+            layer_choices=[*layer_choices] * (len(sample) // len(latents)) if one_a_sample else layer_choices,
+            **options,
+        )[0],
+        (latents, positive),
+        (latents, negative),
+        guidance_scale,
+    )
+    return guide(cond, uncond, guidance_scale)
+
+
+def named_contexts(contexts: Sequence[FlowContext]) -> dict[str, Tensor | None]:
+    """The tokens under the names that callbacks know; `prompt_embeds` are those of the first context in every call."""
+    named: dict[str, Tensor | None] = {}
+    for place, context in enumerate(contexts):
+        for name in _names_of(place, context):
+            named |= {name: context.embeds, f"negative_{name}": context.negative_embeds}
+    return named
+
+
+def changed_contexts(contexts: Sequence[FlowContext], changed: Mapping[str, Tensor]) -> list[FlowContext]:
+    """The contexts with the tokens that a callback put in place of those of `named_contexts`."""
+    result = list(contexts)
+    for place, context in enumerate(contexts):
+        for name in _names_of(place, context):
+            context = replace(
+                context,
+                embeds=changed.get(name, context.embeds),
+                negative_embeds=changed.get(f"negative_{name}", context.negative_embeds),
+            )
+        result[place] = context
+    return result
+
+
+def _names_of(place: int, context: FlowContext) -> list[str]:
+    own = EMBEDS_NAMES[context.type]
+    return [own] if place > 0 or own == "prompt_embeds" else ["prompt_embeds", own]
