@@ -10,19 +10,23 @@ codebook, is in `autoencoder/objective.py`.
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.losses.perceptual import CLIPDistance, perceptual_distance
+from diffusers_ext.models.token_codec import downsample_factor
 from diffusers_ext.training.autoencoder.args import AutoencoderArgs, check_accumulation
-from diffusers_ext.training.autoencoder.data import first_pictures
-from diffusers_ext.training.autoencoder.loop import fit_autoencoder
-from diffusers_ext.training.autoencoder.networks import build_autoencoder
-from diffusers_ext.training.autoencoder.objective import OBJECTIVES, store_scale
-from diffusers_ext.training_utils import loop
+from diffusers_ext.training.autoencoder.data import read_picture
+from diffusers_ext.training.autoencoder.networks import build_autoencoder, build_opponent
+from diffusers_ext.training.autoencoder.objective import OBJECTIVES, check_sizes, store_scale
+from diffusers_ext.training.autoencoder.validation import Validation
+from diffusers_ext.training_utils.adversarial import fit_adversarial
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
-from diffusers_ext.training_utils.results import publish_result
+from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
+from diffusers_ext.training_utils.validation import first_rows
 from diffusers_ext.training_utils.weights import load_whole, refuse_not_finite
 
 logger = logging.getLogger(__name__)
@@ -44,36 +48,47 @@ def parse_args(argv: list[str] | None = None) -> tuple[AutoencoderArgs, DataArgs
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     check_accumulation(args, train)  # once more, now that the number of processes is known
+    device = accelerator.device
     autoencoder = build_autoencoder(args, data.resolution)
     if train.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    objective = OBJECTIVES[args.model](autoencoder, args, train.max_train_steps)
     perceptual = perceptual_distance(args.perceptual_model, lpips_dropout=args.lpips_dropout, load=load_whole)
     features = CLIPDistance(args.feature_model, "--feature_model", load=load_whole) if args.feature_model else None
     if perceptual is not None:
         refuse_not_finite(perceptual, args.perceptual_model)
+    for network in filter(None, (perceptual, features)):
+        network.to(device)
     train_set, validation_set = load_pictures(data)
     logger.info("%d training pictures, %d for validation", len(train_set), len(validation_set))
-    if fit_autoencoder(
-        accelerator, objective, perceptual, features, train_set, validation_set, args, data, train
-    ):  # fmt: skip
-        if accelerator.is_main_process:
-            if args.scale_samples and "scaling_factor" in autoencoder.config:
-                count, device = args.scale_samples, accelerator.device
-                store_scale(objective, first_pictures(train_set, count, data, train.seed, device))
-            name = type(autoencoder).__name__
-            scale = autoencoder.config.get("scaling_factor", 1.0)  # Paella's has a batch norm before its codes
-            publish_result(
-                train,
-                autoencoder.save_pretrained,
-                recipe="autoencoder",
-                argv=argv,
-                summary=f"First stage {name}; scaling_factor {scale:.5g}.{last_report(train)}",
-                usage=lambda folder: USAGE.format(kind=name, folder=folder),
-            )
-    accelerator.end_training()
+    num_validation = min(args.validation_samples, len(validation_set))
+    check_sizes(args, data.resolution, downsample_factor(autoencoder), len(train_set), num_validation)
+
+    read = partial(read_picture, data=data)
+    pictures = partial(first_rows, train_set, read=read, seed=train.seed, batch_size=32, device=device)
+    objective = OBJECTIVES[args.model](
+        autoencoder, args, train.max_train_steps, seed=train.seed, perceptual=perceptual, pictures=pictures
+    )
+    finished = fit_adversarial(
+        accelerator, objective, build_opponent(args), train_set, train, transform=read,
+        num_workers=data.dataloader_num_workers, averaged=autoencoder,
+        on_validate=Validation(objective, features, validation_set, num_validation, data, train, device),
+    )  # fmt: skip
+    if finished and accelerator.is_main_process and args.scale_samples and "scaling_factor" in autoencoder.config:
+        store_scale(objective, pictures(args.scale_samples))
+    name = type(autoencoder).__name__
+    scale = autoencoder.config.get("scaling_factor", 1.0)  # Paella's has a batch norm before its codes
+    finish(
+        accelerator,
+        train,
+        finished,
+        autoencoder.save_pretrained,
+        recipe="autoencoder",
+        argv=argv,
+        summary=f"First stage {name}; scaling_factor {scale:.5g}.{last_report(train)}",
+        usage=lambda folder: USAGE.format(kind=name, folder=folder),
+    )
 
 
 def last_report(train: TrainArgs) -> str:

@@ -229,20 +229,21 @@ def test_every_codebook_that_starts_with_means_needs_enough_pictures():
 def test_first_and_new_codes_leave_the_running_statistics_alone(tmp_path):
     words = [str(PRESETS / "autoencoder-smoke.yaml"), "--model", "paella_vq", "--block_out_channels", "8", "16"]
     args, _, train = train_autoencoder.parse_args(words)
-    objective = Quantized(new_autoencoder(PaellaVQModel, args, 32), args, train.max_train_steps).train()
     images = torch.rand(4, 3, 32, 32)
 
     def pictures(count):
         yield images, [torch.Generator() for _ in images]
 
+    autoencoder = new_autoencoder(PaellaVQModel, args, 32)
+    objective = Quantized(autoencoder, args, train.max_train_steps, pictures=pictures).train()
     accelerator = loop.start(TrainArgs(output_dir=str(tmp_path)))
     before = {name: value.clone() for name, value in objective.named_buffers() if "running" in name}
     start, codes = objective.first_step, [codebook_weight(objective.autoencoder).clone()]
     for step in (start, start + args.restart_steps):
         objective.usage.zero_()
-        objective.before_step(step, images, 4, pictures, accelerator, 0)
+        objective.before_step(images, 4, step, accelerator)
         codes.append(codebook_weight(objective.autoencoder).clone())
     assert before and all(torch.equal(dict(objective.named_buffers())[name], value) for name, value in before.items())
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
-    objective(images, start, [])  # a step of the training does move them
+    objective(images, [], start)  # a step of the training does move them
     assert not all(torch.equal(dict(objective.named_buffers())[name], value) for name, value in before.items())

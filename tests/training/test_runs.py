@@ -31,7 +31,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 
 from diffusers_ext import PaellaPipeline
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
-from diffusers_ext.training.autoencoder.loop import DISCRIMINATOR_LOSSES
+from diffusers_ext.training.autoencoder.networks import DISCRIMINATOR_LOSSES
 from diffusers_ext.training.optimus.args import OptimusArgs
 from diffusers_ext.training.optimus.networks import build_model as build_optimus
 from diffusers_ext.training_utils import checkpoints, folders, loop

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.losses.perceptual import CLIPDistance
 from diffusers_ext.losses.quantization import vector_quantize
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.training.autoencoder.data import first_pictures, read_picture
+from diffusers_ext.training.autoencoder.data import read_picture
 from diffusers_ext.training.autoencoder.networks import build_autoencoder
 from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
 from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.validation import first_rows
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "training" / "presets" / "autoencoder-kl-smoke.yaml")
@@ -103,7 +105,7 @@ def test_resuming_is_exact_with_discriminator_and_average(smoke, tmp_path):
 def test_the_scale_in_the_config_makes_unit_variance(smoke, tmp_path):
     _, data, train = train_autoencoder.parse_args([SMOKE])
     vae, (train_set, _) = AutoencoderKL.from_pretrained(smoke), load_pictures(data)
-    draws = first_pictures(train_set, 32, data, train.seed, torch.device("cpu"))
+    draws = first_rows(train_set, 32, partial(read_picture, data=data), train.seed)
     ((image, generators),) = draws
     posterior = vae.encode(image).latent_dist
     noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=g) for g in generators])
@@ -226,7 +228,7 @@ def test_without_kmeans_pictures_the_codebook_keeps_its_random_start():
     check_sizes(args, 32, 2, 1)  # no picture is too few for it
     objective = Quantized(build_autoencoder(args, 32), args, 10)
     before = objective.autoencoder.quantize.embedding.weight.clone()
-    objective.before_step(0, torch.zeros(1, 3, 32, 32), 1, None, None, 0)
+    objective.before_step(torch.zeros(1, 3, 32, 32), 1, 0, None)
     assert torch.equal(before, objective.autoencoder.quantize.embedding.weight)
 
 

@@ -30,10 +30,11 @@ def first_codes_of_each_process() -> dict[str, list[float]]:
         + ["8", "--plain_fraction", "0", "--latent_channels", "2"]
     )
     torch.manual_seed(0)
-    objective, accelerator = Quantized(new_autoencoder(PaellaVQModel, args, 32), args, 10), Accelerator()
+    autoencoder, accelerator = new_autoencoder(PaellaVQModel, args, 32), Accelerator()
     generator = torch.Generator().manual_seed(accelerator.process_index)
     images = torch.rand(4, 3, 32, 32, generator=generator)
-    objective.before_step(0, images, 4, lambda count: iter([(images, [])]), accelerator, 0)
+    objective = Quantized(autoencoder, args, 10, pictures=lambda count: iter([(images, [])]))
+    objective.before_step(images, 4, 0, accelerator)
     return {"codes": codebook_weight(objective.autoencoder).flatten().tolist()}
 
 

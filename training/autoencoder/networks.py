@@ -1,17 +1,21 @@
-"""The networks of train_autoencoder.py: for each `--model` a new autoencoder, or the pretrained one."""
+"""The networks of train_autoencoder.py: a new or pretrained autoencoder, and its PatchGAN."""
 
 from diffusers import AutoencoderKL, VQModel
 
+from diffusers_ext.losses.adversarial import hinge_discriminator_loss, vanilla_discriminator_loss
+from diffusers_ext.models.discriminator import PatchDiscriminator
 from diffusers_ext.models.token_codec import Tokenizer, downsample_factor
 from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.args import AutoencoderArgs
+from diffusers_ext.training_utils.adversarial import Opponent
 from diffusers_ext.training_utils.weights import load_whole
 
 Autoencoder = Tokenizer | AutoencoderKL
 KINDS: dict[str, type[VQModel] | type[PaellaVQModel] | type[AutoencoderKL]] = {
     "vq": VQModel, "paella_vq": PaellaVQModel, "gumbel_vq": GumbelVQModel, "kl": AutoencoderKL,
 }  # fmt: skip
+DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_discriminator_loss}
 
 
 def build_autoencoder(args: AutoencoderArgs, resolution: int = 256) -> Autoencoder:
@@ -67,4 +71,18 @@ def new_autoencoder(
         sample_size=resolution,
         scaling_factor=1.0,
         **({} if args.model == "kl" else codebook),
+    )
+
+
+def build_opponent(args: AutoencoderArgs) -> Opponent | None:
+    """A new PatchGAN, if one is asked for."""
+    if args.disc_start is None:
+        return None
+    return Opponent(
+        PatchDiscriminator(base_channels=args.disc_channels, num_layers=args.disc_layers),
+        start=args.disc_start,
+        loss=DISCRIMINATOR_LOSSES[args.disc_loss],
+        weight=args.disc_weight,
+        learning_rate=args.disc_learning_rate,
+        fresh_forward=args.disc_fresh_forward,
     )

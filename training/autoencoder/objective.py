@@ -10,8 +10,9 @@ keeps between steps, what it reports.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -39,26 +40,68 @@ from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.args import AutoencoderArgs
 from diffusers_ext.training.autoencoder.networks import Autoencoder
+from diffusers_ext.training_utils.adversarial import AdversarialObjective
 from diffusers_ext.training_utils.conditions import draw_posterior
-from diffusers_ext.training_utils.loop import evaluating, keyed_generator
+from diffusers_ext.training_utils.plan import keyed_generator
+from diffusers_ext.training_utils.run import evaluating
 
 Batches = Iterator[tuple[Tensor, list[Generator]]]  # pictures (b, 3, h, w), and for each its source of draws
 Trained = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
-class Objective(nn.Module):
-    """Picture in, reconstruction and bottleneck loss out."""
+class FirstStage(AdversarialObjective):
+    """A picture in, and back again: what all four share.
 
-    def __init__(self, autoencoder: Autoencoder, args: AutoencoderArgs, num_steps: int):
+    Args:
+        autoencoder: What is trained.
+        args: Of the recipe.
+        num_steps: Of the whole run.
+        seed: Of the run.
+        perceptual: A frozen network that compares pictures; none when unset.
+        pictures: `(n) -> the first n pictures of the data set`, equal on every process.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        args: AutoencoderArgs,
+        num_steps: int,
+        *,
+        seed: int = 0,
+        perceptual: nn.Module | None = None,
+        pictures: Callable[[int], Batches] | None = None,
+    ):
         super().__init__()
-        self.autoencoder, self.args, self.num_steps = autoencoder, args, num_steps
+        self.autoencoder, self.args, self.num_steps, self.seed = autoencoder, args, num_steps, seed
+        self.pictures = pictures
+        self.frozen = {"perceptual": perceptual}  # in a dictionary it is no part of a checkpoint
 
     @property
     def last_weight(self) -> Tensor:
-        """The decoder's last weight, by whose gradients the adversarial term is balanced."""
+        """The decoder's last weight."""
         return self.autoencoder.decoder.conv_out.weight
 
-    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+    def losses(self, batch: Tensor, generators: list[Generator], step: int) -> dict[str, Tensor]:
+        """The weighted errors of pictures (b, 3, h, w) and the bottleneck's loss; `seen` is what `record` wants."""
+        args, perceptual = self.args, self.frozen["perceptual"]
+        picture, terms, seen = self.reconstruction(batch, generators, step)
+        picture = picture.float()
+        error = picture - batch
+        losses = {"l1": error.abs().mean(), "l2": error.square().mean(), **terms}
+        total = args.l1_weight * losses["l1"] + args.l2_weight * losses["l2"]
+        if perceptual is not None:
+            perceptual.train(args.lpips_dropout)
+            losses[perceptual.name] = perceptual(picture, batch).mean()
+            total = total + args.perceptual_weight * losses[perceptual.name]
+        losses["reconstruction"] = self.reconstruction_loss(total, batch[0].numel())
+        losses["loss"] = losses["reconstruction"] + terms["bottleneck"]
+        return {**losses, "real": batch, "fake": picture, "seen": seen}
+
+    def fake(self, batch: Tensor, generators: list[Generator], step: int) -> Tensor:
+        with running_statistics_kept(self):
+            return self.reconstruction(batch, generators, step)[0]
+
+    def reconstruction(self, image: Tensor, generators: list[Generator], step: int) -> Trained:
         """Returns the reconstruction (b, 3, h, w); scalars to log, of which `bottleneck` belongs to the loss; and what
         `record` wants to see."""
         raise NotImplementedError
@@ -84,34 +127,15 @@ class Objective(nn.Module):
         """Figures of the bottleneck over all validation pictures."""
         return {}
 
-    def before_step(
-        self, step: int, image: Tensor, count: int, pictures: Callable[[int], Batches], accelerator: Accelerator,
-        seed: int,
-    ) -> None:  # fmt: skip
-        """Changes of the bottleneck by hand.
 
-        Args:
-            image: The step's first micro-batch; only its first `count` pictures are this process's own (a cut last
-                batch has fewer on some processes).
-            pictures: `(n) -> the first n pictures of the data set`, equal on every process.
-        """
-
-    def record(self, seen: Tensor, weight: float, accelerator: Accelerator) -> None:
-        """Keeps count of a micro-batch; `weight` is 0 on a process that had no samples of its own."""
-
-    def logged(self) -> dict[str, float]:
-        """What the records amount to, for the log."""
-        return {}
-
-
-class CodebookObjective(Objective):
+class CodebookObjective(FirstStage):
     """What the two kinds of codes share: the counts of codes."""
 
     autoencoder: Tokenizer
     usage: Tensor  # (k,), counts since the last restart
 
-    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int):
-        super().__init__(autoencoder, args, num_steps)
+    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int, **more: Any):
+        super().__init__(autoencoder, args, num_steps, **more)
         self.register_buffer("usage", torch.zeros(autoencoder.config.num_vq_embeddings))
 
     def latents(self, image: Tensor, generators: Sequence[Generator]) -> Tensor:
@@ -125,11 +149,11 @@ class CodebookObjective(Objective):
         counts = torch.bincount(seen.flatten(), minlength=len(self.usage))
         return {"codes_used": float((counts > 0).sum()), "codebook_perplexity": float(codebook_perplexity(counts))}
 
-    def record(self, seen: Tensor, weight: float, accelerator: Accelerator) -> None:
+    def record(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
         if weight == 0:  # a process without samples of its own took another's
             counts = torch.zeros_like(self.usage)
         else:
-            counts = torch.bincount(seen.flatten(), minlength=len(self.usage)).float()
+            counts = torch.bincount(found["seen"].flatten(), minlength=len(self.usage)).float()
         self.usage += accelerator.reduce(counts, "sum")  # equal on all processes, as DDP wants buffers
 
     def logged(self) -> dict[str, float]:
@@ -139,8 +163,8 @@ class CodebookObjective(Objective):
 class Quantized(CodebookObjective):
     """Nearest codes."""
 
-    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int):
-        super().__init__(autoencoder, args, num_steps)
+    def __init__(self, autoencoder: Tokenizer, args: AutoencoderArgs, num_steps: int, **more: Any):
+        super().__init__(autoencoder, args, num_steps, **more)
         self.first_step = 0 if args.pretrained_model_name_or_path else round(args.plain_fraction * num_steps)
         self.last_restart = round(args.restart_fraction * num_steps)
 
@@ -154,7 +178,7 @@ class Quantized(CodebookObjective):
             return self.autoencoder.out_block[0].weight
         return super().last_weight
 
-    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+    def reconstruction(self, image: Tensor, generators: list[Generator], step: int) -> Trained:
         latents = encode_latents(self.autoencoder, image).float()
         codebook = codebook_weight(self.autoencoder)
         if step < self.first_step:  # still a plain autoencoder; the zero keeps the codebook in DDP's graph
@@ -167,29 +191,26 @@ class Quantized(CodebookObjective):
         return picture, {"bottleneck": self.args.codebook_weight * loss}, indices
 
     @torch.no_grad()
-    def before_step(
-        self, step: int, image: Tensor, count: int, pictures: Callable[[int], Batches], accelerator: Accelerator,
-        seed: int,
-    ) -> None:  # fmt: skip
+    def before_step(self, batch: Tensor, own: int, step: int, accelerator: Accelerator) -> None:
         """Starts the codebook, and gives unused codes the place of a random latent of the batch."""
         weight = codebook_weight(self.autoencoder)
         if step == self.first_step and self.starts_with_kmeans(self.args):
             if accelerator.is_main_process:
                 with running_statistics_kept(self.autoencoder):
-                    latents = torch.cat([self.latents(*batch) for batch in pictures(self.args.kmeans_samples)])
-                weight.copy_(kmeans_codebook(as_rows(latents), weight.shape[0], seed))
+                    latents = torch.cat([self.latents(*batch) for batch in self.pictures(self.args.kmeans_samples)])
+                weight.copy_(kmeans_codebook(as_rows(latents), weight.shape[0], self.seed))
             # k-means enlarges what rounding makes different, and nothing later makes the processes equal again
             weight.copy_(broadcast(weight.clone()))
             self.usage.zero_()
         elif self.first_step < step <= self.last_restart and (step - self.first_step) % self.args.restart_steps == 0:
             dead = self.usage == 0
             with running_statistics_kept(self.autoencoder):
-                latents = encode_latents(self.autoencoder, image).float()
-            counts = accelerator.gather(torch.tensor([count], device=latents.device)).tolist()
+                latents = encode_latents(self.autoencoder, batch.to(weight.device)).float()
+            counts = accelerator.gather(torch.tensor([own], device=latents.device)).tolist()
             parts = accelerator.gather(accelerator.pad_across_processes(latents))
             parts = parts.split(len(parts) // len(counts))
-            latents = as_rows(torch.cat([part[:own] for part, own in zip(parts, counts, strict=True)]))
-            rows = torch.randint(len(latents), (int(dead.sum()),), generator=keyed_generator(seed, step))
+            latents = as_rows(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
+            rows = torch.randint(len(latents), (int(dead.sum()),), generator=keyed_generator(self.seed, step))
             weight[dead] = latents[rows.to(latents.device)]
             self.usage.zero_()
 
@@ -217,7 +238,7 @@ class GumbelQuantized(CodebookObjective):
 
     autoencoder: GumbelVQModel
 
-    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+    def reconstruction(self, image: Tensor, generators: list[Generator], step: int) -> Trained:
         """Draws (k, h', w') uniforms a sample."""
         first, last = self.args.gumbel_temperature
         temperature = last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.num_steps)))
@@ -230,13 +251,13 @@ class GumbelQuantized(CodebookObjective):
         return picture, {"bottleneck": self.args.gumbel_kl_weight * divergence}, logits.argmax(1)
 
 
-class Gaussian(Objective):
+class Gaussian(FirstStage):
     """A Gaussian posterior held near N(0, 1), and one log-variance for all output elements."""
 
     autoencoder: AutoencoderKL
 
-    def __init__(self, autoencoder: AutoencoderKL, args: AutoencoderArgs, num_steps: int):
-        super().__init__(autoencoder, args, num_steps)
+    def __init__(self, autoencoder: AutoencoderKL, args: AutoencoderArgs, num_steps: int, **more: Any):
+        super().__init__(autoencoder, args, num_steps, **more)
         # The original's parameter is in no optimiser, so that it stays what it was at the start.
         self.logvar = nn.Parameter(torch.tensor(float(args.logvar_init)), requires_grad=args.learn_logvar)
 
@@ -244,7 +265,7 @@ class Gaussian(Objective):
         """(b, 2 d, h', w'), float32."""
         return self.autoencoder.encode(image).latent_dist.parameters.float()
 
-    def forward(self, image: Tensor, step: int, generators: Sequence[Generator]) -> Trained:
+    def reconstruction(self, image: Tensor, generators: list[Generator], step: int) -> Trained:
         """Draws (d, h', w') Gaussian values a sample."""
         moments = self.moments(image)
         divergence = kl_divergence(moments).mean()
@@ -299,7 +320,7 @@ def check_sizes(
         )
 
 
-def store_scale(objective: Objective, pictures: Iterator[tuple[Tensor, list[Generator]]]) -> None:
+def store_scale(objective: FirstStage, pictures: Batches) -> None:
     """Writes 1 / std of the pictures' latents into the autoencoder's config, where diffusers' pipelines look."""
     with evaluating(objective):
         latents = torch.cat([objective.latents(*batch) for batch in pictures])

@@ -92,12 +92,14 @@ class Origin:
         sources: Where precision and accumulation come from.
         checkpoint: The one that is resumed, with its manifest.
         learnt: What was learnt from the data at the start, see `record.learn_once`.
+        stopped_by: The signal that ended training before its last step.
     """
 
     sections: tuple[Any, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
     checkpoint: tuple[Path, dict[str, Any]] | None = None
     learnt: dict[str, Any] = field(default_factory=dict)
+    stopped_by: int | None = None
 
 
 @dataclass

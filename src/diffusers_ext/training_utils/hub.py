@@ -14,6 +14,7 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from .lock import LOCK
 from .saved_folders import LIBRARY, SavedFolder, options_as_dicts, package, read_saved
 
 logger = logging.get_logger(__name__)
@@ -21,7 +22,7 @@ logger = logging.get_logger(__name__)
 # `pipelines/cards.py` says the same: neither of the two may import the other.
 INSTALL = "pip install .  # in a checkout of diffusers_ext; with its wheel: pip install path/to/diffusers_ext-*.whl"
 # What a training leaves beside its result and nobody wants to download.
-NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp"]
+NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp", LOCK]
 
 
 def write_model_card(
@@ -163,7 +164,7 @@ def _stage(folder: Path, staging: Path, names: tuple[str, str]) -> Path:
 
 
 def _not_for_others(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name.startswith("checkpoint-") or name == "logs"]
+    return [name for name in names if name.startswith("checkpoint-") or name in ("logs", LOCK)]
 
 
 def name_repository(card: str, names: Sequence[str], repo_id: str) -> str:

@@ -6,7 +6,8 @@ not change a result.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -89,7 +90,7 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
 class _KeyedDataset(Dataset):
     """Reads sample `index` and prepares it with a generator keyed by (seed, epoch, index)."""
 
-    def __init__(self, dataset, transform: Callable[[Any, torch.Generator], Mapping[str, Any]], seed: int):
+    def __init__(self, dataset, transform: Callable[[Any, torch.Generator], Any], seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: Key):
@@ -110,7 +111,31 @@ class _KeyBatches:
                 yield keys
 
 
-Window = list[tuple[Any, list[Key], float]]
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a process computes at a time.
+
+    Args:
+        batch: The collated samples, not yet on the device.
+        keys: Of the samples.
+        weight: Their share of the step's samples; 0 on a process that has none of its own left.
+        number: Of the micro-batch in its step.
+        is_last: Of the step.
+    """
+
+    batch: Any
+    keys: list[Key]
+    weight: float
+    number: int
+    is_last: bool
+
+    @property
+    def own(self) -> int:
+        """How many samples, from the first on, are this process's own."""
+        return len(self.keys) if self.weight > 0 else 0
+
+
+Window = list[MicroBatch]  # of one optimizer step
 
 
 def windows(
@@ -118,24 +143,38 @@ def windows(
     plan: StepPlan,
     steps: range,
     *,
-    transform: Callable[[Any, torch.Generator], Mapping[str, Any]],
+    transform: Callable[[Any, torch.Generator], Any],
     num_workers: int = 0,
     collate: Callable = default_collate,
+    pin_memory: bool = False,
 ) -> Iterator[Window]:
-    """Yields, for every optimizer step of `steps`, its (micro-batch, keys of the samples, weight) triples.
+    """Yields the micro-batches of each optimizer step of `steps`.
 
     Args:
         dataset: Map-style; `transform(dataset[index], generator)` prepares one sample.
         plan: Says which samples belong to a step.
         num_workers: Loader processes; the result does not depend on it.
+        pin_memory: Makes copies to an accelerator that need not be waited for.
     """
     loader = DataLoader(
         _KeyedDataset(dataset, transform, plan.seed),
         batch_sampler=_KeyBatches(plan, steps),
         num_workers=num_workers,
         collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # the loader's own seed must not advance the default generator
     )
     fetched = iter(loader)
     for step in steps:
-        yield [(next(fetched), keys, weight) for keys, weight in plan.micro_batches(step)]
+        parts = plan.micro_batches(step)
+        yield [
+            MicroBatch(next(fetched), keys, weight, number, number == len(parts) - 1)
+            for number, (keys, weight) in enumerate(parts)
+        ]
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A Ctrl-C goes to the loader processes too, which still owe the rest of a step; they end with the trainer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,6 +16,7 @@ from .args import TrainArgs, all_options
 from .folders import write_result
 from .hub import push_folder, write_model_card
 from .launch import describe, launch_words
+from .lock import release
 from .lora import merge_lora, save_lora
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,16 @@ def finish(
     header: Mapping[str, Any] | None = None,
     lora: nn.Module | None = None,
 ) -> None:
-    """Ends a run: its result is published if training got there; see `publish_result` for the arguments.
+    """Ends a run: its result is published if training got there, the folder is unlocked, and a run that a signal has
+    stopped ends with the status by which a shell knows it. See `publish_result` for the other arguments.
 
     Args:
         finished: What `fit` returned.
         lora: The network whose low-rank matrices (`lora.add_lora`) were trained: they are saved beside the result, and
             added to its weights in it.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM. The time limit is no error: status 0.
     """
 
     def save_all(folder: Path) -> None:
@@ -50,7 +55,10 @@ def finish(
 
     if finished and accelerator.is_main_process:
         publish_result(train, save_all, recipe=recipe, argv=argv, summary=summary, usage=usage, header=header)
+    release(Path(train.output_dir))
     accelerator.end_training()
+    if train.origin.stopped_by is not None:
+        raise SystemExit(128 + train.origin.stopped_by)
 
 
 def publish_result(
