@@ -46,8 +46,8 @@ class PaellaPipeline(PaellaBasePipeline):
 
     Example:
 
-        pipe(["a red circle", "a blue star"])                      # two pictures
-        pipe(["a red circle", "a blue star"], regions="columns")   # one picture, left and right
+        pipe(["a red circle", "a blue star"])                      # two images
+        pipe(["a red circle", "a blue star"], regions="columns")   # one image, left and right
         pipe(class_labels=["three", 7])                            # networks that were trained on classes
         pipe.interpolate(["a red circle", "a blue star"], num_frames=8, interpolation="slerp")
     """
@@ -81,36 +81,42 @@ class PaellaPipeline(PaellaBasePipeline):
         """Samples images.
 
         Args:
-            prompt: One text or several; the empty text is allowed. What does not fit the text encoder is cut off, with
+            prompt: One text or several. The empty text is allowed. What does not fit the text encoder is cut off, with
                 a warning that quotes it.
-            height: Pixels, a multiple of the tokenizer's factor times the network's; `width` alike, and the two may
-                differ. By default those of `latents`, else `default_sample_size` tokens.
-            num_inference_steps: Sampling steps, at least 1; the paper uses 8 to 12.
-            guidance_scale: s in u + s * (c - u) on the logits, finite and >= 0: 0 ignores the prompt, 1 is the plain
-                conditional prediction at half the cost. By default the pipeline's `default_guidance_scale`.
-            negative_prompt: Text whose embedding replaces the zero vector in the null branch.
-            num_images_per_prompt: Images for each prompt; those of the first prompt come first.
-            generator: One for the batch, or a list with one an image: then image k depends on generator k alone.
+            height: Height of the image in pixels, a multiple of the tokenizer's factor times the network's. By default
+                that of `latents`, else that of the pipeline's `default_sample_size`.
+            width: Width of the image in pixels, a multiple of the same number. It may differ from the height. By
+                default that of `latents`, else that of the pipeline's `default_sample_size`.
+            num_inference_steps: Number of sampling steps, at least 1. The paper uses 8 to 12.
+            guidance_scale: The scale s in u + s * (c - u) on the logits, finite and at least 0. 0 ignores the prompt.
+                1 is the plain conditional prediction, at half the cost. By default the pipeline's
+                `default_guidance_scale`.
+            negative_prompt: One text, or one a prompt. Its embedding replaces the zero vector in the null branch.
+            num_images_per_prompt: Number of images for each prompt. Those of the first prompt come first.
+            generator: One generator for the batch, or a list with one an image. With a list, image k depends on
+                generator k alone.
             latents: Initial tokens `(b, h, w)` int64 in `[0, num_vec_classes)`, in place of a uniform draw.
             prompt_embeds: Un-normalised CLIP vectors `(n, d)`, or a map `(n, d, h, w)` over the token grid, in place
                 of `prompt`.
-            negative_prompt_embeds: The same for the null branch.
-            temperature: Of the token draws, one value or (first step, last step); by default the scheduler's.
-            renoise_steps: After how many of the steps tokens are renoised; by default all but the last.
-            output_type: "pil"; "np" `(b, H, W, 3)` or "pt" `(b, 3, H, W)`, both in [0, 1]; "latent": the tokens
-                `(b, h, w)`, not decoded.
-            return_dict: False for a plain tuple.
-            regions: Lets all prompts share one picture, each in its own region: "columns" or "rows" (equal strips in
-                the order of the prompts), "column_ramp" or "row_ramp" (each place between two prompts), or a list with
-                one entry a prompt: a box `(left, top, right, bottom)` in pixels, a mask of the picture's size, or None
-                for the rest. See `encode_regions`.
+            negative_prompt_embeds: Vectors or a map for the null branch, in place of `negative_prompt`.
+            temperature: Temperature of the token draws: one value, or a pair (first step, last step). By default the
+                scheduler's.
+            renoise_steps: Number of steps after which tokens are renoised. By default all but the last.
+            output_type: "pil"; "np" `(b, H, W, 3)` or "pt" `(b, 3, H, W)`, both in [0, 1]; or "latent" for the tokens
+                `(b, h, w)`, which are not decoded then.
+            return_dict: False returns a plain tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. It may set `pipe._interrupt = True`, which skips the
+                remaining steps, and `pipe._guidance_scale`, where 1 (or 0, as diffusers' callbacks do) turns guidance
+                off.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it gets, by default `["latents"]`.
+                `pred_original_sample` holds the step's tokens before renoising, which make the better preview.
+            regions: Lets all prompts share one image, each in its own region: "columns" or "rows" (equal strips in the
+                order of the prompts), "column_ramp" or "row_ramp" (each place between two prompts), or a list with one
+                entry a prompt. An entry is a box `(left, top, right, bottom)` in pixels, a mask of the image's size,
+                or None for the rest. See `encode_regions`.
             class_labels: One class or several, by number or name, in place of `prompt`, for networks that were trained
                 on classes (`train_paella.py --condition class`). See `encode_labels`.
-            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
-                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps, and
-                `pipe._guidance_scale` may be set: 1 (or 0, as diffusers' callbacks do) turns guidance off.
-            callback_on_step_end_tensor_inputs: Which tensors it gets, by default `["latents"]`; `pred_original_sample`
-                holds the step's tokens before renoising, the better preview.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple that holds them.
@@ -184,19 +190,20 @@ class PaellaPipeline(PaellaBasePipeline):
     ) -> Tensor:
         """Several prompts as one condition map `(1, d, h, w)` over the token grid.
 
-        It is what `pipe(prompt, regions=regions)` uses. Pass it as `prompt_embeds` to any Paella pipeline; cat several
-        for a batch of such pictures. The null branch of a map is zeros, as in the notebook.
+        `pipe(prompt, regions=regions)` uses it. Pass it as `prompt_embeds` to any Paella pipeline, several
+        concatenated for a batch of such images. The null branch of a map is zeros, as in the notebook.
 
         Args:
             prompt: One text a region.
-            regions: "columns" or "rows": equal strips. "column_ramp" or "row_ramp": from the first prompt at the left
-                (top) border through all to the last one at the other. Or one entry a prompt: a box
-                `(left, top, right, bottom)` in pixels as in PIL; a black and white mask of the picture's size, white
-                inside; None (once): all that the others leave. Together they cover the picture and do not overlap; a
-                token on an edge mixes by area. Or a float tensor `(n, H, W)` or `(n, h, w)` of weights that sum to 1.
-            height: Of the picture, in pixels; by default as in `__call__`; so is `width`.
+            regions: "columns" or "rows" are equal strips. "column_ramp" or "row_ramp" go from the first prompt at the
+                left (top) border through all to the last one at the other. Or one entry a prompt: a box `(left, top,
+                right, bottom)` in pixels as in PIL; a black and white mask of the image's size, white inside; None
+                (once) for all that the others leave. Together the entries cover the image and do not overlap. A token
+                on an edge mixes by area. Or a float tensor `(n, H, W)` or `(n, h, w)` of weights that sum to 1.
+            height: Height of the image in pixels, by default as in `__call__`.
+            width: Width of the image in pixels, by default as in `__call__`.
             interpolation: "lerp" or "slerp", for the ramps.
-            prompt_embeds: `(n, d)` in place of the texts, for instance of `encode_image`.
+            prompt_embeds: Vectors `(n, d)` in place of the texts, for instance those of `encode_image`.
         """
         rows, columns = self.resolve_size(height, width)
         self._check_regions(prompt, prompt_embeds, regions, rows, columns, interpolation)
@@ -227,7 +234,7 @@ class PaellaPipeline(PaellaBasePipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Pictures on the way from the first prompt through all to the last, drawn with the same noise.
+        """Images on the way from the first prompt through all to the last, drawn with the same noise.
 
         Frame k sees every random number that a plain call with this generator would: the first and the last frame are
         `pipe(prompt[0], generator=...)` and `pipe(prompt[-1], generator=...)`, and the generator is left as by one
@@ -235,14 +242,25 @@ class PaellaPipeline(PaellaBasePipeline):
 
         Args:
             prompt: Two texts or more.
-            num_frames: Pictures, at least as many as prompts, evenly spaced; the first and the last are the prompts'.
-            interpolation: Of the text vectors: "lerp", or "slerp" along the arc with magnitudes kept.
-            generator: One for all frames; by default one seeded from torch's global generator.
+            num_frames: Number of images, at least that of the prompts, evenly spaced. The first and the last belong to
+                the first and the last prompt.
+            interpolation: How the text vectors are mixed: "lerp", or "slerp" along the arc with magnitudes kept.
+            height: Height of the images in pixels, as in `__call__`.
+            width: Width of the images in pixels, as in `__call__`.
+            num_inference_steps: Number of sampling steps.
+            guidance_scale: Guidance scale, by default the pipeline's `default_guidance_scale`.
+            negative_prompt: One text for all frames.
+            generator: One generator for all frames. By default one seeded from torch's global generator.
             latents: Initial tokens `(1, h, w)` of all frames.
-            prompt_embeds: `(n, d)` in place of the texts.
-            batch_size: Frames drawn together; changes memory and time only.
+            prompt_embeds: Vectors `(n, d)` in place of the texts.
+            temperature: Temperature of the token draws, as in `__call__`.
+            renoise_steps: Number of steps after which tokens are renoised.
+            batch_size: Number of frames drawn together. It changes memory and time only.
+            output_type: "pil", "np", "pt" or "latent", as in `__call__`.
+            return_dict: False returns a plain tuple.
 
-        The other arguments and the result are those of `__call__`.
+        Returns:
+            `ImagePipelineOutput` with `images`, one a frame, or a tuple that holds them.
         """
         scale = self.resolve_scale(guidance_scale)
         size = self.resolve_size(height, width, latents)

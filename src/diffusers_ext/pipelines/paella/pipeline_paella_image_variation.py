@@ -1,4 +1,4 @@
-"""Image variations with Paella v1: a picture's CLIP vector takes the place of the text's.
+"""Image variations with Paella v1: an image's CLIP vector takes the place of the text's.
 
 Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
 Original: the notebook dome272/Paella@97d18f9, with weights fine-tuned on image vectors (`f8_img_40000.pt`); code and
@@ -19,7 +19,7 @@ from .base import Generators, PaellaBasePipeline
 
 
 class PaellaImageVariationPipeline(PaellaBasePipeline):
-    """Draws other images of what a picture shows.
+    """Draws other images of what an image shows.
 
     Takes the components of `PaellaPipeline`, image encoder and feature extractor included; tokenizer and text encoder
     may be None. The network should be one that was fine-tuned on image vectors (`train_paella.py --condition image`).
@@ -59,13 +59,41 @@ image = pipe(load_image("picture.png")).images[0]"""
         """Samples images.
 
         Args:
-            image: One picture or several, of any sizes: PIL, array or tensor in [0, 1], or a list of them (see
+            image: One image or several, of any sizes: PIL, array or tensor in [0, 1], or a list of them (see
                 `conditions.images.image_list`).
-            height: Of the result, in pixels, whatever the size of `image`; so is `width`.
-            num_images_per_prompt: Images for each picture; those of the first picture come first.
-            prompt_embeds: Vectors `(n, d)` of `encode_image`, or a map `(n, d, h, w)`, in place of `image`.
+            height: Height of the result in pixels, a multiple of the tokenizer's factor times the network's. By
+                default that of `latents`, else that of the pipeline's `default_sample_size`.
+            width: Width of the result in pixels, a multiple of the same number. It may differ from the height. By
+                default that of `latents`, else that of the pipeline's `default_sample_size`.
+            num_inference_steps: Number of sampling steps, at least 1. The paper uses 8 to 12.
+            guidance_scale: The scale s in u + s * (c - u) on the logits, finite and at least 0. 0 ignores the image. 1
+                is the plain conditional prediction, at half the cost. By default the pipeline's
+                `default_guidance_scale`.
+            negative_prompt: One text, or one an image. Its embedding replaces the zero vector in the null branch.
+            num_images_per_prompt: Number of results for each image. Those of the first image come first.
+            generator: One generator for the batch, or a list with one an image. With a list, image k depends on
+                generator k alone.
+            latents: Initial tokens `(b, h, w)` int64 in `[0, num_vec_classes)`, in place of a uniform draw.
+            prompt_embeds: Vectors `(n, d)` of `encode_image`, or a map `(n, d, h, w)` over the token grid, in place of
+                `image`.
+            negative_prompt_embeds: Vectors or a map for the null branch, in place of `negative_prompt`.
+            temperature: Temperature of the token draws: one value, or a pair (first step, last step). By default the
+                scheduler's.
+            renoise_steps: Number of steps after which tokens are renoised. By default all but the last.
+            output_type: "pil"; "np" `(b, H, W, 3)` or "pt" `(b, 3, H, W)`, both in [0, 1]; or "latent" for the tokens
+                `(b, h, w)`, which are not decoded then.
+            return_dict: False returns a plain tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. It may set `pipe._interrupt = True`, which skips the
+                remaining steps, and `pipe._guidance_scale`, where 1 (or 0, as diffusers' callbacks do) turns guidance
+                off.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it gets, by default `["latents"]`.
+                `pred_original_sample` holds the step's tokens before renoising, which make the better preview.
 
-        The other arguments and the result are those of `PaellaPipeline.__call__`, order of draws included.
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple that holds them.
+
+        Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.resolve_scale(guidance_scale)

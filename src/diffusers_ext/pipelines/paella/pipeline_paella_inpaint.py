@@ -2,8 +2,8 @@
 
 Paper: "Fast Text-Conditional Discrete Denoising on Vector-Quantized Latent Spaces", arXiv 2211.07292 (v1 text).
 Original: dome272/Paella@b1f88ef (`sample` with a mask) and its notebook @97d18f9; code and weights MIT.
-Differences: the mask is given in pixels; the picture's own tokens are the most probable ones by default, the original
-draws them; the hole may start from the picture's noised tokens (`strength`) instead of from noise alone.
+Differences: the mask is given in pixels; the image's own tokens are the most probable ones by default, the original
+draws them; the hole may start from the image's noised tokens (`strength`) instead of from noise alone.
 
 Shapes: b samples, h x w the token grid, H x W pixels.
 """
@@ -26,21 +26,21 @@ Position = str | tuple[int, int]
 
 
 class PaellaInpaintPipeline(PaellaEditBasePipeline):
-    """Repaints a part of a picture, or draws what lies around it.
+    """Repaints a part of an image, or draws what lies around it.
 
     Takes the components of `PaellaPipeline`: `PaellaInpaintPipeline.from_pipe(pipe)` shares them. The condition may be
     a text, or whatever `prompt_embeds` carries: a region map, or vectors of `encode_image` for a network that was
     fine-tuned on those.
 
     Kept tokens stand still in all steps. They are encoded as if the nearest kept pixels went on into the hole and
-    around the picture: next to the old content or to a border they would describe what is no longer there, which shows
-    as a seam. Decoded, they may still differ from the picture, since a tokenizer is not lossless and its decoder looks
-    beyond a token; `apply_overlay=True` puts the picture's own pixels back.
+    around the image. Next to the old content or to a border they would describe what is no longer there, which shows
+    as a seam. Decoded, they may still differ from the image, since a tokenizer is not lossless and its decoder looks
+    beyond a token. `apply_overlay=True` puts the image's own pixels back.
 
     Example:
 
         pipe("a blue star", image=picture, mask_image=mask)                      # white in the mask: repainted
-        pipe("a blue star", image=picture, height=96, width=128)                 # outpainting, picture in the middle
+        pipe("a blue star", image=picture, height=96, width=128)                 # outpainting, image in the middle
         pipe("a blue star", image=picture, width=128, position=(0, 0))           # outpainting to the right
     """
 
@@ -81,26 +81,53 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         """Samples images.
 
         Args:
-            image: The picture, or one a prompt: PIL, array or tensor in [0, 1] (see `conditions.images.image_batch`),
-                or its tokens `(b, h, w)` int64 as `output_type="latent"` returns them, which are kept as they are. Its
+            prompt: One text or several. The empty text is allowed. What does not fit the text encoder is cut off, with
+                a warning that quotes it.
+            image: The image, or one a prompt: PIL, array or tensor in [0, 1] (see `conditions.images.image_batch`), or
+                its tokens `(b, h, w)` int64 as `output_type="latent"` returns them, which are kept as they are. Its
                 sides are multiples of the tokenizer's factor.
-            mask_image: Of the picture's size, black and white: white (1) is repainted, black (0) kept; PIL, array or
-                tensor. A token is repainted if any of its pixels is. None keeps the whole picture (outpainting).
-            height: Of the canvas, in pixels, a multiple of the tokenizer's factor times the network's, at least the
-                picture's and by default the picture's; so is `width`. What lies around the picture is drawn.
-            position: Where the picture lies on a larger canvas: its left upper corner (left, top) in pixels, multiples
+            mask_image: A black and white mask of the image's size: white (1) is repainted, black (0) kept. PIL, array
+                or tensor. A token is repainted if any of its pixels is. None keeps the whole image (outpainting).
+            height: Height of the canvas in pixels, a multiple of the tokenizer's factor times the network's. It is at
+                least the image's, and by default the image's. What lies around the image is drawn.
+            width: Width of the canvas in pixels, by the same rule.
+            position: Where the image lies on a larger canvas: its left upper corner (left, top) in pixels, multiples
                 of a token's size, or "center" (on the token to the left and above where it cannot be exact).
-            strength: In [0, 1]: 1 draws the hole from noise alone; less starts from the hole's own tokens, noised to
-                step `round((1 - strength) * num_inference_steps)`, so something of them stays; then the picture is
+            strength: In [0, 1]. 1 draws the hole from noise alone. Less starts from the hole's own tokens, noised to
+                step `round((1 - strength) * num_inference_steps)`, so something of them stays. Then the image is
                 encoded with its hole as it is. Not for outpainting.
+            num_inference_steps: Number of sampling steps, at least 1. The paper uses 8 to 12.
+            guidance_scale: The scale s in u + s * (c - u) on the logits, finite and at least 0. 0 ignores the prompt.
+                1 is the plain conditional prediction, at half the cost. By default the pipeline's
+                `default_guidance_scale`.
+            negative_prompt: One text, or one a prompt. Its embedding replaces the zero vector in the null branch.
+            num_images_per_prompt: Number of images for each prompt. Those of the first prompt come first.
+            generator: One generator for the batch, or a list with one an image. With a list, image k depends on
+                generator k alone.
             latents: Random tokens `(b, h, w)` int64 of the canvas, in place of a draw.
-            sample_mode: "argmax" or "sample": how the picture becomes tokens. Only a `GumbelVQModel` can sample, which
+            prompt_embeds: Un-normalised CLIP vectors `(n, d)`, or a map `(n, d, h, w)` over the token grid, in place
+                of `prompt`.
+            negative_prompt_embeds: Vectors or a map for the null branch, in place of `negative_prompt`.
+            temperature: Temperature of the token draws: one value, or a pair (first step, last step). By default the
+                scheduler's.
+            renoise_steps: Number of steps after which tokens are renoised. By default all but the last.
+            sample_mode: "argmax" or "sample": how the image becomes tokens. Only a `GumbelVQModel` can sample, which
                 is what the original does.
-            apply_overlay: Whether kept pixels of the result are those of `image` instead of decoded ones.
+            apply_overlay: True gives the result the kept pixels of `image` instead of decoded ones.
+            output_type: "pil"; "np" `(b, H, W, 3)` or "pt" `(b, 3, H, W)`, both in [0, 1]; or "latent" for the tokens
+                `(b, h, w)`, which are not decoded then.
+            return_dict: False returns a plain tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. It may set `pipe._interrupt = True`, which skips the
+                remaining steps, and `pipe._guidance_scale`, where 1 (or 0, as diffusers' callbacks do) turns guidance
+                off.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it gets, by default `["latents"]`.
+                `pred_original_sample` holds the step's tokens before renoising, which make the better preview.
 
-        The other arguments and the result are those of `PaellaPipeline.__call__`.
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple that holds them.
 
-        Order of the draws of each generator: the picture's tokens if sampled; initial tokens (with a `strength` below
+        Order of the draws of each generator: the image's tokens if sampled; initial tokens (with a `strength` below
         1: uniforms, then tokens, of `scheduler.add_noise`); then for each step those of `scheduler.step`.
         """
         callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -181,7 +208,7 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
     def _place(
         self, source: Tensor, height: Any, width: Any, position: Any
     ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width of the canvas, left and top of the picture on it, all in pixels."""
+        """Height and width of the canvas, left and top of the image on it, all in pixels."""
         rows, columns = self._source_size(source)
         factor = self.vae_scale_factor
         for name, side in (("image.height", rows), ("image.width", columns)):
@@ -212,7 +239,7 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         return size, (int(position[0]), int(position[1]))
 
     def _canvas_mask(self, source: Tensor, mask_image: Any, size: tuple[int, int], left: int, top: int) -> Tensor:
-        """Bool `(b, H, W)` of the canvas: True is drawn."""
+        """Bool `(b, H, W)` of the canvas, True where it is drawn."""
         rows, columns = self._source_size(source)
         if mask_image is None:
             mask = torch.zeros(1, rows, columns, dtype=torch.bool)
