@@ -11,12 +11,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
 )
-from versatile_flows import FlowEncoders
 
 from diffusers_ext.conversion.optimus import SPECIAL_TOKENS
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.versatile.optimus_text import vocabulary_options
+from diffusers_ext.training.versatile.objective import FlowEncoders
 from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, train_bpe
 
 WORDS = ["<s>", "</s>", "<pad>", "a", "red", "blue", "ring", "star"]

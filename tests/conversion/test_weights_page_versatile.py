@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from diffusers_ext import VersatilePipeline, VersatileUNet, cli
 from diffusers_ext.conversion.open_clip import build_open_clip_processors
 from diffusers_ext.conversion.versatile import convert_stable_diffusion_unet
+from diffusers_ext.training.versatile.networks import load_parts
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights_versatile.md"
 PAPER = Path(__file__).parents[2] / "training" / "presets" / "versatile-paper-single-256.yaml"
@@ -99,11 +100,11 @@ def test_the_page_makes_pipelines_that_sample(reader, monkeypatch):
     unet = VersatileUNet.from_pretrained("versatile-start")
     assert unet.flows == ["image-to-image"]
     args, _, _ = train_versatile.parse_args([str(PAPER), "--pretrained_clip_name_or_path", "original/clip"])
-    loaded = train_versatile.load_parts(args)  # under the names of the preset
+    loaded = load_parts(args)  # under the names of the preset
     assert args.pretrained_unet_name_or_path == "versatile-start"
     words = ["--pretrained_clip_name_or_path", "original/clip", "--pretrained_optimus_name_or_path"]
     args, _, _ = train_versatile.parse_args([str(PAPER), *words, "versatile-optimus"])
-    again = train_versatile.load_parts(args)  # as the command wrote it
+    again = load_parts(args)  # as the command wrote it
     for name in ("encoder_tokenizer", "decoder_tokenizer"):
         assert again[name].get_vocab() == loaded[name].get_vocab()
     assert loaded["optimus"].config["latent_dim"] == 6 and loaded["vae"].config["latent_channels"] == 4

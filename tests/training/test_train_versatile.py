@@ -4,20 +4,22 @@ import json
 import os
 import pickle
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import train_versatile
-import versatile_parts
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_flows import sentence_tokenizers, tiny_encoders, tiny_unet
 from transformers import CLIPConfig, CLIPModel
 
+from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
+from diffusers_ext.training.versatile.args import FLOWS
+from diffusers_ext.training.versatile.data import FlowRows
+from diffusers_ext.training.versatile.networks import load_parts, load_unet, untrained_parts
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.lora import LORA_FILE
 
@@ -114,8 +116,8 @@ def test_the_stages_go_on_from_each_other(single, tmp_path):
     ]
     assert any(moved)  # it began as a copy, and was trained
     four = next_stage(dual, tmp_path / "four", "--lr_scales", "data.text=2.0", "--use_ema")
-    assert set(VersatileUNet.from_pretrained(four, subfolder="unet").flows) == set(train_versatile.FLOWS)
-    losses = [logged(four, f"loss_{flow.replace('-', '_')}") for flow in train_versatile.FLOWS]
+    assert set(VersatileUNet.from_pretrained(four, subfolder="unet").flows) == set(FLOWS)
+    losses = [logged(four, f"loss_{flow.replace('-', '_')}") for flow in FLOWS]
     torch.testing.assert_close(torch.tensor(losses).sum(0), torch.tensor(logged(four, "loss")), rtol=1e-4, atol=1e-4)
     sentences = (four / "validation-2-image-to-text.jsonl").read_text().splitlines()
     assert len(sentences) == 4 and json.loads(sentences[0]).keys() == {"caption", "generated"}
@@ -222,24 +224,35 @@ def test_it_starts_from_a_network_of_its_own_folder(stages, tmp_path):
     after = load_file(trained / WEIGHTS)
     assert all(torch.equal(value, after[key]) for key, value in unet.state_dict().items())
     args, _, _ = train_versatile.parse_args(words(stages, tmp_path, *start))
-    parts = train_versatile.load_parts(args)
+    parts = load_parts(args)
     parts["optimus"].register_to_config(latent_dim=5)
     with pytest.raises(ValueError, match="The network was made for .*'text_channels': 6.* but .*'text_channels': 5"):
-        train_versatile.load_unet(args, parts)
+        load_unet(args, parts)
 
 
 def test_samples_carry_what_each_flow_reads(stages, tmp_path):
     args, data, _ = train_versatile.parse_args(words(stages, tmp_path))
-    row = {"image": train_versatile.load_pictures(data)[0][0]["image"], "text": "a [big] cat", "full_text": "a-cat"}
-    work = pickle.loads(pickle.dumps(partial(train_versatile.read_sample, args=args, data=data)))
+    encoders = tiny_encoders()
+    reader = FlowRows.of(encoders, args, data)
+    row = {"image": load_pictures(data)[0][0]["image"], "text": "a [big] cat", "full_text": "a-cat"}
+    work = pickle.loads(pickle.dumps(reader.read))  # what starting a loader process asks for where there is no fork
     sample = work(row, torch.Generator())
-    assert sample.pop("image").shape == (3, 16, 16)
-    assert sample == {"prompt": "a [big] cat", "sentence": "a cat", "source": "a cat"}
+    assert sample["image"].shape == sample["clip_pixels"].shape == (3, 16, 16)
+    texts = {name: value for name, value in sample.items() if isinstance(value, str)}
+    assert texts == {"prompt": "a [big] cat", "sentence": "a cat", "source": "a cat"}
+    batch = pickle.loads(pickle.dumps(reader.collate))([sample, {**sample, "sentence": "a red ring"}])
+    ids = encoders.tokenizer("a cat", padding="max_length", max_length=6).input_ids
+    assert batch["source_ids"].tolist() == [ids, ids] and batch["prompt"] == ["a [big] cat"] * 2
+    red_ring = encoders.encoder_tokenizer("a red ring").input_ids
+    assert batch["sentence_ids"][1, : len(red_ring)].tolist() == red_ring
     args.clean_captions, args.paraphrase_column = False, None
-    assert train_versatile.read_sample(row, torch.Generator(), args, data)["source"] == "a [big] cat"
+    assert reader.read(row, torch.Generator())["source"] == "a [big] cat"
     args.clean_captions = True
     row["text"] = "[nothing]"
-    assert train_versatile.read_sample(row, torch.Generator(), args, data)["sentence"] == "[nothing]"
+    assert reader.read(row, torch.Generator())["sentence"] == "[nothing]"
+    args.flows = ["text-to-text"]  # no more than the flows read
+    alone = reader.collate([reader.read(row, torch.Generator())])
+    assert alone.keys() == {"prompt", "source_ids", "sentence_ids"}
 
 
 def test_the_smoke_preset_needs_nothing_trained_before(tmp_path, monkeypatch, caplog):
@@ -250,7 +263,7 @@ def test_the_smoke_preset_needs_nothing_trained_before(tmp_path, monkeypatch, ca
     AcceleratorState._reset_state(reset_partial_state=True)
     pipe = VersatilePipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    assert set(pipe.unet.flows) == set(train_versatile.FLOWS)
+    assert set(pipe.unet.flows) == set(FLOWS)
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (32, 32)
     assert isinstance(pipe("a red circle", data_type="text", num_inference_steps=1).texts[0], str)
     # resumed after step 3, the untrained network is the same one again, or the last steps would come out otherwise
@@ -266,10 +279,10 @@ def test_the_smoke_preset_needs_nothing_trained_before(tmp_path, monkeypatch, ca
 def test_trained_parts_take_the_place_of_untrained_ones(stages, tmp_path):
     args, _, _ = train_versatile.parse_args(words(stages, tmp_path))
     args.untrained_parts = ["vae", "optimus"]
-    assert versatile_parts.untrained_parts(args) == []
-    assert train_versatile.load_parts(args)["vae"].config.latent_channels == 2  # those of the stage, not the new one
+    assert untrained_parts(args) == []
+    assert load_parts(args)["vae"].config.latent_channels == 2  # those of the stage, not the new one
     args.pretrained_vae_name_or_path = None
-    parts = train_versatile.load_parts(args)
+    parts = load_parts(args)
     assert parts["vae"].config.latent_channels == 4 and parts["optimus"].config.latent_dim == 6
 
 
@@ -279,7 +292,7 @@ def test_missing_parts_are_named(stages, tmp_path):
         setattr(args, f"pretrained_{option}_name_or_path", None)
         args.untrained_parts = []
         with pytest.raises(ValueError, match=f"--pretrained_{option}_name_or_path is needed: .*{way_out}, or go on"):
-            train_versatile.load_parts(args)
+            load_parts(args)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 import pytest
 import torch
 from tiny_flows import tiny_encoders, tiny_unet
-from versatile_flows import FlowEncoders, Flows, flow_losses, learning_rate_groups
 
 from diffusers_ext.pipelines.versatile.contexts import image_context, text_context
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids
-from diffusers_ext.training_utils.loop import keyed_generator
+from diffusers_ext.training.versatile.args import VersatileArgs
+from diffusers_ext.training.versatile.data import FlowRows
+from diffusers_ext.training.versatile.networks import learning_rate_groups
+from diffusers_ext.training.versatile.objective import FlowEncoders, FlowObjective
+from diffusers_ext.training_utils.args import DataArgs
+from diffusers_ext.training_utils.plan import keyed_generator
 
 BATCH = {
     "image": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1,
@@ -24,12 +28,16 @@ def encoders() -> FlowEncoders:
     return tiny_encoders()
 
 
-def losses(unet, encoders, flow_weights, dropout=0.5):
+def losses(unet, encoders, flow_weights, dropout=0.5, rows=BATCH):
+    reader = FlowRows.of(encoders, VersatileArgs(flows=list(flow_weights)), DataArgs(dataset_name="scenes"))
+    samples = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    batch = reader.collate([{**sample, **reader.prepared(sample.pop("image"))} for sample in samples])
     generators = [keyed_generator(7, i) for i in range(2)]
-    return flow_losses(
-        Flows(unet), BATCH, generators, encoders, versatile_scheduler(),
-        flow_weights=flow_weights, cond_dropout_prob=dropout,
-    )  # fmt: skip
+    objective = FlowObjective(
+        unet, encoders, versatile_scheduler(), flow_weights=flow_weights, cond_dropout_prob=dropout
+    )
+    assert all(name.startswith("unet.") for name in objective.state_dict())  # what is frozen is in no checkpoint
+    return objective(batch, generators, 0)
 
 
 FLOWS = {"text-to-image": 1.0, "image-to-image": 0.5, "image-to-text": 2.0, "text-to-text": 1.0}
@@ -102,11 +110,8 @@ def test_dropout_at_its_ends(encoders):
     never, always = (losses(unet, encoders, flow, dropout)["loss"] for dropout in (0.0, 1.0))
     assert not torch.allclose(never, always)
     other = {**BATCH, "prompt": ["blue", "blue"]}
-    generators = [keyed_generator(7, i) for i in range(2)]
-    same = flow_losses(
-        Flows(unet), other, generators, encoders, versatile_scheduler(), flow_weights=flow, cond_dropout_prob=1.0
-    )
-    torch.testing.assert_close(same["loss"], always)
+    same = losses(unet, encoders, flow, 1.0, other)["loss"]
+    torch.testing.assert_close(same, always)
 
 
 def test_layer_groups_have_rates_of_their_own():

@@ -1,5 +1,6 @@
 """Low-rank matrices (LoRA, arXiv 2106.09685) on any network, also on those that diffusers gives no adapters."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -10,17 +11,18 @@ from torch import nn
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def add_lora(network: nn.Module, rank: int) -> None:
-    """Freezes `network` and puts trainable matrices of this rank beside all of its linear layers.
+def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None) -> None:
+    """Freezes `network` and puts trainable matrices of this rank beside its linear layers: all, or `targets`.
 
     Raises:
         ValueError: it has no linear layers.
     """
     network.requires_grad_(False)
-    targets = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if targets is None:
+        targets = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not targets:
         raise ValueError(f"{type(network).__name__} has no linear layers that LoRA could train.")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), network)
 
 
 def save_lora(network: nn.Module, folder: str | Path) -> None:
