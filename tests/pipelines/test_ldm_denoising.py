@@ -1,10 +1,19 @@
 """The pieces of a denoising step."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel, UNet2DModel
 
-from diffusers_ext.pipelines.ldm.denoising import KnownRegion, LDMCondition, keep_known_latents, predict_noise
+from diffusers_ext.guidance import both_branches, guide
+from diffusers_ext.pipelines.ldm.denoising import (
+    KnownRegion,
+    LDMCondition,
+    call_unet_in_tiles,
+    keep_known_latents,
+    predict_noise,
+)
 from diffusers_ext.pipelines.ldm.tiling import TileGrid
 from diffusers_ext.schedulers.gaussian import ldm_scheduler, set_original_timesteps
 
@@ -107,12 +116,17 @@ def test_guidance_away_from_null_maps():
     assert torch.equal(predict_noise(unet, latents, 7, concat=[maps], null_concat=[null]), cond)
 
 
+def predict_in_tiles(condition, unet, latents, grid):
+    run = partial(call_unet_in_tiles, unet, grid, 7)
+    return guide(*both_branches(run, *condition.branches(latents), 2.0), 2.0)
+
+
 @torch.no_grad()
 def test_a_condition_under_tiles_is_cut_like_the_latents():
     unet, latents = concat_unet(6), torch.randn(1, 3, 12, 8)
     maps, null = torch.randn(2, 1, 3, 12, 8)
     grid = TileGrid((12, 8), (8, 8), (4, 4))
-    tiled = LDMCondition(concat=maps, null_concat=null).predict(unet, latents, 7, guidance_scale=2.0, grid=grid)
+    tiled = predict_in_tiles(LDMCondition(concat=maps, null_concat=null), unet, latents, grid)
     parts = [
         predict_noise(
             unet, latents[..., rows, :], 7, concat=[maps[..., rows, :]], null_concat=[null[..., rows, :]],
@@ -132,10 +146,26 @@ def test_each_tile_has_a_context_of_its_own():
     ).eval()  # fmt: skip
     latents, contexts, null = torch.randn(1, 3, 12, 8), torch.randn(2, 1, 3, 8), torch.randn(1, 3, 8)
     grid = TileGrid((12, 8), (8, 8), (4, 4))
-    condition = LDMCondition(None, null, tile_contexts=list(contexts))
-    tiled = condition.predict(unet, latents, 7, guidance_scale=2.0, grid=grid)
+    tiled = predict_in_tiles(LDMCondition(list(contexts), null), unet, latents, grid)
     last = predict_noise(unet, latents[..., 4:, :], 7, context=contexts[1], null_context=null, guidance_scale=2.0)
     torch.testing.assert_close(tiled[..., 8:, :], last[..., 4:, :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["context", "tiles", "maps"])
+def test_what_a_callback_returns_makes_another_condition(kind):
+    context, null, maps = torch.randn(2, 3, 8), torch.randn(1, 3, 8), torch.randn(2, 3, 4, 4)
+    condition = {
+        "context": LDMCondition(context, null),
+        "tiles": LDMCondition([context, context + 1], null),
+        "maps": LDMCondition(concat=maps, null_concat=maps - 1),
+    }[kind]
+    embeds, null_embeds = condition.embeds, condition.null_embeds
+    assert null_embeds.shape == embeds.shape
+    other = condition.replace_embeds(2 * embeds, 3 * null_embeds)
+    assert torch.equal(condition.embeds, embeds) and torch.equal(condition.null_embeds, null_embeds)
+    assert torch.equal(other.embeds, 2 * embeds) and torch.equal(other.null_embeds, 3 * null_embeds)
+    same = condition.replace_embeds(None, None)
+    assert same.embeds is not None and torch.equal(same.embeds, embeds)
 
 
 def test_after_the_run_the_known_region_is_clean():

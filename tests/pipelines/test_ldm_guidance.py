@@ -50,13 +50,13 @@ def test_the_step_along_the_gradient_by_hand(kind):
     t = torch.tensor(400)
     signal, level = signal_and_noise(scheduler(), t)
 
-    def predict(z):
+    def predict(_, z):
         return prediction_of(kind, (z - level * noise) / signal, noise, signal, level)
 
     def loss(pictures):
         return (pictures - target).square().sum(dim=(1, 2, 3)) / 2
 
-    guided = guide_prediction(predict, lambda z: 2 * z, loss, 0.1, noisy, t, scheduler(kind))
+    guided = guide_prediction(predict, lambda z: 2 * z, loss, 0.1, scheduler(kind), t, noisy)
     clean = (noisy - level * noise) / signal
     gradient = (2 * clean - target) * 2 / signal  # of the loss with respect to the noisy latents
     new_clean, new_noise = split_prediction(scheduler(kind), guided, noisy, t)
@@ -87,13 +87,13 @@ def test_gradients_of_any_size_survive_float16(size):
         return size * (pictures.float() - target).square().sum(dim=(1, 2, 3))
 
     def gradient(dtype):
-        def predict(z):
+        def predict(_, z):
             return 0 * z + noise.to(dtype)
 
         def decode(z):
             return (1e-3 * z.to(dtype)) * 1e3
 
-        arguments = (predict, decode, loss, 1 / size, noisy.to(dtype), t, scheduler("epsilon"))
+        arguments = (predict, decode, loss, 1 / size, scheduler("epsilon"), t, noisy.to(dtype))
         return (guide_prediction(*arguments).float() - noise) / 1000
 
     torch.testing.assert_close(gradient(torch.float16), gradient(torch.float32), atol=1e-3, rtol=2e-2)

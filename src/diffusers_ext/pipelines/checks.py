@@ -213,3 +213,52 @@ def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
             f" {highest:g}, the last one of the training is {last}. Use fewer steps, or a scheduler with"
             " steps_offset=0."
         )
+
+
+def check_noise(latents: Any, shape: tuple[int, ...]) -> None:
+    """Latents in place of the initial draw: floating point, of the wanted shape, finite."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise TypeError(f"`latents` must be a floating-point tensor of standard normal noise, received {kind}.")
+    if tuple(latents.shape) != shape:
+        raise ValueError(
+            f"`latents` must have shape {shape} (images, channels, height and width of the latents), received"
+            f" {tuple(latents.shape)}."
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("`latents` holds values that are not finite.")
+
+
+def check_pair(name: str, value: Any) -> tuple[int, int]:
+    """One number of pixels for both sides or (height, width), as a pair."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"`{name}` must be one number of pixels or (height, width), received {value!r}.")
+    for number in values:
+        check_integer(name, number, 1)
+    return values
+
+
+def check_one_or_each(name: str, count: int, num: int, what: str) -> None:
+    """One for all, or one each."""
+    if count not in (1, num):
+        raise ValueError(f"`{name}` holds {count} for {num} {what}; pass one for all of them or one each.")
+
+
+def check_mask(mask: Tensor, images: Tensor) -> None:
+    """A mask of the images' size that is not black everywhere.
+
+    Args:
+        mask: bool (b, H, W).
+        images: (n, 3, H, W).
+    """
+    rows, columns = images.shape[-2:]
+    if tuple(mask.shape[1:]) != (rows, columns):
+        raise ValueError(
+            f"`mask_image` is {mask.shape[2]}x{mask.shape[1]} pixels, `image` is {columns}x{rows}. Resize it without"
+            f" smoothing: `mask.resize(({columns}, {rows}), Image.Resampling.NEAREST)`."
+        )
+    if not bool(mask.flatten(1).any(dim=1).all()):
+        raise ValueError(
+            "There is nothing to draw: `mask_image` is black (0, keep) everywhere. Paint white what is to be filled."
+        )

@@ -38,7 +38,7 @@ def scheduler_attribute(scheduler: Any, name: str, default: Any = None) -> Any:
 def scheduler_setting(scheduler: Any, name: str, default: Any = None) -> Any:
     """The value of that name in the outermost config along the chain that has one."""
     for one in scheduler_chain(scheduler):
-        config = one.config
+        config: Any = one.config
         while isinstance(config, dict) or hasattr(config, "keys"):
             if name in config:
                 return config[name]

@@ -8,7 +8,10 @@ picture whatever its size, and the sides of tiles on the picture's border do not
 Shapes: b samples, c x h x w latents, H x W pixels.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,26 +22,27 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ...guidance import both_branches
 from ...models.blocks.wrappers import unwrap
-from ...schedulers.gaussian import split_prediction, step_arguments
+from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, split_prediction, step_arguments
 from ..base import HousePipeline
-from ..callbacks import Callback, report_step, start_scale
+from ..callbacks import Callback, callback_tensor_names, report_step
 from ..checks import (
     as_generators,
     check_callback_tensors,
-    check_decoded,
     check_eta,
     check_generator,
     check_guidance_scale,
+    check_noise,
     check_output_type,
+    check_pair,
     check_parts,
     check_predictions,
+    check_side,
     check_steps,
     check_timesteps,
 )
-from ..listed_options import record_option, record_sample_size, sample_sides
-from .checks import check_latents, check_no_guidance, check_size, check_tiles
-from .denoising import KnownRegion, LDMCondition
+from .denoising import KnownRegion, LDMCondition, call_unet, call_unet_in_tiles
 from .first_stage import (
     decode_first_stage,
     first_stage_channels,
@@ -50,20 +54,17 @@ from .picture_guidance import GuidanceFn, guide_prediction
 from .tiling import Tiles
 
 Generators = torch.Generator | list[torch.Generator] | None
+Encode = Callable[[torch.device, Tiles | None], LDMCondition]  # makes the condition, on a device
 
 
 class LDMBasePipeline(HousePipeline):
-    """Components and loop of the latent-diffusion pipelines.
+    """Components and run of the latent-diffusion pipelines. Each adds its conditioner and its options.
 
     Args:
-        components: what the pipeline registers. All have these: `vqvae`, the first stage, an `AutoencoderKL` or a
-            `VQModel`, whose scale of the latents is in its config; `unet`, which predicts the noise; `scheduler`, any
-            of diffusers that knows `scale_model_input`, `step` and `add_noise`.
-        options: what it registers in its config. Common ones: `latent_scale`, by what latents are multiplied before
-            diffusion, in place of `vqvae.config.scaling_factor`; `default_sample_size`, side of the latents when a
-            call names no size, in place of `unet.config.sample_size`; `default_guidance_scale`, in place of the one
-            that the authors used for the task; `null_condition`, whether the network was also trained without its
-            condition, which classifier-free guidance needs.
+        vqvae: the first stage, an `AutoencoderKL` or a `VQModel`. Its config holds the scale of the latents.
+        unet: predicts the noise.
+        scheduler: any of diffusers that knows `scale_model_input`, `step` and `add_noise`.
+        latent_scale: by what latents are multiplied before diffusion, in place of `vqvae.config.scaling_factor`.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
@@ -74,19 +75,13 @@ class LDMBasePipeline(HousePipeline):
     unet: Any
     scheduler: Any
 
-    def __init__(self, components: dict[str, Any], options: dict[str, Any]):
+    def __init__(self, vqvae: Any, unet: Any, scheduler: Any, latent_scale: float | None = None):
         super().__init__()
-        self.register_modules(**components)
-        if options.get("default_sample_size") is not None:
-            options["default_sample_size"] = record_sample_size(options["default_sample_size"], None, None)
-        self.register_to_config(**{name: record_option(name, value) for name, value in options.items()})
-        vqvae: Any = components["vqvae"]
+        self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler)
+        self.register_to_config(latent_scale=latent_scale)
         self.vae_scale_factor = 8 if vqvae is None else first_stage_factor(vqvae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
-        if vqvae is not None and has_unset_scale(vqvae) and options.get("latent_scale") is None:
+        if vqvae is not None and has_unset_scale(vqvae) and latent_scale is None:
             logging.get_logger(type(self).__module__).warning(
                 f"vqvae.config.scaling_factor is {vqvae.config['scaling_factor']}, the default of diffusers' VQModel,"
                 " which no released VQ model was trained with: latents are not scaled. If it is meant, pass"
@@ -117,28 +112,69 @@ class LDMBasePipeline(HousePipeline):
 
     @property
     def no_guidance_because(self) -> str:
-        """Why not, for messages."""
+        """Why the network cannot be guided, for messages."""
         return (
             "the network was not trained without its condition (the pipeline's `null_condition` is False): leave it at"
             " 1, or train with conditions dropped at times"
         )
 
     @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    def context_width(self) -> int | None:
+        """Width of the condition's sequences for cross-attention; None without any. All components are there."""
+        return None
 
     @property
-    def do_classifier_free_guidance(self) -> bool:
-        # u + s * (c - u): the null branch cancels exactly at s = 1 and only there
-        return self._guidance_scale != 1.0
+    def concat_channels(self) -> int:
+        """How many channels of the condition lie behind the latents. All components are there."""
+        return 0
 
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
+    def resolve_scale(self, guidance_scale: Any) -> Any:
+        """The guidance scale of the call, else the checkpoint's, else the authors', or 1 where nothing can guide."""
+        if guidance_scale is None and not self.has_null_condition:
+            default = self.config.get("default_guidance_scale")
+            return 1.0 if default is None else default
+        return super().resolve_scale(guidance_scale)
 
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+    def check_components(self) -> None:
+        """All components are there, and the U-Net takes what the first stage and the conditioner give it.
+
+        Raises:
+            ValueError: naming the components that do not fit.
+        """
+        missing = [
+            name for name, part in self.components.items() if part is None and name not in self._optional_components
+        ]
+        if missing:
+            raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
+        check_gaussian_scheduler(self.scheduler, type(self).__name__)
+        unet, width = unwrap(self.unet), self.context_width
+        if isinstance(unet, UNet2DConditionModel) != (width is not None):
+            wanted = "a UNet2DModel" if width is None else "a UNet2DConditionModel, for its cross-attention"
+            raise ValueError(
+                f"`unet` is a {type(unet).__name__}, {type(self).__name__} needs {wanted}: the checkpoint is that of"
+                " another task, load it with that task's pipeline."
+            )
+        channels, config = first_stage_channels(self.vqvae), self.unet.config
+        if config["out_channels"] != channels:
+            raise ValueError(
+                f"The first stage does not match the U-Net: latents of `vqvae` have {channels} channels, `unet`"
+                f" predicts {config['out_channels']}. Load the first stage that the U-Net was trained with."
+            )
+        concat = self.concat_channels
+        if config["in_channels"] != channels + concat:
+            raise ValueError(
+                f"`unet` takes {config['in_channels']} channels, {type(self).__name__} gives it {channels + concat}:"
+                f" {channels} of the latents and {concat} of the condition. The checkpoint is that of another task, or"
+                " its first stage was exchanged."
+            )
+        if width is not None and config["cross_attention_dim"] != width:
+            raise ValueError(
+                f"`unet` attends to vectors of width {config['cross_attention_dim']}, the condition has {width}: load"
+                " the conditioner that it was trained with."
+            )
+        scale = self.latent_scale
+        if not math.isfinite(scale) or scale <= 0:
+            raise ValueError(f"The scale of the latents must be positive, but is {scale}: see `latent_scale`.")
 
     def check_inputs(
         self,
@@ -157,8 +193,8 @@ class LDMBasePipeline(HousePipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         can_guide: bool | None = None,
         size_names: tuple[str, str] = ("height", "width"),
-    ) -> Tiles | None:
-        """Refuses what cannot work, before any model runs, and prepares the tiles.
+    ) -> None:
+        """Refuses what cannot work, before any model runs.
 
         Args:
             batch_size: number of samples, those of all conditions together.
@@ -170,18 +206,42 @@ class LDMBasePipeline(HousePipeline):
         """
         check_steps(self.scheduler, num_inference_steps)
         check_guidance_scale(guidance_scale)
-        if not (self.has_null_condition if can_guide is None else can_guide):
-            check_no_guidance(guidance_scale, self.no_guidance_because)
+        if guidance_scale != 1.0 and not (self.has_null_condition if can_guide is None else can_guide):
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but {self.no_guidance_because}.")
         check_eta(eta)
         check_output_type(output_type)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        grid = check_size(self, height, width, size_names)
+        if callback_on_step_end_tensor_inputs is not None:
+            check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        factor, multiple = self.vae_scale_factor, self.size_multiple
+        because = f"first stage {factor} x network {multiple // factor}"
+        for name, side in zip(size_names, (height, width), strict=True):
+            check_side(name, side, multiple, multiple, because=because)
         if generator is not None:
             check_generator(generator, batch_size, self._execution_device)
         if latents is not None:
-            check_latents(latents, (batch_size, first_stage_channels(self.vqvae), *grid))
-        tiles = check_tiles(self, (height, width), tile_size, tile_stride)
-        return None if tiles is None else Tiles.build((height, width), *tiles, self.vae_scale_factor)
+            check_noise(latents, (batch_size, first_stage_channels(self.vqvae), height // factor, width // factor))
+        if tile_size is not None:
+            for length, side in zip(check_pair("tile_size", tile_size), (height, width), strict=True):
+                if length < side:  # a longer one is cut to the image
+                    check_side("tile_size", length, multiple, multiple, because=because)
+        if tile_stride is not None:
+            self._check_tile_stride(tile_stride, tile_size, (height, width))
+
+    def _check_tile_stride(self, tile_stride: Any, tile_size: Any, size: tuple[int, int]) -> None:
+        if tile_size is None:
+            raise ValueError(f"`tile_stride` is {tile_stride}, but there is no `tile_size`: pass both, or neither.")
+        factor, steps, tile = (
+            self.vae_scale_factor,
+            check_pair("tile_stride", tile_stride),
+            check_pair("tile_size", tile_size),
+        )
+        for step, length, side in zip(steps, tile, size, strict=True):
+            check_side("tile_stride", step, factor, factor, because="whole latents")
+            if step > length and length < side:
+                raise ValueError(
+                    f"`tile_stride` is {step} with tiles of {length} pixels: tiles must overlap or touch, so it is at"
+                    " most `tile_size`; half of it is usual."
+                )
 
     def prepare_latents(
         self,
@@ -197,7 +257,8 @@ class LDMBasePipeline(HousePipeline):
 
         Args:
             batch_size: b.
-            height: Pixels; so is `width`.
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
             generator: One for the whole batch or a list with one a sample.
             latents: Standard normal noise in place of a draw.
         """
@@ -209,142 +270,115 @@ class LDMBasePipeline(HousePipeline):
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def decode_latents(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
-        """Scaled latents (b, c, h, w) to pictures (b, 3, H, W), nominally in [-1, 1]."""
+        """Scaled latents (b, c, h, w) to images (b, 3, H, W), nominally in [-1, 1]."""
         return decode_first_stage(
             self.vqvae, latents / self.latent_scale, grid=None if tiles is None else tiles.decode
         )
 
-    def _null_maps(self, maps: Tensor) -> Tensor | None:
-        """What stands for "no condition" behind the latents: zeros; None without guidance."""
-        return torch.zeros_like(maps) if self.do_classifier_free_guidance else None
-
-    def _resolve_scale(self, guidance_scale: Any) -> Any:
-        """The scale of the call, else the checkpoint's, else the authors'; 1 where guidance is impossible."""
-        if guidance_scale is not None:
-            return guidance_scale
-        default = self.config.get("default_guidance_scale")
-        if default is not None:
-            return default
-        return self._usual_guidance_scale if self.has_null_condition else 1.0
-
-    def _resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
-        """Fills in the sizes that the caller left out; checks nothing else."""
-        sides = self.config.get("default_sample_size")
-        sides = self.unet.config["sample_size"] if sides is None else sides
-        if isinstance(latents, Tensor) and latents.ndim == 4:
-            sides = tuple(latents.shape[-2:])
-        if height is not None and width is not None:
-            return height, width
-        if sides is None:
-            raise ValueError(
-                "`height` and `width` are needed: neither the pipeline's `default_sample_size` nor"
-                " unet.config.sample_size says what size the network was trained on."
-            )
-        rows, columns = sample_sides("default_sample_size", sides)
-        return (
-            rows * self.vae_scale_factor if height is None else height,
-            columns * self.vae_scale_factor if width is None else width,
-        )
-
-    def _begin_run(self, num_inference_steps: int, guidance_scale: float) -> Tensor:
-        """Lays out the steps and returns the timestep of each, on the device of the run.
-
-        Asking a pipeline for its device takes milliseconds, so the run takes it from them.
-        """
-        self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
-        check_timesteps(self.scheduler, num_inference_steps)
-        self._guidance_scale = start_scale(guidance_scale)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        self._interrupt = False
-        return self.scheduler.timesteps
-
-    def _sample(
+    def run(
         self,
-        timesteps: Tensor,
-        latents: Tensor,
-        condition: LDMCondition,
+        batch_size: int,
+        size: tuple[int, int],
+        encode: Encode,
         *,
-        eta: float = 0.0,
-        generator: Generators = None,
-        tiles: Tiles | None = None,
-        known: KnownRegion | None = None,
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        eta: float,
+        generator: Generators,
+        latents: Tensor | None,
+        tile_size: int | tuple[int, int] | None,
+        tile_stride: int | tuple[int, int] | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callback | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+        can_guide: bool | None = None,
+        size_names: tuple[str, str] = ("height", "width"),
+        known: Callable[[torch.device, Tiles | None], KnownRegion] | None = None,
         guidance_fn: GuidanceFn | None = None,
         guidance_fn_scale: float = 1.0,
-        callback: Callback | None = None,
-        callback_names: list[str],
-        encode: Callable[[], LDMCondition] | None = None,
-        can_guide: bool | None = None,
-    ) -> Tensor:
-        """Denoises `latents` (b, c, h, w) and returns them, scaled.
+        overlay: Callable[[Tensor], Tensor] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """What the seven pipelines do once they have read their inputs, from the checks to the images.
+
+        The arguments that are not listed here are those of their calls.
 
         Args:
-            encode: makes the condition again, for its null branch, when a callback turns guidance on.
-            can_guide: as in `check_inputs`.
+            batch_size: number of samples, those of all conditions together.
+            size: height and width of the image in pixels.
+            encode: makes the condition, with its null branch if the run is guided. It is called again when a callback
+                turns guidance on.
+            can_guide, size_names: as in `check_inputs`.
+            known: makes the region of the image that has to stay.
+            overlay: from decoded images (b, 3, H, W), nominally in [-1, 1], to what is shown of them in [-1, 1].
 
-        Order of the draws of each generator, in each step: the noise of the known region if there is one, then those
-        of `scheduler.step`.
+        Order of the draws of each generator: the initial noise, then for each step the noise of the known region if
+        there is one, and those of `scheduler.step`.
         """
+        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
+        names = callback_on_step_end_tensor_inputs
+        if callback_on_step_end is not None:
+            names = callback_tensor_names(self, callback_on_step_end, names)
+        start_scale: float = self.resolve_scale(guidance_scale)
+        can_guide = self.has_null_condition if can_guide is None else can_guide
+        self.check_inputs(
+            batch_size,
+            *size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=start_scale,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            tile_size=tile_size,
+            tile_stride=tile_stride,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=names,
+            can_guide=can_guide,
+            size_names=size_names,
+        )
+        self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
+        check_timesteps(self.scheduler, num_inference_steps)
+        timesteps: Tensor = self.scheduler.timesteps
+        self.start_run(timesteps, start_scale)
+
+        # 2. Tiles, initial noise, what is known, and the condition
+        device = timesteps.device  # asking a pipeline for its device takes milliseconds
+        tiles = None if tile_size is None else Tiles.build(size, tile_size, tile_stride, self.vae_scale_factor)
+        noisy = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=device)
+        region = None if known is None else known(device, tiles)
+        condition = encode(device, tiles)
+        decode = partial(self.decode_latents, tiles=tiles)
+        network = partial(call_unet, self.unet)
+        if tiles is not None:
+            network = partial(call_unet_in_tiles, self.unet, tiles.latents)
+        if guidance_fn is not None:
+            network = partial(guide_prediction, network, decode, guidance_fn, guidance_fn_scale, self.scheduler)
+
+        # 3. Denoise
         generator = as_generators(generator)
         arguments = step_arguments(self.scheduler, eta=eta, generator=generator)
         finite: list[Tensor] = []  # whether each step's prediction is
-        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                if known is not None:
-                    noise = randn_tensor(
-                        latents.shape, generator=generator, device=latents.device, dtype=latents.dtype
-                    )
-                    latents = known.put_back(latents, noise, self.scheduler, t)
-                scaled = self.scheduler.scale_model_input(latents, t)
-                prediction = self._predict(scaled, t, condition, tiles, guidance_fn, guidance_fn_scale)
-                finite.append(torch.isfinite(prediction).all())
-                latents = self.scheduler.step(prediction, t, latents, **arguments, return_dict=False)[0]
-                if callback is not None:
-                    named = self._callback_tensors(callback_names, latents, condition, prediction, scaled, t)
-                    changed = report_step(self, callback, callback_names, i, t, named)
-                    latents = changed.get("latents", latents)
-                    null = changed.get("negative_prompt_embeds")
-                    condition.replace(changed.get("prompt_embeds"), null)
-                    self._add_null(condition, encode, can_guide)
-                progress_bar.update()
+        for index, t in self.steps(timesteps):
+            if region is not None:
+                noise = randn_tensor(noisy.shape, generator=generator, device=device, dtype=noisy.dtype)
+                noisy = region.put_back_noisy(noisy, noise, self.scheduler, t)
+            scaled = self.scheduler.scale_model_input(noisy, t)
+            scale = self.guidance_scale
+            cond, uncond = both_branches(partial(network, t), *condition.branches(scaled), scale)
+            noisy, prediction = guided_step(self.scheduler, cond, uncond, scale, t, noisy, **arguments)
+            finite.append(torch.isfinite(prediction).all())
+            if callback_on_step_end is not None and names is not None:
+                tensors = self._callback_tensors(names, noisy, condition, prediction, scaled, t)
+                changed = report_step(self, callback_on_step_end, names, index, t, tensors)
+                noisy = changed.get("latents", noisy)
+                condition = self._changed_condition(condition, changed, can_guide, partial(encode, device, tiles))
         check_predictions(finite, timesteps, self)
-        return latents if known is None else known.put_back(latents)
+        noisy = noisy if region is None else region.put_back(noisy)
 
-    def _add_null(
-        self, condition: LDMCondition, encode: Callable[[], LDMCondition] | None, can_guide: bool | None
-    ) -> None:
-        """The null branch of a run that began without guidance, once a callback has turned it on."""
-        if not self.do_classifier_free_guidance or condition.null_embeds is not None:
-            return
-        if encode is None or not (self.has_null_condition if can_guide is None else can_guide):
-            check_no_guidance(self.guidance_scale, self.no_guidance_because)
-        else:
-            null = encode()
-            condition.null_context, condition.null_concat = null.null_context, null.null_concat
-
-    def _predict(
-        self,
-        scaled: Tensor,
-        t: Tensor,
-        condition: LDMCondition,
-        tiles: Tiles | None,
-        guidance_fn: GuidanceFn | None,
-        guidance_fn_scale: float,
-    ) -> Tensor:
-        """What the network predicts for `scaled` latents, guided by the condition and by `guidance_fn`."""
-        grid = None if tiles is None else tiles.latents
-
-        def predict(scaled: Tensor) -> Tensor:
-            return condition.predict(self.unet, scaled, t, guidance_scale=self.guidance_scale, grid=grid)
-
-        if guidance_fn is None:
-            return predict(scaled)
-
-        def decode(clean: Tensor) -> Tensor:
-            return self.decode_latents(clean, tiles)
-
-        return guide_prediction(predict, decode, guidance_fn, guidance_fn_scale, scaled, t, self.scheduler)
+        # 4. Latents to images
+        if overlay is None:
+            return self.finish(noisy, output_type, return_dict, decode)
+        return self.finish(noisy, output_type, return_dict, lambda clean: overlay(decode(clean).float()))
 
     def _callback_tensors(
         self,
@@ -355,7 +389,7 @@ class LDMBasePipeline(HousePipeline):
         scaled: Tensor,
         t: Tensor,
     ) -> dict[str, Any]:
-        """What a callback asked for."""
+        """What a callback may ask for, and what it asked for."""
         named: dict[str, Any] = {"latents": latents}
         if "prompt_embeds" in self._callback_tensor_inputs:
             named |= {"prompt_embeds": condition.embeds, "negative_prompt_embeds": condition.null_embeds}
@@ -363,25 +397,22 @@ class LDMBasePipeline(HousePipeline):
             named["pred_original_sample"] = split_prediction(self.scheduler, prediction, scaled, t)[0]
         return named
 
-    def _end_run(
+    def _changed_condition(
         self,
-        latents: Tensor,
-        output_type: str,
-        return_dict: bool,
-        *,
-        tiles: Tiles | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
-    ) -> ImagePipelineOutput | tuple:
-        """Scaled latents to what the caller asked for.
+        condition: LDMCondition,
+        changed: dict[str, Tensor],
+        can_guide: bool,
+        encode: Callable[[], LDMCondition],
+    ) -> LDMCondition:
+        """The condition after a callback, with a null branch if the callback turned guidance on."""
+        condition = condition.replace_embeds(changed.get("prompt_embeds"), changed.get("negative_prompt_embeds"))
+        if not self.do_classifier_free_guidance or condition.has_null:
+            return condition
+        if not can_guide:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but {self.no_guidance_because}.")
+        null = encode()
+        return replace(condition, null_context=null.null_context, null_concat=null.null_concat)
 
-        Args:
-            finish: of decoded pictures (b, 3, H, W), nominally in [-1, 1], to what is shown of them in [-1, 1].
-        """
-        images: Any = latents
-        if output_type != "latent":
-            pixels = self.decode_latents(latents, tiles).float()
-            check_decoded(pixels, "pictures", self)
-            pixels = pixels if finish is None else finish(pixels)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _null_maps(self, maps: Tensor) -> Tensor | None:
+        """What stands for "no condition" behind the latents: zeros; None without guidance."""
+        return torch.zeros_like(maps) if self.do_classifier_free_guidance else None

@@ -1,11 +1,12 @@
-"""What the latent-diffusion pipelines share in a denoising step.
+"""What the latent-diffusion pipelines tell the network in a denoising step, and what it predicts.
 
 Rombach et al., arXiv 2112.10752; the original's sampler: CompVis/latent-diffusion@a506df5:ldm/models/diffusion/ddim.py
 (DDIM, arXiv 2010.02502, eq. 12 and 16). The steps themselves are the scheduler's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -13,8 +14,112 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from ...guidance import classifier_free_guidance
+from ...guidance import Inputs, both_branches, guide
 from .tiling import TileGrid
+
+
+@dataclass(frozen=True)
+class LDMCondition:
+    """What the network is told besides the noisy latents. All of it may be missing.
+
+    Args:
+        context: sequences (b, l, d) for cross-attention. In tiles it may be a list with one for each tile.
+        null_context: what stands for "no condition", (b, l, d) or (1, l, d). It is the same for all tiles.
+        concat: maps (b, c', h, w) behind the latents.
+        null_concat: what stands there for "no condition", of the same shape.
+    """
+
+    context: Tensor | list[Tensor] | None = None
+    null_context: Tensor | None = None
+    concat: Tensor | None = None
+    null_concat: Tensor | None = None
+
+    @property
+    def has_null(self) -> bool:
+        return self.null_context is not None or self.null_concat is not None
+
+    def branches(self, latents: Tensor) -> tuple[Inputs, Inputs | None]:
+        """The inputs (latents, maps, context) of the conditional and of the null branch, for `both_branches`."""
+        maps = None if self.concat is None else self.concat.to(latents)
+        context: Tensor | list[Tensor] | None = None
+        if isinstance(self.context, list):
+            context = [tile.to(latents) for tile in self.context]
+        elif self.context is not None:
+            context = self.context.to(latents)
+        if not self.has_null:
+            return (latents, maps, context), None
+        null_maps = maps if self.null_concat is None else self.null_concat.to(latents)
+        null_context = context
+        if self.null_context is not None and context is not None:
+            null = self.null_context.to(latents)
+            in_tiles = isinstance(context, list)
+            null_context = [null.expand_as(tile) for tile in context] if in_tiles else null.expand_as(context)
+        return (latents, maps, context), (latents, null_maps, null_context)
+
+    @property
+    def embeds(self) -> Tensor | None:
+        """The condition as callbacks see it: context (b, l, d), of tiles (b, tiles, l, d), or maps (b, c', h, w)."""
+        if isinstance(self.context, list):
+            return torch.stack(self.context, dim=1)
+        return self.concat if self.context is None else self.context
+
+    @property
+    def null_embeds(self) -> Tensor | None:
+        """The null branch as callbacks see it, in the shape of `embeds`. It is None without guidance."""
+        if self.null_context is None or self.embeds is None:
+            return self.null_concat
+        null = self.null_context[:, None] if isinstance(self.context, list) else self.null_context
+        return null.expand_as(self.embeds)
+
+    def replace_embeds(self, embeds: Tensor | None, null_embeds: Tensor | None) -> "LDMCondition":
+        """The condition with what a callback returned, in the shapes of `embeds` and `null_embeds`.
+
+        None changes nothing.
+        """
+        changes: dict[str, Tensor | list[Tensor]] = {}
+        if embeds is not None:
+            in_tiles = isinstance(self.context, list)
+            changes["concat" if self.context is None else "context"] = list(embeds.unbind(1)) if in_tiles else embeds
+        if null_embeds is not None:
+            null = null_embeds[:, 0] if isinstance(self.context, list) else null_embeds  # that of all tiles
+            changes["null_concat" if self.context is None else "null_context"] = null
+        return replace(self, **changes)  # type: ignore[arg-type] # one type a field
+
+
+def call_unet(
+    unet: UNet2DModel | UNet2DConditionModel,
+    timestep: Tensor | int,
+    latents: Tensor,
+    maps: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
+    """The prediction (b, c, h, w) of a network for latents (b, c, h, w), already scaled as the scheduler wants them.
+
+    Args:
+        unet: takes cross-attention exactly if `context` is given.
+        timestep: one for all, or (b,). Where `latents` hold both branches, those of one branch are enough.
+        maps: (b, c', h, w), put behind the latents.
+        context: sequences (b, l, d) for cross-attention.
+    """
+    if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(latents) == 2 * len(timestep):
+        timestep = timestep.repeat(2)
+    sample = latents if maps is None else torch.cat([latents, maps], dim=1)
+    return unet(sample, timestep, *(() if context is None else (context,)), return_dict=False)[0]
+
+
+def call_unet_in_tiles(
+    unet: UNet2DModel | UNet2DConditionModel,
+    grid: TileGrid,
+    timestep: Tensor | int,
+    latents: Tensor,
+    maps: Tensor | None = None,
+    context: Tensor | list[Tensor] | None = None,
+) -> Tensor:
+    """As `call_unet`, tile by tile. Maps are cut like the latents; `context` may be a list with one for each tile."""
+    contexts = context if isinstance(context, list) else [context] * len(grid)
+    cuts = [None] * len(grid) if maps is None else grid.cut(maps)
+    tiles = zip(grid.cut(latents), cuts, contexts, strict=True)
+    return grid.blend(call_unet(unet, timestep, *tile) for tile in tiles)
 
 
 def predict_noise(
@@ -43,104 +148,11 @@ def predict_noise(
     Returns:
         (b, c, h, w).
     """
-    sample = torch.cat([latents, *(maps.to(latents) for maps in concat)], dim=1)
-    context = None if context is None else context.to(latents)
-    if guidance_scale == 1.0 or (null_context is None and null_concat is None):
-        return _call(unet, sample, timestep, context)
-    null_maps = concat if null_concat is None else null_concat
-    null_sample = torch.cat([latents, *(maps.to(latents) for maps in null_maps)], dim=1)
-    if context is not None:
-        null = context if null_context is None else null_context.to(latents).expand_as(context)
-        context = torch.cat([null, context])
-    if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(timestep) == len(latents):
-        timestep = timestep.repeat(2)
-    uncond, cond = _call(unet, torch.cat([null_sample, sample]), timestep, context).chunk(2)
-    return classifier_free_guidance(cond, uncond, guidance_scale)
-
-
-def _call(unet: torch.nn.Module, sample: Tensor, timestep: Tensor | int, context: Tensor | None) -> Tensor:
-    return unet(sample, timestep, *(() if context is None else (context,)), return_dict=False)[0]
-
-
-@dataclass
-class LDMCondition:
-    """What the network is told besides the noisy latents, during a whole run. All of it may be missing.
-
-    Args:
-        context, null_context: sequences (b, l, d) for cross-attention; of a layout under tiles those of the whole.
-        concat, null_concat: maps (b, c', h, w) behind the latents.
-        tile_contexts: a context for each tile in place of `context`.
-    """
-
-    context: Tensor | None = None
-    null_context: Tensor | None = None
-    concat: Tensor | None = None
-    null_concat: Tensor | None = None
-    tile_contexts: Sequence[Tensor] | None = None
-
-    @property
-    def embeds(self) -> Tensor | None:
-        """The condition as a callback sees it: context (b, l, d), of tiles (b, tiles, l, d), or maps (b, c', h, w)."""
-        if self.tile_contexts is not None:
-            return torch.stack(list(self.tile_contexts), dim=1)
-        return self.concat if self.context is None else self.context
-
-    @property
-    def null_embeds(self) -> Tensor | None:
-        """The null branch as a callback sees it, in the shape of `embeds`; None without guidance."""
-        if self.null_context is None or self.embeds is None:
-            return self.null_concat
-        null = self.null_context if self.tile_contexts is None else self.null_context[:, None]
-        return null.expand_as(self.embeds)
-
-    def replace(self, embeds: Tensor | None, null_embeds: Tensor | None) -> None:
-        """Takes what a callback returned, in the shapes of `embeds` and `null_embeds`; None changes nothing."""
-        if embeds is not None and self.tile_contexts is not None:
-            self.tile_contexts = embeds.unbind(1)
-        elif embeds is not None and self.context is None:
-            self.concat = embeds
-        elif embeds is not None:
-            self.context = embeds
-        if null_embeds is not None and self.tile_contexts is not None:
-            self.null_context = null_embeds[:, 0]  # that of all tiles
-        elif null_embeds is not None and self.context is None:
-            self.null_concat = null_embeds
-        elif null_embeds is not None:
-            self.null_context = null_embeds
-
-    def predict(
-        self,
-        unet: UNet2DModel | UNet2DConditionModel,
-        latents: Tensor,
-        timestep: Tensor | int,
-        *,
-        guidance_scale: float = 1.0,
-        grid: TileGrid | None = None,
-    ) -> Tensor:
-        """`predict_noise` under this condition, (b, c, h, w); tile by tile if there is a `grid` over the latents.
-
-        Maps are cut like the latents.
-        """
-        maps = [] if self.concat is None else [self.concat]
-        null_maps = [] if self.null_concat is None else [self.null_concat]
-
-        def predict(latents: Tensor, context: Tensor | None, cut: Sequence[Tensor]) -> Tensor:
-            return predict_noise(
-                unet,
-                latents,
-                timestep,
-                context=context,
-                null_context=self.null_context,
-                concat=cut[: len(maps)],
-                null_concat=cut[len(maps) :] or None,
-                guidance_scale=guidance_scale,
-            )
-
-        if grid is None:
-            return predict(latents, self.context, [*maps, *null_maps])
-        contexts = [self.context] * len(grid) if self.tile_contexts is None else self.tile_contexts
-        tiles = zip(*(grid.cut(values) for values in (latents, *maps, *null_maps)), strict=True)
-        return grid.blend(predict(tile[0], context, tile[1:]) for context, tile in zip(contexts, tiles, strict=True))
+    maps = torch.cat([one.to(latents) for one in concat], dim=1) if concat else None
+    null_maps = torch.cat([one.to(latents) for one in null_concat], dim=1) if null_concat else None
+    condition = LDMCondition(context, null_context, maps, null_maps)
+    cond, uncond = both_branches(partial(call_unet, unet, timestep), *condition.branches(latents), guidance_scale)
+    return guide(cond, uncond, guidance_scale)
 
 
 def keep_known_latents(
@@ -162,7 +174,7 @@ def keep_known_latents(
 
 @dataclass(frozen=True)
 class KnownRegion:
-    """The part of a picture that an unconditional run has to keep.
+    """The part of an image that an unconditional run has to keep.
 
     Args:
         latents: scaled and clean, (1 or b, c, h, w).
@@ -172,15 +184,10 @@ class KnownRegion:
     latents: Tensor
     mask: Tensor
 
-    def put_back(
-        self,
-        latents: Tensor,
-        noise: Tensor | None = None,
-        scheduler: SchedulerMixin | None = None,
-        timestep: Tensor | None = None,
-    ) -> Tensor:
-        """The known part in `latents` (b, c, h, w), at the noise level of a timestep; clean without one."""
-        known, mask = self.latents.expand_as(latents), self.mask
-        if noise is None or scheduler is None or timestep is None:
-            return known * mask + latents * (1 - mask)
-        return keep_known_latents(latents, known, mask, noise, scheduler, timestep)
+    def put_back(self, latents: Tensor) -> Tensor:
+        """`latents` (b, c, h, w) with the known part in its place, clean: the end of a run."""
+        return self.latents.expand_as(latents) * self.mask + latents * (1 - self.mask)
+
+    def put_back_noisy(self, latents: Tensor, noise: Tensor, scheduler: SchedulerMixin, timestep: Tensor) -> Tensor:
+        """`latents` with the known part in its place at the noise level of a timestep, see `keep_known_latents`."""
+        return keep_known_latents(latents, self.latents.expand_as(latents), self.mask, noise, scheduler, timestep)

@@ -9,6 +9,7 @@ a call would change it for everybody who shares it. Where float16 overflows in o
 `dtype={"vqvae": torch.float32, "default": torch.float16}`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,19 +90,19 @@ def encode_first_stage(
             before a draw.
     """
     vqvae = bare_first_stage(vqvae)
-    images = images.to(vqvae.dtype)
+    images, encode = images.to(vqvae.dtype), partial(_encode, vqvae)
+    encoded = encode(images) if grid is None else grid.apply(encode, images)
+    if not isinstance(vqvae, AutoencoderKL):
+        return encoded
+    posterior = DiagonalGaussianDistribution(encoded)
+    return posterior.sample(generator) if sample else posterior.mode()
+
+
+def _encode(vqvae: FirstStage, images: Tensor) -> Tensor:
+    """Moments (b, 2 c, h, w) of an `AutoencoderKL`, latents (b, c, h, w) of a `VQModel`."""
     if isinstance(vqvae, AutoencoderKL):
-
-        def moments(tile: Tensor) -> Tensor:
-            return vqvae.encode(tile, return_dict=False)[0].parameters
-
-        posterior = DiagonalGaussianDistribution(moments(images) if grid is None else grid.apply(moments, images))
-        return posterior.sample(generator) if sample else posterior.mode()
-
-    def encode(tile: Tensor) -> Tensor:
-        return vqvae.encode(tile).latents
-
-    return encode(images) if grid is None else grid.apply(encode, images)
+        return vqvae.encode(images, return_dict=False)[0].parameters
+    return vqvae.encode(images).latents
 
 
 def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | None = None) -> Tensor:
@@ -112,16 +113,13 @@ def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | N
     Args:
         grid: over the latents, with `up` = the autoencoder's factor: decode tile by tile.
     """
-
     vqvae = bare_first_stage(vqvae)
-
-    def decode(tile: Tensor) -> Tensor:
-        if isinstance(vqvae, VQModel) and not isinstance(vqvae, GumbelVQModel):
-            return _decode_nearest(vqvae, tile)
-        return vqvae.decode(tile, return_dict=False)[0]  # type: ignore[arg-type] # any tensor of floats
-
     latents = latents.to(vqvae.dtype)
-    return decode(latents) if grid is None else grid.apply(decode, latents)
+    if grid is not None:
+        return grid.apply(partial(decode_first_stage, vqvae), latents)
+    if isinstance(vqvae, VQModel) and not isinstance(vqvae, GumbelVQModel):
+        return _decode_nearest(vqvae, latents)
+    return vqvae.decode(latents, return_dict=False)[0]  # type: ignore[arg-type] # any tensor of floats
 
 
 @with_forward_hooks  # brings an offloaded autoencoder back before its codebook is asked

@@ -6,6 +6,8 @@ clean picture, and the gradient goes back through the first stage's decoder and 
 the opposite sign, which would lead away from y.)
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -36,13 +38,14 @@ def low_resolution_guidance(image: Any) -> GuidanceFn:
 
 
 def guide_prediction(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[..., Tensor],
     decode: Callable[[Tensor], Tensor],
     guidance_fn: GuidanceFn,
     scale: float,
-    scaled: Tensor,
-    timestep: Tensor,
     scheduler: Any,
+    timestep: Tensor,
+    scaled: Tensor,
+    *condition: Any,
 ) -> Tensor:
     """A network's prediction, led towards pictures for which `guidance_fn` is small.
 
@@ -50,12 +53,14 @@ def guide_prediction(
     `requires_grad_(False)`.
 
     Args:
-        predict: (b, c, h, w) -> the network's prediction.
+        predict: `predict(timestep, scaled, *condition)` -> the network's prediction (b, c, h, w).
         decode: clean latents -> pictures (b, 3, H, W) in [-1, 1].
         guidance_fn: of those, differentiable: a loss (b,), or their sum.
         scale: of the gradient.
-        scaled: latents as the network takes them.
         scheduler: tells the levels of signal and noise, and what the network predicts.
+        timestep: of the step.
+        scaled: latents as the network takes them.
+        condition: further inputs of the network.
 
     Returns:
         (b, c, h, w), of the kind that the network predicts.
@@ -65,7 +70,7 @@ def guide_prediction(
     """
     with torch.enable_grad():
         scaled = scaled.detach().requires_grad_()
-        prediction = predict(scaled)
+        prediction = predict(timestep, scaled, *condition)
         pictures = decode(split_prediction(scheduler, prediction, scaled, timestep)[0])
         loss = guidance_fn(pictures)
         _check_loss(loss, len(scaled))
@@ -82,6 +87,23 @@ def guide_prediction(
     clean = (scaled.float() - noise_level * noise) / signal
     guided = {"sample": clean, "v_prediction": signal * noise - noise_level * clean}.get(kind, noise)
     return guided.to(prediction.dtype)
+
+
+def check_guidance_fn(guidance_fn: Any, guidance_fn_scale: Any) -> None:
+    """A function, a finite factor, and gradients that can be computed; before a run."""
+    if guidance_fn is None:
+        return
+    if not callable(guidance_fn):
+        raise TypeError(f"`guidance_fn` must be a function of pictures, received {type(guidance_fn).__name__}.")
+    if isinstance(guidance_fn_scale, bool) or not isinstance(guidance_fn_scale, numbers.Real):
+        raise TypeError(f"`guidance_fn_scale` must be a number, received {guidance_fn_scale!r}.")
+    if not math.isfinite(guidance_fn_scale):
+        raise ValueError(f"`guidance_fn_scale` must be finite, received {guidance_fn_scale}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "`guidance_fn` needs gradients, which `torch.inference_mode()` rules out, also for `torch.enable_grad()`:"
+            " call the pipeline outside of it. The pipeline itself computes without gradients where it needs none."
+        )
 
 
 def _gradient(loss: Tensor, latents: Tensor) -> Tensor | None:

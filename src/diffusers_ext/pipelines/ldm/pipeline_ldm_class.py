@@ -1,4 +1,4 @@
-"""Pictures of a class with latent diffusion.
+"""Images of a class with latent diffusion.
 
 Rombach et al., arXiv 2112.10752, section 4.3.1 and appendix E.2 (LDM-4 and LDM-8 on ImageNet); original:
 CompVis/latent-diffusion@a506df5:configs/latent-diffusion/cin256-v2.yaml and its notebook (code and weights MIT).
@@ -17,26 +17,31 @@ from torch import Tensor
 
 from ...conditions.named_boxes import find_class
 from ...models.encoders_ldm import LDMClassEmbedder
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import check_integer, check_parts
-from ..listed_options import read_option
+from ..listed_options import read_option, record_option, record_sample_size
 from .base import Generators, LDMBasePipeline
-from .checks import check_components
 from .denoising import LDMCondition
 
 
 class LDMClassConditionalPipeline(LDMBasePipeline):
-    """Draws pictures of given classes.
+    """Draws images of given classes.
 
     Example:
 
         pipe(["red circle", 3], num_images_per_prompt=4, guidance_scale=3.0)
 
     Args:
-        vqvae, unet, scheduler, latent_scale, default_sample_size, default_guidance_scale: see `LDMBasePipeline`.
-        class_embedder: one token a class; guidance needs its `null_class`.
-        class_names: names of the classes 0, 1, ... (without the null class), so that they may be asked for by name; a
+        vqvae: The first stage, an `AutoencoderKL` or a `VQModel`. Its config holds the scale of the latents.
+        unet: Predicts the noise under cross-attention to the class.
+        scheduler: Any scheduler of diffusers that denoises with betas.
+        class_embedder: One token for each class. Guidance needs its `null_class`.
+        class_names: Names of the classes 0, 1, ... without the null class, so that classes may be asked for by name. A
             list, or a dict by number, which is how the config holds them.
+        latent_scale: By what latents are multiplied before diffusion, in place of `vqvae.config.scaling_factor`.
+        default_sample_size: Side or (height, width) of the latents when a call names no size, in place of
+            `unet.config.sample_size`.
+        default_guidance_scale: Guidance scale when a call names none, in place of the one that the authors used.
     """
 
     _pipeline_tag = "unconditional-image-generation"  # the Hub has no task for classes
@@ -57,14 +62,12 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
-        super().__init__(
-            {"vqvae": vqvae, "unet": unet, "scheduler": scheduler, "class_embedder": class_embedder},
-            {
-                "class_names": class_names,
-                "latent_scale": latent_scale,
-                "default_sample_size": default_sample_size,
-                "default_guidance_scale": default_guidance_scale,
-            },
+        super().__init__(vqvae, unet, scheduler, latent_scale)
+        self.register_modules(class_embedder=class_embedder)
+        self.register_to_config(
+            class_names=record_option("class_names", class_names),
+            default_sample_size=record_sample_size(default_sample_size, None, None),
+            default_guidance_scale=default_guidance_scale,
         )
 
     @property
@@ -82,6 +85,10 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
             "the network was trained without a null class (class_embedder.config.null_class is None), so nothing can"
             " be guided away from: leave it at 1, or train with labels dropped at times"
         )
+
+    @property
+    def context_width(self) -> int:
+        return self.class_embedder.config["embed_dim"]
 
     @classmethod
     def example_lines(cls, config: Mapping[str, Any], prompt: str | None = None) -> str:
@@ -107,84 +114,63 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Samples pictures.
+        """Draws images of classes.
 
         Args:
-            class_labels: one class or several, by number or, if the checkpoint has `class_names`, by name.
-            height: pixels, a multiple of the first stage's factor; `width` alike, and the two may differ. By default
-                those of `latents`, else what the network was trained on. Larger ones work, in one piece or in tiles.
-            num_inference_steps: sampling steps, at least 1; the authors use 20 to 250 with DDIM.
-            guidance_scale: s in u + s * (c - u), finite and >= 0: 1 is the plain conditional prediction at half the
-                cost, more follows the condition more closely, 0 ignores it. By default the checkpoint's, else the
-                authors'; other values than 1 need a network that was also trained without its condition.
-            eta: noise of DDIM's steps in [0, 1], 0 for none; schedulers without it ignore it.
-            num_images_per_prompt: pictures for each class; those of the first come first.
-            generator: one for the batch, or a list with one a picture: then picture k depends on generator k alone.
-            latents: standard normal noise (b, c, h, w) in place of a draw; the scheduler scales it.
-            tile_size: side or (height, width) in pixels of the tiles in which network and first stage see the picture,
-                blended by their distance from the tiles' borders; a multiple as `height` is. For pictures larger than
-                what the network was trained on or than the memory holds. None: in one piece.
-            tile_stride: pixels from tile to tile, one or (down, across); by default half a tile.
-            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; "latent": the latents, scaled
-                as the network sees them, not decoded.
-            return_dict: False for a plain tuple.
-            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step; tensors
-                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps, and
-                `pipe._guidance_scale` may be set: 1 (or 0, as diffusers' callbacks do) turns guidance off.
-            callback_on_step_end_tensor_inputs: which tensors it gets, by default `["latents"]`; `prompt_embeds` and
-                `negative_prompt_embeds` are the condition, whatever it is made of (context or maps), and
-                `pred_original_sample` holds the clean latents that the step's prediction amounts to.
+            class_labels: One class or several, by number or, if the checkpoint has `class_names`, by name.
+            height: Height of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the height that the network was trained on. Larger images work, in one piece or in
+                tiles.
+            width: Width of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the width that the network was trained on.
+            num_inference_steps: Number of sampling steps, at least 1. The authors use 20 to 250 with DDIM.
+            guidance_scale: s in u + s * (c - u), finite and at least 0. 1 is the plain conditional prediction at half
+                the cost, a larger scale follows the condition more closely, and 0 ignores it. The default is the
+                checkpoint's scale, else the authors'. A scale other than 1 needs a network that was also trained
+                without its condition.
+            eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
+            num_images_per_prompt: Number of images for each class. The images of the first class come first.
+            generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
+                generator k alone.
+            latents: Standard normal noise (b, c, h, w) in place of a draw. The scheduler scales it.
+            tile_size: Side or (height, width) in pixels of the tiles in which the network and the first stage see the
+                image. Tiles are blended by the distance from their borders. They are for images that are larger than
+                those of the training, or than the memory holds. None means one piece.
+            tile_stride: Pixels from tile to tile, one number or (down, across). The default is half a tile.
+            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; or "latent" for the latents as
+                the network sees them, scaled and not decoded.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
+                `pipe._guidance_scale` may be set; 1 turns guidance off, and so does 0, which diffusers' callbacks set.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
+                `prompt_embeds` and `negative_prompt_embeds` are the context of the condition and of the null branch.
+                `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple that holds them.
+            `ImagePipelineOutput` with the `images`, or a tuple that holds them.
 
-        Order of the draws of each generator: the initial noise, then for each step those of `scheduler.step`.
+        Order of the draws of each generator: the initial noise, then those of `scheduler.step` in each step.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
-
-        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self, context_width=None if self.class_embedder is None else self._width())
+        self.check_components()
         labels = self.get_label_ids(class_labels)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        batch_size = len(labels) * num_images_per_prompt
-        size = self._resolve_size(height, width, latents)
-        tiles = self.check_inputs(
-            batch_size,
-            *size,
+        return self.run(
+            len(labels) * num_images_per_prompt,
+            self.resolve_size(height, width, latents),
+            lambda device, tiles: self.encode_labels(labels, num_images_per_prompt, device=device),
             num_inference_steps=num_inference_steps,
-            guidance_scale=scale,
+            guidance_scale=guidance_scale,
             eta=eta,
             generator=generator,
             latents=latents,
             tile_size=tile_size,
             tile_stride=tile_stride,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        timesteps = self._begin_run(num_inference_steps, scale)
-
-        # 2. Condition and initial noise
-        def encode() -> LDMCondition:
-            return self.encode_labels(labels, num_images_per_prompt, device=timesteps.device)
-
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
-
-        # 3. Denoise
-        sampled = self._sample(
-            timesteps,
-            noise,
-            encode(),
-            eta=eta,
-            generator=generator,
-            tiles=tiles,
-            callback=callback_on_step_end,
-            callback_names=callback_names,
-            encode=encode,
-        )
-
-        # 4. Latents to pixels
-        return self._end_run(sampled, output_type, return_dict, tiles=tiles)
 
     def get_label_ids(self, class_labels: Any) -> list[int]:
         """Class numbers of names, numbers, or a mixture of them.
@@ -203,7 +189,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
     def encode_labels(
         self, labels: list[int], num_images_per_prompt: int = 1, *, device: torch.device | str | None = None
     ) -> LDMCondition:
-        """One token a picture, and the null class's if the run is guided."""
+        """One token for each image, and the null class's if the run is guided."""
         check_parts(self, "a class", "class_embedder")
         device = device if device is not None else self._execution_device
         tokens = self.class_embedder(torch.tensor(labels, device=device))  # (n, 1, d)
@@ -211,6 +197,3 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
         if self.do_classifier_free_guidance:
             null = self.class_embedder(torch.tensor([self.class_embedder.config["null_class"]], device=device))
         return LDMCondition(tokens.repeat_interleave(num_images_per_prompt, dim=0), null)
-
-    def _width(self) -> int:
-        return self.class_embedder.config["embed_dim"]

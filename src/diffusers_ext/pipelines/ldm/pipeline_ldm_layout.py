@@ -1,4 +1,4 @@
-"""Pictures of a layout, that is of named boxes, with latent diffusion.
+"""Images of a layout, that is of named boxes, with latent diffusion.
 
 Rombach et al., arXiv 2112.10752, section 4.3.1; original: CompVis/latent-diffusion@a506df5 (code and weights MIT),
 which published the network, but neither its data set class nor any way to give it boxes. Differences: see
@@ -19,19 +19,18 @@ from torch import Tensor
 from ...conditions.layout import LayoutObject, LayoutTokenizer
 from ...conditions.named_boxes import draw_layout, read_layouts
 from ...models.encoders_ldm import LDMLayoutEncoder
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import check_integer, check_parts
-from ..listed_options import read_option
+from ..listed_options import read_option, record_option, record_sample_size
 from .base import Generators, LDMBasePipeline
-from .checks import check_components
 from .denoising import LDMCondition
 from .tiling import Tiles
 
 
 class LDMLayoutPipeline(LDMBasePipeline):
-    """Draws pictures with given things in given boxes.
+    """Draws images with given things in given boxes.
 
-    Boxes are (x0, y0, x1, y1), left upper and right lower corner as fractions of the picture's sides.
+    Boxes are (x0, y0, x1, y1), the upper left and the lower right corner as fractions of the image's sides.
 
     Example:
 
@@ -40,14 +39,22 @@ class LDMLayoutPipeline(LDMBasePipeline):
         pipe.draw_boxes(image, boxes, names)
 
     Args:
-        vqvae, unet, scheduler, latent_scale, default_sample_size, default_guidance_scale: see `LDMBasePipeline`.
-        layout_encoder: layout tokens to context; the last token of its vocabulary means "none".
-        class_names: names of the categories 0, 1, ..., so that they may be asked for by name; a list, or a
-            dict by number, which is how the config holds them.
-        num_classes: number of categories; by default that of `class_names`.
-        max_objects, encode_crop, use_group_flag, use_other_flags: the tokens' format, see
-            `conditions.layout.LayoutTokenizer`.
-        null_condition: whether the network also learnt sequences of nothing but "none", which guidance needs.
+        vqvae: The first stage, an `AutoencoderKL` or a `VQModel`. Its config holds the scale of the latents.
+        unet: Predicts the noise under cross-attention to the layout.
+        scheduler: Any scheduler of diffusers that denoises with betas.
+        layout_encoder: Layout tokens to context. The last token of its vocabulary means "none".
+        class_names: Names of the categories 0, 1, ..., so that categories may be asked for by name. A list, or a dict
+            by number, which is how the config holds them.
+        num_classes: Number of categories. The default is the number of `class_names`.
+        max_objects: Number of boxes in a layout at most, see `conditions.layout.LayoutTokenizer`.
+        encode_crop: Whether the layout's tokens tell which part of the image is shown.
+        use_group_flag: Whether an object's tokens tell that it is a group.
+        use_other_flags: Whether an object's tokens tell that it is occluded, truncated and so on.
+        null_condition: Whether the network also learnt sequences of nothing but "none", which guidance needs.
+        latent_scale: By what latents are multiplied before diffusion, in place of `vqvae.config.scaling_factor`.
+        default_sample_size: Side or (height, width) of the latents when a call names no size, in place of
+            `unet.config.sample_size`.
+        default_guidance_scale: Guidance scale when a call names none, in place of the one that the authors used.
     """
 
     _pipeline_tag = "text-to-image"
@@ -73,20 +80,18 @@ class LDMLayoutPipeline(LDMBasePipeline):
         default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
-        super().__init__(
-            {"vqvae": vqvae, "unet": unet, "scheduler": scheduler, "layout_encoder": layout_encoder},
-            {
-                "class_names": class_names,
-                "num_classes": num_classes,
-                "max_objects": max_objects,
-                "encode_crop": encode_crop,
-                "use_group_flag": use_group_flag,
-                "use_other_flags": use_other_flags,
-                "null_condition": null_condition,
-                "latent_scale": latent_scale,
-                "default_sample_size": default_sample_size,
-                "default_guidance_scale": default_guidance_scale,
-            },
+        super().__init__(vqvae, unet, scheduler, latent_scale)
+        self.register_modules(layout_encoder=layout_encoder)
+        self.register_to_config(
+            class_names=record_option("class_names", class_names),
+            num_classes=num_classes,
+            max_objects=max_objects,
+            encode_crop=encode_crop,
+            use_group_flag=use_group_flag,
+            use_other_flags=use_other_flags,
+            null_condition=null_condition,
+            default_sample_size=record_sample_size(default_sample_size, None, None),
+            default_guidance_scale=default_guidance_scale,
         )
 
     @property
@@ -106,7 +111,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
             raise ValueError("The pipeline knows neither `class_names` nor `num_classes`: build it with one of them.")
         check_parts(self, "a layout", "layout_encoder")
         tokenizer = LayoutTokenizer(
-            num_classes=len(names) if num_classes is None else num_classes,
+            num_classes=len(names or ()) if num_classes is None else num_classes,
             max_objects=self.config["max_objects"],
             vocab_size=self.layout_encoder.config["vocab_size"],
             encode_crop=self.config["encode_crop"],
@@ -120,6 +125,10 @@ class LDMLayoutPipeline(LDMBasePipeline):
                 f" takes {longest}: build the pipeline with the number of objects that it was trained with."
             )
         return tokenizer
+
+    @property
+    def context_width(self) -> int:
+        return self.layout_encoder.config["hidden_size"]
 
     @classmethod
     def example_lines(cls, config: Mapping[str, Any], prompt: str | None = None) -> str:
@@ -146,63 +155,72 @@ class LDMLayoutPipeline(LDMBasePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Samples pictures.
+        """Draws images of layouts.
 
         Args:
-            boxes: (x0, y0, x1, y1) of each thing as fractions in [0, 1]; or a list of such lists, one a picture.
-            names: category of each box, by name or number; nested like `boxes`.
-            tile_size: as elsewhere. Each tile is told the whole layout's boxes that it shows, and its own place.
+            boxes: (x0, y0, x1, y1) of each thing as fractions in [0, 1], or a list of such lists with one for each
+                image.
+            names: Category of each box, by name or number, nested like `boxes`.
+            height: Height of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the height that the network was trained on. Larger images work, in one piece or in
+                tiles.
+            width: Width of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the width that the network was trained on.
+            num_inference_steps: Number of sampling steps, at least 1. The authors use 20 to 250 with DDIM.
+            guidance_scale: s in u + s * (c - u), finite and at least 0. 1 is the plain conditional prediction at half
+                the cost, a larger scale follows the condition more closely, and 0 ignores it. The default is the
+                checkpoint's scale, else the authors'. A scale other than 1 needs a network that was also trained
+                without its condition.
+            eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
+            num_images_per_prompt: Number of images for each layout. The images of the first layout come first.
+            generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
+                generator k alone.
+            latents: Standard normal noise (b, c, h, w) in place of a draw. The scheduler scales it.
+            tile_size: Side or (height, width) in pixels of the tiles in which the network and the first stage see the
+                image. Each tile is told its place and the boxes that it shows. Tiles are blended by the distance from
+                their borders. They are for images that are larger than those of the training, or than the memory
+                holds. None means one piece.
+            tile_stride: Pixels from tile to tile, one number or (down, across). The default is half a tile.
+            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; or "latent" for the latents as
+                the network sees them, scaled and not decoded.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
+                `pipe._guidance_scale` may be set; 1 turns guidance off, and so does 0, which diffusers' callbacks set.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
+                `prompt_embeds` and `negative_prompt_embeds` are the context of the condition and of the null branch.
+                `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
 
-        The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
+        Returns:
+            `ImagePipelineOutput` with the `images`, or a tuple that holds them.
+
+        Order of the draws of each generator: the initial noise, then those of `scheduler.step` in each step.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
-
-        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self, context_width=None if self.layout_encoder is None else self._width())
+        self.check_components()
         layouts = self.read_layouts(boxes, names)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        batch_size = len(layouts) * num_images_per_prompt
-        size = self._resolve_size(height, width, latents)
-        tiles = self.check_inputs(
-            batch_size,
-            *size,
+        return self.run(
+            len(layouts) * num_images_per_prompt,
+            self.resolve_size(height, width, latents),
+            lambda device, tiles: self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles, device=device),
             num_inference_steps=num_inference_steps,
-            guidance_scale=scale,
+            guidance_scale=guidance_scale,
             eta=eta,
             generator=generator,
             latents=latents,
             tile_size=tile_size,
             tile_stride=tile_stride,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        timesteps = self._begin_run(num_inference_steps, scale)
-
-        # 2. Condition and initial noise
-        def encode() -> LDMCondition:
-            return self.encode_layouts(layouts, num_images_per_prompt, tiles=tiles, device=timesteps.device)
-
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
-
-        # 3. Denoise
-        sampled = self._sample(
-            timesteps,
-            noise,
-            encode(),
-            eta=eta,
-            generator=generator,
-            tiles=tiles,
-            callback=callback_on_step_end,
-            callback_names=callback_names,
-            encode=encode,
-        )
-
-        # 4. Latents to pixels
-        return self._end_run(sampled, output_type, return_dict, tiles=tiles)
 
     def read_layouts(self, boxes: Any, names: Any) -> list[list[LayoutObject]]:
-        """Boxes and names as `__call__` takes them to one list of objects a picture; see `conditions.named_boxes`."""
+        """Boxes and names, as `__call__` takes them, to one list of objects for each image.
+
+        See `conditions.named_boxes`.
+        """
         tokenizer = self.layout_tokenizer
         return read_layouts(
             boxes,
@@ -220,9 +238,10 @@ class LDMLayoutPipeline(LDMBasePipeline):
         tiles: Tiles | None = None,
         device: torch.device | str | None = None,
     ) -> LDMCondition:
-        """Context vectors of layouts, of each tile if there are any, and of "no layout" if the run is guided.
+        """Context vectors of layouts, and those of "no layout" if the run is guided.
 
-        A tile is to a layout what a crop was in the training: objects outside are left out, and its place is told.
+        With tiles there is a context for each tile. A tile is described as a crop was in the training: its place is
+        told, and objects outside of it are left out.
         """
         tokenizer, device = self.layout_tokenizer, device if device is not None else self._execution_device
 
@@ -237,15 +256,15 @@ class LDMLayoutPipeline(LDMBasePipeline):
             null = self.layout_encoder(nothing)
         if tiles is None:
             return LDMCondition(encode(), null)
-        return LDMCondition(None, null, tile_contexts=[encode(box) for box in tiles.latents.boxes()])
+        return LDMCondition([encode(box) for box in tiles.latents.boxes()], null)
 
     @staticmethod
     def draw_boxes(images: Any, boxes: Any, names: Any) -> list[Image.Image]:
-        """PIL pictures with their layouts drawn over them.
+        """PIL images with their layouts drawn over them.
 
         Args:
             images: one or several, as `__call__` returns them.
-            boxes, names: as `__call__` took them; pictures of one layout follow each other.
+            boxes, names: as `__call__` took them; images of one layout follow each other.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         several = isinstance(names[0], (list, tuple))
@@ -254,6 +273,3 @@ class LDMLayoutPipeline(LDMBasePipeline):
             raise ValueError(f"`images` holds {len(images)} pictures for {len(layouts)} layouts: as many for each.")
         repeats = len(images) // len(layouts)
         return [draw_layout(image, *layouts[number // repeats]) for number, image in enumerate(images)]
-
-    def _width(self) -> int:
-        return self.layout_encoder.config["hidden_size"]

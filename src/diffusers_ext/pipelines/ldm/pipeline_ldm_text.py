@@ -15,28 +15,36 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import as_texts, check_integer, check_parts
 from ..clip_vectors import text_window
+from ..listed_options import record_sample_size
 from ..tokenization import tokenize_texts, warn_of_cuts
 from .base import Generators, LDMBasePipeline
-from .checks import check_components
 from .denoising import LDMCondition
+from .tiling import Tiles
 
 
 class LDMTextPipeline(LDMBasePipeline):
-    """Draws pictures that follow a text.
+    """Draws images that follow a prompt.
 
     Example:
 
         pipe(["a red circle", "a blue star"], negative_prompt="green", guidance_scale=5.0)
 
     Args:
-        vqvae, unet, scheduler, latent_scale, default_sample_size, default_guidance_scale: see `LDMBasePipeline`.
-        bert: text encoder, trained jointly with the U-Net; it attends to padding.
-        tokenizer: texts to tokens; those of the released model are BERT's. Padded and cut to what `bert` reads. Both
-            may be None: then `prompt_embeds` stand for the texts.
-        null_condition: whether the network also learnt the empty text, which guidance needs.
+        vqvae: The first stage, an `AutoencoderKL` or a `VQModel`. Its config holds the scale of the latents.
+        bert: Text encoder, trained jointly with the U-Net. It attends to padding. It may be None together with the
+            tokenizer; then calls take `prompt_embeds`.
+        tokenizer: Prompts to tokens, padded and cut to what `bert` reads. The tokenizer of the released model is
+            BERT's.
+        unet: Predicts the noise under cross-attention to the prompt.
+        scheduler: Any scheduler of diffusers that denoises with betas.
+        null_condition: Whether the network also learnt the empty prompt, which guidance needs.
+        latent_scale: By what latents are multiplied before diffusion, in place of `vqvae.config.scaling_factor`.
+        default_sample_size: Side or (height, width) of the latents when a call names no size, in place of
+            `unet.config.sample_size`.
+        default_guidance_scale: Guidance scale when a call names none, in place of the one that the authors used.
     """
 
     _pipeline_tag = "text-to-image"
@@ -61,14 +69,12 @@ class LDMTextPipeline(LDMBasePipeline):
         default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float | None = None,
     ):
-        super().__init__(
-            {"vqvae": vqvae, "bert": bert, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler},
-            {
-                "null_condition": null_condition,
-                "latent_scale": latent_scale,
-                "default_sample_size": default_sample_size,
-                "default_guidance_scale": default_guidance_scale,
-            },
+        super().__init__(vqvae, unet, scheduler, latent_scale)
+        self.register_modules(bert=bert, tokenizer=tokenizer)
+        self.register_to_config(
+            null_condition=null_condition,
+            default_sample_size=record_sample_size(default_sample_size, None, None),
+            default_guidance_scale=default_guidance_scale,
         )
 
     @torch.no_grad()
@@ -93,34 +99,72 @@ class LDMTextPipeline(LDMBasePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Samples pictures.
+        """Draws images that follow prompts.
 
         Args:
-            prompt: one text or several. What does not fit the text encoder is cut off, with a warning that quotes it.
-            negative_prompt: what the pictures are guided away from, one text for all prompts or one a prompt; by
-                default the empty text.
-            prompt_embeds: vectors (n, l, d) of `encode_prompt` in place of `prompt`.
-            negative_prompt_embeds: the same for the null branch, (1 or n, l, d).
-            callback_on_step_end_tensor_inputs: also `prompt_embeds` and `negative_prompt_embeds`.
+            prompt: One prompt or several. What does not fit the text encoder is cut off, with a warning that quotes
+                it.
+            height: Height of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the height that the network was trained on. Larger images work, in one piece or in
+                tiles.
+            width: Width of the image in pixels, a multiple of the first stage's factor. The default is that of
+                `latents`, else the width that the network was trained on.
+            num_inference_steps: Number of sampling steps, at least 1. The authors use 20 to 250 with DDIM.
+            guidance_scale: s in u + s * (c - u), finite and at least 0. 1 is the plain conditional prediction at half
+                the cost, a larger scale follows the condition more closely, and 0 ignores it. The default is the
+                checkpoint's scale, else the authors'. A scale other than 1 needs a network that was also trained
+                without its condition.
+            eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
+            negative_prompt: What the images are guided away from, one text for all prompts or one for each. The
+                default is the empty text.
+            num_images_per_prompt: Number of images for each prompt. The images of the first prompt come first.
+            generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
+                generator k alone.
+            latents: Standard normal noise (b, c, h, w) in place of a draw. The scheduler scales it.
+            prompt_embeds: Vectors (n, l, d) of `encode_prompt` in place of `prompt`.
+            negative_prompt_embeds: Vectors (1 or n, l, d) in place of `negative_prompt`.
+            tile_size: Side or (height, width) in pixels of the tiles in which the network and the first stage see the
+                image. Tiles are blended by the distance from their borders. They are for images that are larger than
+                those of the training, or than the memory holds. None means one piece.
+            tile_stride: Pixels from tile to tile, one number or (down, across). The default is half a tile.
+            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; or "latent" for the latents as
+                the network sees them, scaled and not decoded.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
+                `pipe._guidance_scale` may be set; 1 turns guidance off, and so does 0, which diffusers' callbacks set.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
+                `prompt_embeds` and `negative_prompt_embeds` are the context of the condition and of the null branch.
+                `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
 
-        The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
+        Returns:
+            `ImagePipelineOutput` with the `images`, or a tuple that holds them.
+
+        Order of the draws of each generator: the initial noise, then those of `scheduler.step` in each step.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        scale = self._resolve_scale(guidance_scale)
-
-        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self, context_width=self._width())
+        self.check_components()
+        scale = self.resolve_scale(guidance_scale)
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
-        can_guide = self.has_null_condition or has_negative
         null_prompt = "" if scale != 1.0 and not has_negative else negative_prompt
         num_prompts = self._check_prompts(prompt, null_prompt, prompt_embeds, negative_prompt_embeds)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        batch_size = num_prompts * num_images_per_prompt
-        size = self._resolve_size(height, width, latents)
-        tiles = self.check_inputs(
-            batch_size,
-            *size,
-            can_guide=can_guide,
+
+        def encode(device: torch.device, tiles: Tiles | None) -> LDMCondition:
+            context, null_context = self.encode_prompt(
+                prompt,
+                num_images_per_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                negative_prompt=negative_prompt,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                device=device,
+            )
+            return LDMCondition(context, null_context)
+
+        return self.run(
+            num_prompts * num_images_per_prompt,
+            self.resolve_size(height, width, latents),
+            encode,
             num_inference_steps=num_inference_steps,
             guidance_scale=scale,
             eta=eta,
@@ -129,41 +173,11 @@ class LDMTextPipeline(LDMBasePipeline):
             tile_size=tile_size,
             tile_stride=tile_stride,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            can_guide=self.has_null_condition or has_negative,
         )
-        timesteps = self._begin_run(num_inference_steps, scale)
-
-        # 2. Condition and initial noise
-        def encode() -> LDMCondition:
-            both = self.encode_prompt(
-                prompt,
-                num_images_per_prompt,
-                do_classifier_free_guidance=self.do_classifier_free_guidance,
-                negative_prompt=negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                device=timesteps.device,
-            )
-            return LDMCondition(*both)
-
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
-
-        # 3. Denoise
-        sampled = self._sample(
-            timesteps,
-            noise,
-            encode(),
-            eta=eta,
-            generator=generator,
-            tiles=tiles,
-            callback=callback_on_step_end,
-            callback_names=callback_names,
-            encode=encode,
-            can_guide=can_guide,
-        )
-
-        # 4. Latents to pixels
-        return self._end_run(sampled, output_type, return_dict, tiles=tiles)
 
     def encode_prompt(
         self,
@@ -176,11 +190,11 @@ class LDMTextPipeline(LDMBasePipeline):
         negative_prompt_embeds: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Turns texts into sequences of vectors; needs only the tokenizer and the text encoder.
+        """Turns texts into sequences of vectors. It needs only the tokenizer and the text encoder.
 
         Returns:
-            Both conditions, (n * num_images_per_prompt, l, d) each, all pictures of the first prompt first; the second
-            is None without guidance.
+            Both conditions, (n * num_images_per_prompt, l, d) each, those of the first prompt come first. The
+            second is None without guidance.
         """
         device = device if device is not None else self._execution_device
         if prompt_embeds is None:
@@ -196,6 +210,10 @@ class LDMTextPipeline(LDMBasePipeline):
         if null is not None:
             null = null.to(prompt_embeds).expand_as(prompt_embeds).repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0), null
+
+    @property
+    def context_width(self) -> int:
+        return self.unet.config["cross_attention_dim"] if self.bert is None else self.bert.config.d_model
 
     @property
     def text_window(self) -> int:
@@ -255,9 +273,6 @@ class LDMTextPipeline(LDMBasePipeline):
         if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
             kind = embeds.dtype if isinstance(embeds, Tensor) else type(embeds).__name__
             raise TypeError(f"`{name}` must be a floating-point tensor, received {kind}.")
-        width = self._width()
+        width = self.context_width
         if embeds.ndim != 3 or embeds.shape[0] == 0 or embeds.shape[2] != width:
             raise ValueError(f"`{name}` must have shape (n, l, {width}) with n >= 1, received {tuple(embeds.shape)}.")
-
-    def _width(self) -> int:
-        return self.unet.config["cross_attention_dim"] if self.bert is None else self.bert.config.d_model

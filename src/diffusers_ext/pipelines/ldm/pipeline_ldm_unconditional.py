@@ -1,4 +1,4 @@
-"""Pictures from noise alone with latent diffusion; filling what is unknown, and guidance without re-training.
+"""Images from noise alone with latent diffusion; filling what is unknown, and guidance without re-training.
 
 Rombach et al., arXiv 2112.10752, section 4.1 and appendix C; original: CompVis/latent-diffusion@a506df5
 :scripts/sample_diffusion.py and ldm/models/diffusion/ddim.py (code and weights MIT). Differences: see
@@ -18,20 +18,20 @@ from ...conditions.images import image_batch
 from ...conditions.inpainting import continue_pixels
 from ...conditions.masks import mask_batch, mask_to_tokens
 from ...models.unet_ldm import LDMUNet
-from ..callbacks import Callback, callback_tensor_names
-from ..checks import check_integer
+from ..callbacks import Callback
+from ..checks import check_integer, check_mask, check_one_or_each
+from ..listed_options import record_sample_size
 from .base import Generators, LDMBasePipeline
-from .checks import check_components, check_count, check_guidance_fn, check_mask
 from .denoising import KnownRegion, LDMCondition
 from .first_stage import encode_first_stage
-from .picture_guidance import GuidanceFn
+from .picture_guidance import GuidanceFn, check_guidance_fn
 from .tiling import Tiles
 
 
 class LDMUnconditionalPipeline(LDMBasePipeline):
-    """Draws pictures of the kind that it was trained on.
+    """Draws images of the kind that it was trained on.
 
-    A part of a picture may be given (`image`, `mask_image`), and any differentiable function of the picture may guide
+    A part of an image may be given (`image`, `mask_image`), and any differentiable function of the image may guide
     (`guidance_fn`), without training for it.
 
     Example:
@@ -44,7 +44,12 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         pipe(height=1024, width=1024, tile_size=512)                                 # in tiles
 
     Args:
-        vqvae, unet, scheduler, latent_scale, default_sample_size: see `LDMBasePipeline`.
+        vqvae: The first stage, an `AutoencoderKL` or a `VQModel`. Its config holds the scale of the latents.
+        unet: Predicts the noise.
+        scheduler: Any scheduler of diffusers that denoises with betas.
+        latent_scale: By what latents are multiplied before diffusion, in place of `vqvae.config.scaling_factor`.
+        default_sample_size: Side or (height, width) of the latents when a call names no size, in place of
+            `unet.config.sample_size`.
     """
 
     _pipeline_tag = "unconditional-image-generation"
@@ -60,10 +65,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         latent_scale: float | None = None,
         default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
     ):
-        super().__init__(
-            {"vqvae": vqvae, "unet": unet, "scheduler": scheduler},
-            {"latent_scale": latent_scale, "default_sample_size": default_sample_size},
-        )
+        super().__init__(vqvae, unet, scheduler, latent_scale)
+        self.register_to_config(default_sample_size=record_sample_size(default_sample_size, None, None))
 
     @property
     def no_guidance_because(self) -> str:
@@ -93,36 +96,67 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Samples pictures.
+        """Draws images.
 
         Args:
-            batch_size: how many.
-            height: pixels, a multiple of the first stage's factor times the network's; `width` alike. By default those
-                of `image` or `latents`, else what the network was trained on.
-            image: the picture whose part is known, one for all samples or one a sample (see
-                `conditions.images.image_batch`). The first stage sees the nearest known pixels go on into the hole,
-                so that nothing of what it held shines through at its border.
-            mask_image: of the picture's size, black and white: white (1) is drawn, black (0) kept. A latent is drawn
-                if any of its pixels is.
-            apply_overlay: whether known pixels of the result are those of `image` instead of decoded ones.
-            guidance_fn: a differentiable loss (b,), or the sum of it, of the predicted clean pictures (b, 3, H, W) as
-                the first stage decodes them: in [-1, 1] but not clamped, float. It is small where a picture is as
-                wanted, and its gradient guides each step. Costs the memory of a backward pass through the network.
-            guidance_fn_scale: factor of that gradient.
+            batch_size: Number of images.
+            height: Height of the image in pixels, a multiple of the first stage's factor times the network's. The
+                default is that of `image` or `latents`, else the height that the network was trained on.
+            width: Width of the image in pixels, a multiple of the first stage's factor times the network's. The
+                default is that of `image` or `latents`, else the width that the network was trained on.
+            num_inference_steps: Number of sampling steps, at least 1. The authors use 20 to 250 with DDIM.
+            eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
+            generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
+                generator k alone.
+            latents: Standard normal noise (b, c, h, w) in place of a draw. The scheduler scales it.
+            image: The image of which a part is known, one for all samples or one for each (see
+                `conditions.images.image_batch`). The first stage sees the nearest known pixels go on into the hole, so
+                that nothing of what it held shines through at its border.
+            mask_image: The mask of the image's size, black and white: white (1) is drawn, black (0) is kept. A latent
+                is drawn if any of its pixels is.
+            apply_overlay: Whether the known pixels of the result are those of `image` instead of decoded ones.
+            guidance_fn: A differentiable loss (b,), or the sum of it, of the predicted clean images (b, 3, H, W) as
+                the first stage decodes them: floats, nominally in [-1, 1], not clamped. The loss is small where an
+                image is as wanted, and its gradient guides each step. It costs the memory of a backward pass through
+                the network.
+            guidance_fn_scale: Factor of that gradient.
+            tile_size: Side or (height, width) in pixels of the tiles in which the network and the first stage see the
+                image. Tiles are blended by the distance from their borders. They are for images that are larger than
+                those of the training, or than the memory holds. None means one piece.
+            tile_stride: Pixels from tile to tile, one number or (down, across). The default is half a tile.
+            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; or "latent" for the latents as
+                the network sees them, scaled and not decoded.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step. Tensors
+                that it returns replace those of the loop. `pipe._interrupt = True` skips the remaining steps.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
+                `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
 
-        The other arguments and the result are those of `LDMClassConditionalPipeline.__call__`.
+        Returns:
+            `ImagePipelineOutput` with the `images`, or a tuple that holds them.
+
+        Order of the draws of each generator: the initial noise, then in each step the noise of the known part if there
+        is one, and those of `scheduler.step`.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-
-        # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        check_components(self)
+        self.check_components()
         check_integer("batch_size", batch_size, 1)
         check_guidance_fn(guidance_fn, guidance_fn_scale)
         source = self._read_source(image, mask_image, batch_size, height, width, apply_overlay, output_type)
-        size = self._resolve_size(height, width, latents) if source is None else tuple(source[0].shape[-2:])
-        tiles = self.check_inputs(
+        size = self.resolve_size(height, width, latents) if source is None else tuple(source[0].shape[-2:])
+
+        def known(device: torch.device, tiles: Tiles | None) -> KnownRegion:
+            assert source is not None
+            return self._known_region(*source, tiles, device)
+
+        def put_back(pixels: Tensor) -> Tensor:
+            assert source is not None
+            picture, mask = (tensor.to(pixels.device) for tensor in source)
+            return torch.where(mask[:, None], pixels, 2 * picture - 1)
+
+        return self.run(
             batch_size,
-            *size,
+            (size[0], size[1]),
+            lambda device, tiles: LDMCondition(),
             num_inference_steps=num_inference_steps,
             eta=eta,
             generator=generator,
@@ -130,37 +164,15 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             tile_size=tile_size,
             tile_stride=tile_stride,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=callback_names,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             size_names=("height", "width") if source is None else ("image.height", "image.width"),
-        )
-        timesteps = self._begin_run(num_inference_steps, 1.0)
-
-        # 2. What is known, and the initial noise
-        known = None if source is None else self._known_region(*source, tiles, timesteps.device)
-        noise = self.prepare_latents(batch_size, *size, generator=generator, latents=latents, device=timesteps.device)
-
-        # 3. Denoise
-        sampled = self._sample(
-            timesteps,
-            noise,
-            LDMCondition(),
-            eta=eta,
-            generator=generator,
-            tiles=tiles,
-            known=known,
+            known=None if source is None else known,
             guidance_fn=guidance_fn,
             guidance_fn_scale=guidance_fn_scale,
-            callback=callback_on_step_end,
-            callback_names=callback_names,
+            overlay=put_back if apply_overlay else None,
         )
-
-        # 4. Latents to pixels
-        def overlay(pixels: Tensor) -> Tensor:
-            assert source is not None
-            picture, mask = (tensor.to(pixels.device) for tensor in source)
-            return torch.where(mask[:, None], pixels.float(), 2 * picture - 1)
-
-        return self._end_run(sampled, output_type, return_dict, tiles=tiles, finish=overlay if apply_overlay else None)
 
     def _read_source(
         self,
@@ -184,8 +196,8 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
             raise ValueError("`apply_overlay=True` puts pixels back; `output_type='latent'` has none.")
         picture, mask = image_batch(image), mask_batch(mask_image)
         check_mask(mask, picture)
-        check_count("image", len(picture), batch_size, "samples")
-        check_count("mask_image", len(mask), batch_size, "samples")
+        check_one_or_each("image", len(picture), batch_size, "samples")
+        check_one_or_each("mask_image", len(mask), batch_size, "samples")
         for name, side, own in (("height", height, picture.shape[2]), ("width", width, picture.shape[3])):
             if side is not None and side != own:
                 raise ValueError(f"`{name}` is {side}, but that of `image` is {own}: leave `{name}` out, or resize.")

@@ -197,13 +197,35 @@ class Tiles:
     decode: TileGrid
 
     @classmethod
-    def build(cls, size: tuple[int, int], tile: tuple[int, int], stride: tuple[int, int], factor: int) -> "Tiles":
-        """Size of the picture and of a tile, steps (down, across), all in pixels; the first stage's factor."""
-        coarse, *steps = ((rows // factor, columns // factor) for rows, columns in (size, tile, stride))
+    def build(
+        cls,
+        size: tuple[int, int],
+        tile: int | tuple[int, int],
+        stride: int | tuple[int, int] | None,
+        factor: int,
+    ) -> "Tiles":
+        """The tiles over an image, which are never larger than the image.
+
+        Args:
+            size: (height, width) of the image in pixels.
+            tile: side or (height, width) of a tile in pixels.
+            stride: pixels from tile to tile, one or (down, across); by default half a tile, rounded down to whole
+                latents.
+            factor: of the first stage.
+        """
+        wanted = tile if isinstance(tile, (list, tuple)) else (tile, tile)
+        tile = (min(wanted[0], size[0]), min(wanted[1], size[1]))
+        if stride is None:
+            stride = (max(tile[0] // factor // 2, 1) * factor, max(tile[1] // factor // 2, 1) * factor)
+        steps = stride if isinstance(stride, (list, tuple)) else (stride, stride)
+        stride = (min(steps[0], tile[0]), min(steps[1], tile[1]))
+        coarse, coarse_tile, coarse_stride = (
+            (rows // factor, columns // factor) for rows, columns in (size, tile, stride)
+        )
         return cls(
-            latents=TileGrid(coarse, steps[0], steps[1], count_outer_sides=False),
+            latents=TileGrid(coarse, coarse_tile, coarse_stride, count_outer_sides=False),
             encode=TileGrid(size, tile, stride, down=factor, count_outer_sides=False),
-            decode=TileGrid(coarse, steps[0], steps[1], up=factor, count_outer_sides=False),
+            decode=TileGrid(coarse, coarse_tile, coarse_stride, up=factor, count_outer_sides=False),
         )
 
 
