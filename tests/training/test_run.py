@@ -57,17 +57,16 @@ def stopped(tmp_path_factory):
     trainers = {}
     for number in SIGNALS:
         folder = tmp_path_factory.mktemp("signals") / "run"
-        words = [sys.executable, str(SCRIPT), str(folder), "0.1"]
+        words = [sys.executable, str(SCRIPT), str(folder), "0.2"]
         trainers[number] = folder, subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    found = {}
+    holders = {}
     for number, (folder, trainer) in trainers.items():
         while not (folder / "log.jsonl").is_file() and trainer.poll() is None:
             time.sleep(0.02)
-        holder = (folder / "run.lock").read_text()
+        holders[number] = (folder / "run.lock").read_text() == f"{trainer.pid}\n"
         (os.kill if number == signal.SIGTERM else os.killpg)(trainer.pid, number)
-        _, said = trainer.communicate(timeout=60)
-        found[number] = folder, trainer.returncode, said, holder == f"{trainer.pid}\n"
-    return found
+    said = {number: trainer.communicate(timeout=60)[1] for number, (_, trainer) in trainers.items()}
+    return {n: (folder, trainer.returncode, said[n], holders[n]) for n, (folder, trainer) in trainers.items()}
 
 
 @pytest.mark.parametrize("number", SIGNALS)
