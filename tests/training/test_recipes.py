@@ -28,6 +28,8 @@ from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.models.token_codec import encode_indices
 from diffusers_ext.training.autoencoder.data import read_picture
 from diffusers_ext.training.autoencoder.objective import check_sizes
+from diffusers_ext.training.clip.data import collate_samples, read_sample
+from diffusers_ext.training.clip.objective import ClipObjective, contrastive_losses
 from diffusers_ext.training.paella.card import CONDITIONS
 from diffusers_ext.training.paella.conditions import make_condition
 from diffusers_ext.training.paella.networks import build_pipeline
@@ -140,8 +142,8 @@ def test_clip_smoke_run_makes_both_towers_and_a_tokenizer(stages):
 def test_extra_negative_captions_only_concern_the_images():
     images, texts = torch.eye(3, 4), torch.eye(3, 4)
     negatives = torch.tensor([[0.0, 0, 0, 1]]).expand(3, 4)
-    plain = train_clip.contrastive_losses(images, texts, torch.tensor(2.0))["loss"]
-    harder = train_clip.contrastive_losses(images, torch.cat([texts, negatives]), torch.tensor(2.0))["loss"]
+    plain = contrastive_losses(images, texts, torch.tensor(2.0))["loss"]
+    harder = contrastive_losses(images, torch.cat([texts, negatives]), torch.tensor(2.0))["loss"]
     e = torch.e
     rows, columns = -2 + torch.log(torch.tensor(e**2 + 2)), -2 + torch.log(torch.tensor(e**2 + 5))
     torch.testing.assert_close(plain, rows)
@@ -152,15 +154,15 @@ def test_paraphrases_add_the_contrast_among_captions(stages):
     clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
     columns = ["a large red circle", "a small blue star"], ["red circle, large", "blue star, small"], ["a ring"] * 2
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    batch = train_clip.collate_samples(list(zip(images, zip(*columns, strict=True), strict=True)), tokenizer)
+    batch = collate_samples(list(zip(images, zip(*columns, strict=True), strict=True)), tokenizer)
     assert len(batch["input_ids"]) == 6
     with torch.no_grad():
-        got = train_clip.ClipObjective(clip, has_paraphrases=True)(**batch)
+        got = ClipObjective(clip, has_paraphrases=True).contrast(**batch)
         seen = clip.visual_projection(clip.vision_model(images).pooler_output)
         read = clip.text_projection(clip.text_model(batch["input_ids"]).pooler_output)
         scale = clip.logit_scale.exp()
-        with_images = train_clip.contrastive_losses(seen, read[[0, 1, 4, 5]], scale)["loss"]
-        among_texts = train_clip.contrastive_losses(read[:2], read[2:], scale)["loss"]
+        with_images = contrastive_losses(seen, read[[0, 1, 4, 5]], scale)["loss"]
+        among_texts = contrastive_losses(read[:2], read[2:], scale)["loss"]
     torch.testing.assert_close(got["text_loss"], among_texts)
     torch.testing.assert_close(got["loss"], with_images + among_texts)
 
@@ -170,11 +172,11 @@ def test_patch_tokens_are_contrasted_as_the_class_token_is(stages):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids, mask = tokenizer(["a large red circle", "a small blue star"], padding=True, return_tensors="pt").values()
     with torch.no_grad():
-        got = train_clip.ClipObjective(clip, has_paraphrases=False, patch_weight=0.5)(images, ids, mask)
+        got = ClipObjective(clip, has_paraphrases=False, patch_weight=0.5).contrast(images, ids, mask)
         tokens = clip.visual_projection(clip.vision_model.post_layernorm(clip.vision_model(images).last_hidden_state))
         texts = clip.text_projection(clip.text_model(ids).pooler_output)
         of_class, of_patches = (
-            train_clip.contrastive_losses(seen, texts, clip.logit_scale.exp())["loss"]
+            contrastive_losses(seen, texts, clip.logit_scale.exp())["loss"]
             for seen in (tokens[:, 0], tokens[:, 1:].mean(1))
         )
     torch.testing.assert_close(got["patch_loss"], of_patches)
@@ -184,13 +186,13 @@ def test_patch_tokens_are_contrasted_as_the_class_token_is(stages):
 def test_the_captioner_reads_nothing_but_the_mean_token(stages):
     clip, tokenizer = CLIPModel.from_pretrained(stages["clip"]), AutoTokenizer.from_pretrained(stages["clip"])
     torch.manual_seed(0)
-    objective = train_clip.ClipObjective(clip, has_paraphrases=True, caption_weight=0.5).eval()
+    objective = ClipObjective(clip, has_paraphrases=True, caption_weight=0.5).eval()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts = ["a ring", "a star", "a red circle", "a star"]
     ids, mask = tokenizer(texts, padding=True, return_tensors="pt").values()
     with torch.no_grad():
-        got = objective(images, ids, mask)
-        plain = train_clip.ClipObjective(clip, has_paraphrases=True)(images, ids, mask)
+        got = objective.contrast(images, ids, mask)
+        plain = ClipObjective(clip, has_paraphrases=True).contrast(images, ids, mask)
         seen = clip.vision_model(images).last_hidden_state
         tokens = clip.visual_projection(clip.vision_model.post_layernorm(seen))
         mean = tokens.mean(1) / tokens[:, 0].norm(dim=-1, keepdim=True) * tokens.shape[-1] ** 0.5
@@ -418,8 +420,8 @@ def test_loader_processes_change_nothing_and_need_no_fork(stages, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(stages["clip"])
     for work in (
         *(work for kind in KINDS for work in paella_work(kind, args, data)),
-        partial(train_clip.read_sample, data=data, columns=clip_data),
-        partial(train_clip.collate_samples, tokenizer=tokenizer),
+        partial(read_sample, data=data, columns=clip_data),
+        partial(collate_samples, tokenizer=tokenizer),
         partial(read_picture, data=data),
     ):
         pickle.loads(pickle.dumps(work))  # what starting a loader process asks for where there is no fork

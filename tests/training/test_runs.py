@@ -32,6 +32,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 from diffusers_ext import PaellaPipeline
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
 from diffusers_ext.training.autoencoder.networks import DISCRIMINATOR_LOSSES
+from diffusers_ext.training.clip.args import ClipArgs
+from diffusers_ext.training.clip.networks import build_clip
 from diffusers_ext.training.optimus.args import OptimusArgs
 from diffusers_ext.training.optimus.networks import build_model as build_optimus
 from diffusers_ext.training_utils import checkpoints, folders, loop
@@ -651,12 +653,12 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     train_autoencoder.build_autoencoder(
         train_autoencoder.AutoencoderArgs(block_out_channels=[8, 16], num_vq_embeddings=8), 32
     ).save_pretrained(base / "vq")
-    clip = train_clip.ClipArgs(
+    clip = ClipArgs(
         text_width=8, text_layers=1, vision_width=8, vision_layers=1, num_attention_heads=2, projection_dim=8,
         vocab_size=300,
     )  # fmt: skip
     words = train_clip_tokenizer(["a red ring"], clip.vocab_size, clip.max_length)
-    train_clip.build_clip(clip, words, 32).save_pretrained(base / "clip")
+    build_clip(clip, words, 32).save_pretrained(base / "clip")
     words.save_pretrained(base / "clip")
     checkpoints_dir, fixtures = ROOT / "checkpoints", ROOT / "tests" / "fixtures" / "pipelines"
     return {

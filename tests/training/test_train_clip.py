@@ -13,6 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from diffusers_ext.training.clip.networks import build_clip
+from diffusers_ext.training.clip.objective import ClipObjective, contrastive_losses
 from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +28,12 @@ def fresh_accelerator(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def build(*captions: str, **options) -> tuple[train_clip.ClipObjective, dict[str, torch.Tensor]]:
+def build(*captions: str, **options) -> tuple[ClipObjective, dict[str, torch.Tensor]]:
     """A tiny objective and a batch with these captions (then those of further columns)."""
     args, _, _ = train_clip.parse_args([SMOKE])
     tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
     torch.manual_seed(0)
-    objective = train_clip.ClipObjective(train_clip.build_clip(args, tokenizer, 32), **options)
+    objective = ClipObjective(build_clip(args, tokenizer, 32), **options)
     ids = tokenizer(list(captions), padding=True, return_tensors="pt")
     return objective, {"input_ids": ids.input_ids, "attention_mask": ids.attention_mask}
 
@@ -50,7 +52,7 @@ def test_equal_captions_share_the_target():
         seen, read = embeddings(objective, pixels, texts["input_ids"])
         logits = objective.clip.logit_scale.exp() * seen @ read.T
         target = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
-        got = objective(pixels, **texts)
+        got = objective.contrast(pixels, **texts)
     wanted = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
     torch.testing.assert_close(got["loss"], wanted)
     hits = target.gather(1, logits.argmax(1, keepdim=True)) > 0
@@ -64,7 +66,7 @@ def test_validation_is_against_the_distinct_captions():
     with torch.no_grad():
         seen, read = embeddings(objective, pixels, texts["input_ids"])
         logits = objective.clip.logit_scale.exp() * seen @ read[:2].T  # (4, 2): two captions
-        got = objective.eval()(pixels, **texts)
+        got = objective.eval().contrast(pixels, **texts)
     right = torch.tensor([0, 1, 0, 0])
     of_texts = F.cross_entropy(logits.T, torch.tensor([[1 / 3, 0, 1 / 3, 1 / 3], [0, 1, 0, 0]]))
     torch.testing.assert_close(got["loss"], 0.5 * (F.cross_entropy(logits, right) + of_texts))
@@ -78,8 +80,8 @@ def test_a_negative_that_is_true_of_another_picture_is_no_negative_there():
         seen, read = embeddings(objective, pixels, texts["input_ids"])
         scale = objective.clip.logit_scale.exp()
         positives = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool()
-        wanted = train_clip.contrastive_losses(seen, read, scale, positives)
-        got = objective(pixels, **texts)
+        wanted = contrastive_losses(seen, read, scale, positives)
+        got = objective.contrast(pixels, **texts)
     torch.testing.assert_close(got["loss"], wanted["loss"])
 
 
@@ -94,8 +96,8 @@ def test_paraphrases_of_an_equal_caption_are_true_as_well():
         _, read = embeddings(objective, pixels, texts["input_ids"])
         true = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
         scale = objective.clip.logit_scale.exp()
-        wanted = train_clip.contrastive_losses(read[:3], read[3:], scale, true)["loss"]
-        got = objective(pixels, **texts)
+        wanted = contrastive_losses(read[:3], read[3:], scale, true)["loss"]
+        got = objective.contrast(pixels, **texts)
     torch.testing.assert_close(got["text_loss"], wanted)
 
 
@@ -106,15 +108,15 @@ def test_distinct_captions_give_the_plain_loss_to_the_bit():
     target = torch.arange(6)
     plain = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :6].T, target))
     for positives in (None, torch.eye(6, 9).bool()):
-        assert torch.equal(train_clip.contrastive_losses(images, texts, scale, positives)["loss"], plain)
+        assert torch.equal(contrastive_losses(images, texts, scale, positives)["loss"], plain)
 
 
 def test_the_contrast_is_in_float32_under_autocast():
     torch.manual_seed(0)
     images, texts, scale = torch.randn(6, 8), torch.randn(9, 8), torch.tensor(100.0)
-    plain = train_clip.contrastive_losses(images, texts, scale)["loss"]
+    plain = contrastive_losses(images, texts, scale)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        got = train_clip.contrastive_losses(images, texts, scale)["loss"]
+        got = contrastive_losses(images, texts, scale)["loss"]
     assert torch.equal(got, plain)
 
 
@@ -122,7 +124,7 @@ def test_the_scale_of_the_logits_stays_within_the_papers_bound_and_can_come_back
     objective, texts = build("a red circle", "a blue star", has_paraphrases=False)
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     objective.clip.logit_scale.data.fill_(6.0)
-    objective(pixels, **texts)["loss"].backward()
+    objective.contrast(pixels, **texts)["loss"].backward()
     assert objective.clip.logit_scale.item() == pytest.approx(math.log(100)) and objective.clip.logit_scale.grad != 0
 
 
