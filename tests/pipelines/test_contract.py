@@ -763,6 +763,9 @@ def test_schedulers_of_other_kinds_are_refused(name):
                 own, use_flow_sigmas=True, prediction_type="flow_prediction"
             ),
             diffusers.RePaintScheduler.from_config(own),
+            diffusers.ScoreSdeVeScheduler(),
+            diffusers.UnCLIPScheduler(),  # knows no betas but its own
+            diffusers.CogVideoXDDIMScheduler.from_config(own),  # the default shifts the levels
         ]
         way_out = "EulerDiscreteScheduler.from_pretrained"
     for scheduler in kinds:

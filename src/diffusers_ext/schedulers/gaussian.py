@@ -111,8 +111,10 @@ def check_gaussian_scheduler(scheduler: Any, pipeline_name: str) -> None:
             and for those whose step needs more than a prediction.
     """
     name = f"`scheduler` is a {type(scheduler).__name__}"
-    if scheduler_setting(scheduler, "num_vec_classes") is not None or scheduler_attribute(scheduler, "step") is None:
+    if scheduler_setting(scheduler, "num_vec_classes") is not None:
         raise ValueError(f"{name}, which draws tokens; {pipeline_name} denoises Gaussian noise. {WAY_OUT}")
+    if scheduler_attribute(scheduler, "step") is None:
+        raise ValueError(f"{name}, which has no `step`. {WAY_OUT}")
     flow = scheduler_setting(scheduler, "use_flow_sigmas") or (
         scheduler_setting(scheduler, "prediction_type") in ("flow_prediction", "flow")
     )
@@ -123,6 +125,13 @@ def check_gaussian_scheduler(scheduler: Any, pipeline_name: str) -> None:
         raise ValueError(
             f"{name}, which {verb} {because}: the network of {pipeline_name} was trained with such betas, and would"
             f" give noise. {WAY_OUT}"
+        )
+    own_levels = all(scheduler_setting(scheduler, key) is None for key in ("beta_start", "trained_betas"))
+    if own_levels or scheduler_setting(scheduler, "snr_shift_scale") not in (None, 1):
+        because = "takes no betas from a config" if own_levels else "shifts the noise levels (`snr_shift_scale`)"
+        raise ValueError(
+            f"{name}, which {because}: the network of {pipeline_name} was trained with those of the checkpoint, and"
+            f" would give noise. {WAY_OUT}"
         )
     given = ("model_output", "timestep", "sample")
     needed = [
