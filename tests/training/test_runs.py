@@ -452,6 +452,20 @@ def test_a_kill_at_any_moment_leaves_the_old_result_or_the_new_one(tmp_path, mon
     assert found == sorted(found) and set(found) == {1, 2} and operation > 40  # old, from some moment on new
 
 
+def test_the_folder_stays_the_users(tmp_path, monkeypatch):
+    """Its mode, files of other names, and the place that the process works in."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o750)
+    own = folder / "model-of-mine.safetensors"
+    save_file({"weight": torch.zeros(1)}, own)
+    for number, place in enumerate((tmp_path, folder), start=1):
+        monkeypatch.chdir(place)
+        folders.write_result(folder, lambda staging, seed=number: save_parts(staging, seed))
+        assert Path.cwd() == place and seed_of(folder) == number and own.is_file()
+        assert folder.stat().st_mode & 0o777 == 0o750
+    assert (Path("unet") / "config.json").read_text() == "2"
+
+
 def test_a_result_that_is_not_finite_is_not_written(tmp_path):
     save_parts(tmp_path / "run", 1)
 

@@ -3,8 +3,8 @@
 The new result is written beside the folder; everything of the folder that is no part of a result is linked to it; then
 the two folders are exchanged in one system call. So a kill leaves the old result or the new one. Where folders cannot
 be exchanged, two renames are needed, and a kill between them is mended by the next start (`recover_result`). Where
-the folder itself cannot be renamed (it is the root of a volume) or the file system knows no links, the parts are
-renamed one by one: the index goes first and comes last, so that nobody loads a mixture, and the next start ends it.
+the folder itself cannot be renamed (it is the root of a volume, or the process works in it and would be left in the
+older one) or the file system knows no links, the parts are renamed one by one: the index goes first and comes last, so that nobody loads a mixture, and the next start ends it.
 """
 
 import json
@@ -20,7 +20,11 @@ from .checkpoints import first_not_finite as first_not_finite_tensor
 from .checkpoints import removed_on_error, replace_folder, restore, settle
 
 INDICES = ("model_index.json", "config.json")  # what `from_pretrained` looks for first
-WEIGHTS = ("model*.safetensors*", "diffusion_pytorch_model*", "pytorch_lora_weights*")
+# weights of an older result, whole or in parts; no other files that a user may keep there
+WEIGHTS = (
+    "model.safetensors", "model-[0-9]*-of-*.safetensors", "model.safetensors.index.json", "diffusion_pytorch_model*",
+    "pytorch_lora_weights*",
+)  # fmt: skip
 COMPLETE = "result.tmp-complete"
 
 
@@ -32,12 +36,15 @@ def write_result(output_dir: Path, write: Callable[[Path], None]) -> None:
         OSError: the disk is full; the older result stays.
     """
     output_dir = output_dir.resolve()
-    movable = not output_dir.is_mount() and os.access(output_dir.parent, os.W_OK)
+    is_worked_in = Path.cwd().resolve().is_relative_to(output_dir)
+    movable = not is_worked_in and not output_dir.is_mount() and os.access(output_dir.parent, os.W_OK)
     staging = (output_dir if movable else output_dir / "result").with_name(
         f"{output_dir.name if movable else 'result'}.tmp-{secrets.token_hex(4)}"
     )
     with removed_on_error(staging):
         staging.mkdir()
+        if output_dir.is_dir():
+            shutil.copymode(output_dir, staging)
         write(staging)
         check_finite_files(staging)
         settle(staging)
