@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from importlib.abc import MetaPathFinder
+from typing import Any
 
 import diffusers
 from diffusers.guiders.guider_utils import BaseGuidance
@@ -84,6 +85,7 @@ def _guard_parents(model: type[ModelMixin]) -> None:
     It would drop the settings that it does not know without a word (since it knows the name of the class that has
     them), take the weights, and compute something else.
     """
+    parent: Any  # a class that has what `ConfigMixin` brings
     for parent in model.__bases__:
         stock = (
             issubclass(parent, ModelMixin) and parent is not ModelMixin and parent.__module__.startswith("diffusers.")

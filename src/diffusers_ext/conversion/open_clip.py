@@ -204,7 +204,7 @@ def build_open_clip_processors(
             f"open_clip prepares pictures for these weights by {' and '.join(resizing)}, but this converter knows "
             "bicubic and shortest."
         )
-    normal = {f"image_{name}": list(noted[name]) for name in ("mean", "std") if name in noted}
+    normal: dict[str, Any] = {f"image_{name}": list(noted[name]) for name in ("mean", "std") if name in noted}
     size, crop = {"shortest_edge": side}, {"height": side, "width": side}
     return tokenizer, CLIPImageProcessor(size=size, crop_size=crop, **normal)
 

@@ -230,7 +230,7 @@ class _Source:
         if split not in self.splits and "" not in self.splits:
             hint = "" if "train" in self.splits else " Save the right one as a folder, and name that."
             raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(sorted(self.splits))}.{hint}")
-        part = self.splits.get(split, self.splits.get(""))
+        part = self.splits[split if split in self.splits else ""]
         rows = read_folder(part, columns, self.cache_dir) if isinstance(part, Path) else Rows(part)
         source = self.name if like is None else f"{self.name}, split {split!r}"
         _check_columns(rows.dataset, columns, source)
@@ -243,6 +243,7 @@ def _open(
 ) -> _Source:
     try:
         import datasets
+        import datasets.exceptions
     except ImportError as error:
         raise ImportError('`load_image_dataset` needs datasets: pip install datasets (extra "train")') from error
     if (folder is None) == (dataset_name is None):
@@ -255,7 +256,7 @@ def _open(
             raise ValueError(f"`train_data_dir` must be a folder, but {str(path)!r} is not one.")
         return _Source(f"the folder {os.fspath(folder)!r}", split_folders(path) or {"": path}, cache_dir)
     try:
-        splits = datasets.load_dataset(dataset_name, config, cache_dir=cache_dir)
+        splits: Any = datasets.load_dataset(str(dataset_name), config, cache_dir=cache_dir)
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"The data set {dataset_name!r} cannot be read: {error.__cause__ or error}") from error
     return _Source(f"the data set {dataset_name!r}", dict(splits), cache_dir)
@@ -319,8 +320,8 @@ def _check_texts(dataset: Dataset, column: str, image_column: str, source: str) 
         return
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
     if is_list and is_text(kind.value_type):
-        lengths = pyarrow.compute.list_value_length(values)
-        if pyarrow.compute.min(lengths).as_py() > 0 and not pyarrow.compute.list_flatten(values).null_count:
+        compute: Any = pyarrow.compute  # its functions are made at run time
+        if compute.min(compute.list_value_length(values)).as_py() > 0 and not compute.list_flatten(values).null_count:
             return
     for row, value in enumerate(values.to_pylist()):
         check_text(value, f"{RowName(dataset, image_column, row)} of {source}", column)

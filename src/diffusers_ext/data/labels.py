@@ -35,7 +35,7 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, l
     column = source.label_column
     feature = sets[0].features[column]
     if isinstance(feature, ClassLabel):
-        return feature.num_classes, list(feature.names)
+        return len(feature.names), list(feature.names)
     count = 0
     for dataset in sets:
         for index, label in enumerate(column_values(dataset, column)):

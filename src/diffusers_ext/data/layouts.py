@@ -139,6 +139,7 @@ def read_folder(folder: Path, columns: Columns, cache_dir: str | None = None) ->
 
 def _from_tables(contents: FolderContents, cache_dir: str | None) -> Dataset:
     import datasets
+    import datasets.exceptions
     import pyarrow
     import pyarrow.parquet
 

@@ -128,7 +128,7 @@ class AdapterMixin(LoraBaseMixin):
         if adapted_layers(network):
             network.unload_lora()
             if type(network) is LDMUNet and "num_attention_heads" not in network.config:
-                network.__class__ = UNet2DModel  # what it was before `load_lora_weights`
+                network.__class__ = UNet2DModel  # pyright: ignore[reportAttributeAccessIssue]  # what it was before `load_lora_weights`
 
     def fuse_lora(
         self,
@@ -220,7 +220,7 @@ def _read_matrices(source: str | Path | Mapping[str, Tensor], **place: Any) -> t
         place["weight_name"] = LORA_WEIGHT_NAME_SAFE  # diffusers would look for a file beside the subfolder
     state_dict, metadata = _fetch_state_dict(
         dict(source) if isinstance(source, Mapping) else str(source),
-        **dict.fromkeys(_PLACE) | place,
+        **{name: place.get(name) for name in _PLACE},  # pyright: ignore[reportArgumentType]  # takes None
         use_safetensors=True,
         user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
         allow_pickle=False,

@@ -124,7 +124,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what would not load back as it is (adapters, fp8 storage ...) is refused."""
         check_saveable(self.components)
-        hub = {
+        hub: dict[str, Any] = {
             key: kwargs.pop(key)
             for key in ("repo_id", "commit_message", "private", "create_pr", "token")
             if key in kwargs
@@ -211,7 +211,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
             ValueError: for a folder of another pipeline; names its class.
         """
         lookup = {name: value for name, value in kwargs.items() if name in LOOKUP_ARGUMENTS}
-        index = cls.load_config(pretrained_model_name_or_path, **lookup)
+        index: Any = cls.load_config(pretrained_model_name_or_path, **lookup)
         if kwargs.get("custom_pipeline") is None:
             check_folder(cls, str(pretrained_model_name_or_path), index, kwargs, _family())
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:

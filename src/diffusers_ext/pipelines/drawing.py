@@ -48,7 +48,8 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
             f"{folder!r} holds {what}: there is no model_index.json. Name the folder that a training ended in or that"
             " `save_pretrained` of a pipeline wrote; checkpoint-N folders are for --resume_from_checkpoint."
         )
-    name = DiffusionPipeline.load_config(folder)["_class_name"]
+    index: Any = DiffusionPipeline.load_config(folder)
+    name = index["_class_name"]
     name = name[-1] if isinstance(name, (list, tuple)) else name  # of a folder of `export-hub --no-import`
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, HousePipeline)):
@@ -152,7 +153,7 @@ def draw(
     count = options.get("num") or 1
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     result = pipe(**arguments, generator=generators)
-    texts = getattr(result, "texts", None)
+    texts: Any = getattr(result, "texts", None)
     drawn = list(texts) if options.get("caption") else list(result.images)
     settings = {"pipeline": pipeline.__name__, "checkpoint": Path(folder).name, "diffusers": diffusers.__version__}
     settings |= {name: value for name, value in options.items() if isinstance(value, (str, int, float))}
@@ -185,7 +186,7 @@ def describe(folder: str) -> str:
     path = Path(folder) if Path(folder).is_dir() else Path(DiffusionPipeline.download(folder))
     lines = [f"{pipeline.__name__}: takes {', '.join(f'--{option}' for option in options_of(pipeline))}"]
     if (path / "README.md").is_file():
-        data = ModelCard.load(path / "README.md").data
+        data: Any = ModelCard.load(path / "README.md").data
         facts = {"licence": data.license, "base model": data.base_model, "data": data.datasets}
         lines += [f"{name}: {value}" for name, value in facts.items() if value]
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))

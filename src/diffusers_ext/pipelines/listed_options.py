@@ -47,8 +47,8 @@ def sample_sides(name: str, value: Any) -> tuple[int, int]:
     pair = isinstance(value, Mapping) and {"height", "width"} == set(value)
     sides = [value["height"], value["width"]] if pair else read_option(value)
     sides = list(sides) if isinstance(sides, (list, tuple)) else [sides, sides]
-    whole = [side for side in sides if isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0]
-    if len(sides) != 2 or len(whole) != 2:
+    whole = [side for side in sides if isinstance(side, numbers.Integral) and not isinstance(side, bool)]
+    if len(sides) != 2 or len(whole) != 2 or min(map(int, whole)) <= 0:
         raise ValueError(f"`{name}` must be one side or (height, width), positive integers; received {value!r}.")
     return int(sides[0]), int(sides[1])
 

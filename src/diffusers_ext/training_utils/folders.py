@@ -4,7 +4,8 @@ The new result is written beside the folder; everything of the folder that is no
 the two folders are exchanged in one system call. So a kill leaves the old result or the new one. Where folders cannot
 be exchanged, two renames are needed, and a kill between them is mended by the next start (`recover_result`). Where
 the folder itself cannot be renamed (it is the root of a volume, or the process works in it and would be left in the
-older one) or the file system knows no links, the parts are renamed one by one: the index goes first and comes last, so that nobody loads a mixture, and the next start ends it.
+older one) or the file system knows no links, the parts are renamed one by one: the index goes first and comes last, so
+that nobody loads a mixture, and the next start ends it.
 """
 
 import json

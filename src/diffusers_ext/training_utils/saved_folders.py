@@ -104,7 +104,7 @@ def _checked_component(folder: Path, component: str, value: list, path: Path) ->
     """`[library, class]` of a component: its words become paths and Python code, so they must be plain names."""
     if value == [None, None]:
         return value
-    library, name = value if len(value) == 2 else (None, None)
+    library, name = value if len(value) == 2 else ("", "")
     words = [component, name, *(library.split(".") if isinstance(library, str) else [None])]
     if not all(isinstance(word, str) and word.isidentifier() for word in words):
         raise ValueError(f"{str(path)!r} records {value!r} for the component {component!r}: these are no names.")
@@ -122,7 +122,8 @@ def options_as_dicts(index: dict[str, Any], folder: Path) -> dict[str, Any]:
     pipeline = public_names().get(index.get("_class_name", "")) if isinstance(index.get("_class_name"), str) else None
     if isinstance(index.get("_class_name"), list) and len(index["_class_name"]) == 2:
         pipeline = public_names().get(index["_class_name"][1])
-    options = pipeline._get_signature_keys(pipeline)[1] if hasattr(pipeline, "_get_signature_keys") else ()
+    signature: Any = getattr(pipeline, "_get_signature_keys", None)
+    options = () if signature is None else signature(pipeline)[1]
 
     def is_option(name: str, value: Any) -> bool:
         if not isinstance(value, list) or name not in options:
