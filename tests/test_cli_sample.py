@@ -25,6 +25,7 @@ WORDS = {  # case -> what a user writes
     "ldm-semantic": ["--map", "map.png"],
     "ldm-upscale": ["--image", "small.png"],
     "ldm-inpaint": ["--image", "image.png", "--mask", "mask.png"],
+    "versatile-edit": ["a red circle", "--negative_prompt", "a blue star", "--image", "image.png"],
     "versatile-text-to-image": ["a red circle"],
 }
 

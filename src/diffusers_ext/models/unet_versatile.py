@@ -145,7 +145,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     @property
     def flows(self) -> list[str]:
         """The flows that can be run: those whose layers are here."""
-        return list(_flow_pairs(self.data_layers, self.context_layers))
+        return [flow_name(context, data) for data in self.data_layers for context in self.context_layers]
 
     def layer_groups(self) -> dict[str, nn.Module]:
         """The groups that are here by name ("global", "data.image", "context.text" ...); they share no parameters."""
@@ -223,10 +223,9 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         """
         types = [context_type] if isinstance(context_type, str) else list(context_type)
         contexts = [encoder_hidden_states] if isinstance(encoder_hidden_states, Tensor) else encoder_hidden_states
-        self._check_flow(data_type, types)
-        self._check_shapes(sample, data_type, contexts, types)
+        self._check_inputs(sample, data_type, contexts, types)
         ratios = _normalised(context_ratios, len(types))
-        choices = self._check_choices(layer_choices, len(types), len(sample))
+        choices = None if layer_choices is None else self._check_choices(layer_choices, len(types), len(sample))
         timestep = _as_vector(timestep, sample)
 
         # in float32: half precision cannot tell neighbouring phases of up to 1000 apart
@@ -305,7 +304,9 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         everything = len(self.flows) == len(self.known_flows)
         self.register_to_config(flows=None if everything else self.flows)
 
-    def _check_flow(self, data_type: str, context_types: Sequence[str]) -> None:
+    def _check_inputs(
+        self, sample: Tensor, data_type: str, contexts: Sequence[Tensor], context_types: Sequence[str]
+    ) -> None:
         if not context_types:
             raise ValueError(f"`context_type` is empty: pass at least one of {', '.join(self._context_types)}.")
         for argument, name, known in [
@@ -321,10 +322,6 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
                 f"The layers of {', '.join(missing)} were not loaded; loaded flows are {', '.join(self.flows)}. Load "
                 f"with `VersatileUNet.from_pretrained(..., flows={wanted})`, or without `flows` to have all."
             )
-
-    def _check_shapes(
-        self, sample: Tensor, data_type: str, contexts: Sequence[Tensor], context_types: Sequence[str]
-    ) -> None:
         sizes, factor = self._data_types[data_type], self.downsample_factor
         is_map = sizes["kind"] == "map"
         fits = sample.ndim == (4 if is_map else 2) and sample.shape[1] == sizes["channels"]
@@ -345,11 +342,9 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
                 )
 
     def _check_choices(
-        self, layer_choices: Sequence[int] | Sequence[Sequence[int]] | None, count: int, batch: int
-    ) -> list[list[int]] | None:
+        self, layer_choices: Sequence[int] | Sequence[Sequence[int]], count: int, batch: int
+    ) -> list[list[int]]:
         """One list of choices for all samples, or one a sample."""
-        if layer_choices is None:
-            return None
         of_all = all(isinstance(choice, int) for choice in layer_choices)
         rows: list[Any] = [list(layer_choices)] if of_all else [list(choices) for choices in layer_choices]  # type: ignore[arg-type]
         fits = len(rows) in (1, batch) and all(len(row) == self.num_context_layers for row in rows)

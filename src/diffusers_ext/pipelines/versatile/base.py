@@ -29,7 +29,7 @@ from transformers import (
 from ...conditions.focus import rescale_ranks
 from ...models.autoencoder_optimus import AutoencoderOptimus
 from ...models.unet_versatile import VersatileUNet
-from ...schedulers.gaussian import check_gaussian_scheduler, step_arguments
+from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, step_arguments
 from ..base import LOOKUP_ARGUMENTS, HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
@@ -57,7 +57,7 @@ from .contexts import (
     prepare_pictures,
     text_context,
 )
-from .denoising import EMBEDS_NAMES, FlowContext, changed_contexts, named_contexts, predict_flow_noise
+from .denoising import EMBEDS_NAMES, FlowContext, changed_contexts, named_contexts, predict_branches
 from .optimus_text import MAX_SENTENCE_LENGTH, read_sentences
 from .repeated_words import merge_repeated_words
 
@@ -497,7 +497,7 @@ class VersatileBasePipeline(HousePipeline):
         step_options = step_arguments(self.scheduler, eta=eta, generator=generator)
         finite: list[Tensor] = []  # whether each step's prediction is
         for i, t in self.steps(timesteps):
-            noise = predict_flow_noise(
+            cond, uncond = predict_branches(
                 self.unet,
                 self.scheduler.scale_model_input(latents, t),
                 t,
@@ -506,8 +506,8 @@ class VersatileBasePipeline(HousePipeline):
                 guidance_scale=self.guidance_scale,
                 layer_choices=None if mixing == "attention" else self._draw_layer_choices(contexts, generator),
             )
+            latents, noise = guided_step(self.scheduler, cond, uncond, self.guidance_scale, t, latents, **step_options)
             finite.append(torch.isfinite(noise).all())
-            latents = self.scheduler.step(noise, t, latents, **step_options, return_dict=False)[0]
             if callback is not None:
                 tensors = {"latents": latents, **named_contexts(contexts)}
                 changed = report_step(self, callback, callback_names, first_step + i, t, tensors)

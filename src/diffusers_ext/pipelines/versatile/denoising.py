@@ -48,9 +48,23 @@ def predict_flow_noise(
     *,
     data_type: str = "image",
     guidance_scale: float = 1.0,
-    layer_choices: Sequence[Any] | None = None,
 ) -> Tensor:
-    """The network's guided prediction, with the same mixture in the guided and in the unguided half.
+    """The network's guided prediction of the noise in `latents`; the arguments are those of `predict_branches`."""
+    branches = predict_branches(unet, latents, timestep, contexts, data_type=data_type, guidance_scale=guidance_scale)
+    return guide(*branches, guidance_scale)
+
+
+def predict_branches(
+    unet: VersatileUNet,
+    latents: Tensor,
+    timestep: Tensor | int,
+    contexts: Sequence[FlowContext],
+    *,
+    data_type: str = "image",
+    guidance_scale: float = 1.0,
+    layer_choices: Sequence[Any] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The network's predictions under the contexts and under "no context", with the same mixture in both.
 
     Args:
         latents: Noisy latents (b, c, h, w) or (b, d), already scaled as the scheduler wants them.
@@ -61,7 +75,8 @@ def predict_flow_noise(
         layer_choices: For layer mixing, the choices of all samples or one list a sample, see `VersatileUNet.forward`.
 
     Returns:
-        The noise, in the shape of `latents`.
+        The noise under the contexts and under "no context", in the shape of `latents`; None for one that the scale
+        does not need.
     """
     positive = [context.embeds for context in contexts]
     negative = [context.negative_embeds for context in contexts if context.negative_embeds is not None]
@@ -77,7 +92,7 @@ def predict_flow_noise(
         "return_dict": False,
     }
     one_a_sample = layer_choices is not None and not isinstance(layer_choices[0], int)
-    cond, uncond = both_branches(
+    return both_branches(
         # a doubled batch makes the choices of its samples twice
         lambda sample, tokens: unet(
             sample,
@@ -90,7 +105,6 @@ def predict_flow_noise(
         (latents, negative),
         guidance_scale,
     )
-    return guide(cond, uncond, guidance_scale)
 
 
 def named_contexts(contexts: Sequence[FlowContext]) -> dict[str, Tensor | None]:
