@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
-from ldm_networks import KINDS
 from safetensors.torch import load_file
+
+from diffusers_ext.training.ldm.tasks.table import TASKS
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -31,7 +32,7 @@ SHORT = {
     "versatile": ("--num_inference_steps", "1", "--validation_samples", "2"),
 }
 JOBS = {path.stem: (path.stem.split("-")[0], [str(path)]) for path in sorted(PRESETS.glob("*-smoke.yaml"))}
-JOBS |= {f"ldm-{task}": ("ldm", [str(PRESETS / "ldm-smoke.yaml"), "--task", task]) for task in KINDS if task != "text"}
+JOBS |= {f"ldm-{task}": ("ldm", [str(PRESETS / "ldm-smoke.yaml"), "--task", task]) for task in TASKS if task != "text"}
 JOBS["autoencoder-paella"] = (
     "autoencoder",
     [str(PRESETS / "autoencoder-smoke.yaml"), "--model", "paella_vq", "--block_out_channels", "8", "16"]

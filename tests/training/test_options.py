@@ -11,7 +11,6 @@ import train_autoencoder
 import train_ldm
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from ldm_networks import KINDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -19,6 +18,7 @@ from diffusers_ext.models.token_codec import codebook_weight
 from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.networks import new_autoencoder
 from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
+from diffusers_ext.training.ldm.tasks.table import TASKS
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
 
@@ -79,7 +79,7 @@ def test_what_only_validation_reads_is_refused_at_the_start(recipe, words, messa
         parse(recipe, *words)
 
 
-@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("task", TASKS)
 def test_sampling_that_does_not_fit_the_network_is_refused_before_the_first_step(task, tmp_path):
     words = [str(PRESETS / "ldm-smoke.yaml"), "--task", task, "--output_dir", str(tmp_path)]
     wrong = [("--num_inference_steps", "2000"), ("--num_inference_steps", "1000")]

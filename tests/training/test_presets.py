@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm_args import LDMArgs
-from ldm_networks import build_conditioner
+
+from diffusers_ext.training.ldm.args import LDMArgs
+from diffusers_ext.training.ldm.networks import build_conditioner
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"

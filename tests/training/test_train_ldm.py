@@ -12,10 +12,6 @@ import torch
 import train_ldm
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
-from ldm_args import LDMArgs
-from ldm_data import load_rows, read_picture, read_sample
-from ldm_networks import KINDS, build_pipeline, sample_format
-from ldm_tasks import Denoiser, LDMLoss, null_condition, raw_condition
 from noise_levels import scaled_linear_betas
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +20,11 @@ from diffusers_ext.conditions.layout import LayoutObject
 from diffusers_ext.data.annotations import ROW
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.degradations.bsr import degrade_bicubic, degrade_bsr
+from diffusers_ext.training.ldm.args import LDMArgs
+from diffusers_ext.training.ldm.data import load_rows, read_picture, read_sample
+from diffusers_ext.training.ldm.networks import build_pipeline
+from diffusers_ext.training.ldm.objective import LDMObjective
+from diffusers_ext.training.ldm.tasks.table import TASKS as KINDS
 from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.lora import LORA_FILE
 
@@ -85,18 +86,19 @@ def train(task: str, folder: Path, *more: str, data: tuple[str, ...] = ()) -> Pa
 
 
 def parts(task: str, *more: str, data: tuple[str, ...] = ()):
-    """Arguments, rows, pipeline and sample format, as `main` builds them."""
+    """Options and formats, rows and pipeline, as `main` builds them."""
     args, data_args, _ = train_ldm.parse_args(words(task, "unused", *more, data=data))
-    rows, held_out = load_rows(args, data_args)
+    reading = KINDS[task](args, data_args)
+    rows, held_out = load_rows(reading)
     torch.manual_seed(0)
-    names = train_ldm.find_names((rows, held_out), args, data_args)
-    pipe = build_pipeline(args, data_args.resolution, names, ["a red circle", "a blue star on the left"])
-    return args, data_args, rows, pipe, sample_format(pipe, args)
+    names = reading.find_names((rows, held_out))
+    pipe = build_pipeline(reading, names, ["a red circle", "a blue star on the left"])
+    reading.follow(pipe)
+    return reading, rows, pipe
 
 
-def read_batch(args, data, rows, reading, count: int = 2) -> dict:
-    read = partial(read_sample, args=args, data=data, sample_format=reading)
-    samples = [read(rows[i], loop.keyed_generator(0, i)) for i in range(count)]
+def read_batch(task, rows, count: int = 2) -> dict:
+    samples = [read_sample(rows[i], loop.keyed_generator(0, i), task) for i in range(count)]
     return torch.utils.data.default_collate(samples)
 
 
@@ -170,8 +172,8 @@ def test_resuming_is_exact_with_encoder_average_and_accumulation(tmp_path):
 def test_a_measured_scale_gives_unit_variance_and_is_saved(tmp_path, caplog):
     more = ("--scale_by_std", "--center_crop", "--max_train_steps", "1")
     pipe = load("unconditional", train("unconditional", tmp_path, *more))
-    args, data, rows, _, reading = parts("unconditional", *more)
-    pictures = [read_picture(rows[i], args=args, data=data, sample_format=reading)["image"] for i in range(12)]
+    task, rows, _ = parts("unconditional", *more)
+    pictures = [read_picture(rows[i], task=task)["image"] for i in range(12)]
     with torch.no_grad():
         std = pipe.vqvae.encode(torch.stack(pictures)).latents.std().item()
     assert pipe.config["latent_scale"] * std == pytest.approx(1.0, rel=1e-3)
@@ -187,7 +189,7 @@ def test_the_average_covers_the_unet_alone_by_the_originals_rule(tmp_path):
     average, embedder = load_file(folder / "unet" / WEIGHTS), load_file(folder / "class_embedder" / WEIGHTS)
     assert torch.equal(embedder["embedding.weight"], live["conditioner.embedding.weight"])
     torch.manual_seed(0)
-    start = parts("class")[3].unet.state_dict()
+    start = parts("class")[2].unet.state_dict()
     moved = 0
     for key, value in average.items():  # update 1: decay (1 + 1) / (10 + 1)
         torch.testing.assert_close(value, start[key] + (1 - 2 / 11) * (live[f"unet.{key}"] - start[key]))
@@ -254,11 +256,11 @@ def test_the_loss_by_hand(tmp_path):
     }  # fmt: skip
     AutoencoderKL(**levels, scaling_factor=0.5).save_pretrained(tmp_path)
     options = ("--pretrained_vqvae_name_or_path", str(tmp_path), "--loss_type", "l1")
-    args, data, rows, pipe, reading = parts("class", *options, "--vlb_weight", "0.25", "--cond_dropout_prob", "0.5")
-    batch = read_batch(args, data, rows, reading, count=8)
-    denoiser = Denoiser(pipe, "class", drops=True).eval()
+    task, rows, pipe = parts("class", *options, "--vlb_weight", "0.25", "--cond_dropout_prob", "0.5")
+    batch = read_batch(task, rows, count=8)
+    objective = LDMObjective(pipe, task).eval()
     with torch.no_grad():
-        got = LDMLoss(pipe, args)(denoiser, batch, generators(8))
+        got = objective(batch, generators(8), 0)
         betas, errors, bounds, dropped = scaled_linear_betas(0.0015, 0.0195), [], [], 0
         for i, draw in enumerate(generators(8)):
             posterior = pipe.vqvae.encode(batch["image"][i : i + 1]).latent_dist
@@ -294,14 +296,14 @@ def encoded_null(task: str, pipe) -> torch.Tensor:
 
 @pytest.mark.parametrize("task", ["class", "text", "layout", "semantic", "super_resolution", "inpainting"])
 def test_dropped_conditions_are_those_that_guidance_uses(task):
-    args, data, rows, pipe, reading = parts(task, "--cond_dropout_prob", "0.5")
-    batch = read_batch(args, data, rows, reading)
-    denoiser = Denoiser(pipe, task, drops=True).eval()
+    reading, rows, pipe = parts(task, "--cond_dropout_prob", "0.5")
+    batch = read_batch(reading, rows)
+    objective = LDMObjective(pipe, reading).eval()
     latents, noise, t = torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 8), torch.tensor([10, 500])
-    condition = raw_condition(pipe, task, batch)
+    condition = reading.condition(pipe, batch)
     with torch.no_grad():
-        got = denoiser(latents, noise, t, condition, torch.tensor([True, False]))
-        whole = denoiser(latents, noise, t, condition)
+        got = objective.predict(latents, noise, t, condition, torch.tensor([True, False]))
+        whole = objective.predict(latents, noise, t, condition)
         noisy = pipe.scheduler.add_noise(pipe.latent_scale * latents, noise, t)[1:]
         if task in ("class", "text", "layout"):
             null = pipe.unet(noisy, 500, encoded_null(task, pipe)[:1]).sample
@@ -311,7 +313,7 @@ def test_dropped_conditions_are_those_that_guidance_uses(task):
     torch.testing.assert_close(got, torch.cat([whole[:1], null]))
     assert not torch.allclose(whole[1:], null)
     assert pipe.has_null_condition
-    assert not parts(task, "--cond_dropout_prob", "0")[3].has_null_condition
+    assert not parts(task, "--cond_dropout_prob", "0")[2].has_null_condition
 
 
 def test_conditions_are_dropped_by_the_tasks_of_which_the_paper_does():
@@ -320,24 +322,24 @@ def test_conditions_are_dropped_by_the_tasks_of_which_the_paper_does():
 
 
 def test_what_an_inpainting_network_is_given():
-    args, data, rows, pipe, reading = parts("inpainting")
-    batch = read_batch(args, data, rows, reading)
+    task, rows, pipe = parts("inpainting")
+    batch = read_batch(task, rows)
     assert set(batch["mask"].unique().tolist()) == {0.0, 1.0} and batch["mask"].shape == (2, 1, 32, 32)
-    got = raw_condition(pipe, "inpainting", batch)
+    got = task.condition(pipe, batch)
     with torch.no_grad():
         hidden = torch.where(batch["mask"] > 0.5, torch.tensor(-1.0), batch["image"])  # black, not grey
         latents = pipe.vqvae.encode(hidden).latents  # not scaled
     torch.testing.assert_close(got[:, :8], latents)
     assert torch.equal(got[:, 8:], 2 * batch["mask"][:, :, ::4, ::4] - 1)
-    other = read_sample(rows[0], loop.keyed_generator(1, 0), args=args, data=data, sample_format=reading)
+    other = read_sample(rows[0], loop.keyed_generator(1, 0), task)
     assert not torch.equal(other["mask"], batch["mask"][0])  # anew in every epoch
 
 
 def test_layouts_follow_crop_and_flip():
-    args, data, rows, pipe, reading = parts("layout", "--crop_scale", "0.5", "0.5", "--random_flip")
+    task, rows, pipe = parts("layout", "--crop_scale", "0.5", "0.5", "--random_flip")
     seen = set()
     for i in range(8):
-        sample = read_sample(rows[i], loop.keyed_generator(0, i), args=args, data=data, sample_format=reading)
+        sample = read_sample(rows[i], loop.keyed_generator(0, i), task)
         row, draw = rows[i], loop.keyed_generator(0, i)
         _, across, down, mirror = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
         crop = (int(across * 17) / 32, int(down * 17) / 32, 0.5, 0.5)
@@ -350,13 +352,13 @@ def test_layouts_follow_crop_and_flip():
         assert torch.equal(sample["tokens"], expected)
         seen.add(mirror < 0.5)
     assert seen == {True, False}
-    assert torch.equal(null_condition(pipe, "layout"), torch.full((11,), 255))
+    assert torch.equal(task.null_condition(pipe), torch.full((11,), 255))
 
 
 @pytest.mark.parametrize("degradation", ["bicubic", "bsr", "bsr_light"])
 def test_small_pictures_are_degraded_large_ones(degradation):
-    args, data, rows, _, reading = parts("super_resolution", "--degradation", degradation)
-    sample = read_sample(rows[3], loop.keyed_generator(0, 3), args=args, data=data, sample_format=reading)
+    task, rows, _ = parts("super_resolution", "--degradation", degradation)
+    sample = read_sample(rows[3], loop.keyed_generator(0, 3), task)
     draw = loop.keyed_generator(0, 3)
     torch.rand(4, generator=draw, dtype=torch.float64)  # the crop's
     light = degradation == "bsr_light"
@@ -367,17 +369,17 @@ def test_small_pictures_are_degraded_large_ones(degradation):
 
 def test_reading_needs_no_networks_and_can_be_pickled():
     for task in TASKS:
-        args, data, rows, _, reading = parts(task)
-        read = pickle.loads(pickle.dumps(partial(read_sample, args=args, data=data, sample_format=reading)))
+        reading, rows, _ = parts(task)
+        read = pickle.loads(pickle.dumps(partial(read_sample, task=reading)))
         again = pickle.loads(pickle.dumps(rows))
         one, other = (read(source[1], loop.keyed_generator(0, 1)) for source in (rows, again))
         assert all(torch.equal(one[k], other[k]) if torch.is_tensor(one[k]) else one[k] == other[k] for k in one)
-        cut = read_picture(rows[1], loop.keyed_generator(0, 1), args=args, data=data, sample_format=reading)
+        cut = read_picture(rows[1], loop.keyed_generator(0, 1), task=reading)
         assert torch.equal(cut["image"], one["image"])  # what is cached is what is trained on
 
 
 def test_a_new_text_encoder_starts_with_rows_that_tell():
-    bert = parts("text")[3].bert.model
+    bert = parts("text")[2].bert.model
     assert bert.embed_tokens.weight.std().item() == pytest.approx(1, rel=0.1)
     assert bert.embed_positions.weight.std().item() == pytest.approx(0.5, rel=0.1)
 
@@ -444,11 +446,11 @@ def test_networks_that_do_not_fit_are_refused(tmp_path):
         (str(base / "unet"), "holds a UNet"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_pipeline(dataclasses.replace(args, pretrained_vqvae_name_or_path=name), 32)
+            build_pipeline(KINDS["class"](dataclasses.replace(args, pretrained_vqvae_name_or_path=name), data))
     pipe = load("class", base)
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="predicts 'v_prediction'; this recipe trains .*'epsilon'"):
-        LDMLoss(pipe, args)
+        LDMObjective(pipe, KINDS["class"](args, data))
 
 
 SWAPPED = {"semantic_file_name": "low/000002.png", "low_file_name": "semantic/000002.png"}
@@ -487,19 +489,19 @@ def test_wrong_data_name_the_file(task, more, change, message, scenes_folder, tm
     source = edited(scenes_folder, tmp_path / "data", **change)
 
     def read_all():
-        args, data, rows, pipe, reading = parts(task, *more, data=source)
-        train_ldm.check_rows(rows, reading, args, data)
+        reading, rows, _ = parts(task, *more, data=source)
+        reading.check_rows(rows)
         for i in range(len(rows)):
-            read_sample(rows[i], loop.keyed_generator(0, i), args=args, data=data, sample_format=reading)
+            read_sample(rows[i], loop.keyed_generator(0, i), reading)
 
     with pytest.raises(ValueError, match=message):
         read_all()
 
 
 def test_unknown_names_are_refused_when_fine_tuning(scenes_folder):
-    args, data, rows, pipe, reading = parts("layout", data=("--train_data_dir", str(scenes_folder)))
-    few = dataclasses.replace(reading, categories={"red circle": 0})
+    task, rows, pipe = parts("layout", data=("--train_data_dir", str(scenes_folder)))
+    few = dataclasses.replace(task, categories={"red circle": 0})
     with pytest.raises(ValueError, match="'box_names' holds .* which the model's 1 categories lack"):
-        train_ldm.check_rows(rows, few, args, data)
+        few.check_rows(rows)
     assert "000001.png" in str(rows[1][ROW])
     assert isinstance(pipe.vqvae, VQModel)

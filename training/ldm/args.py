@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
+from diffusers_ext.training_utils.args import TrainArgs, between, positive
+from diffusers_ext.training_utils.schedules import WarmupDecay
 
 TaskName = Literal["unconditional", "class", "text", "layout", "semantic", "super_resolution", "inpainting"]
 CONTEXT_TASKS = ("class", "text", "layout")  # conditions for cross-attention; the others are concatenated
@@ -150,27 +152,20 @@ class LDMArgs:
             )
 
     def _check_ranges(self) -> None:
-        for name in (
-            "num_train_timesteps", "layers_per_block", "attention_head_dim", "num_attention_heads",
+        positive(
+            self, "num_train_timesteps", "layers_per_block", "attention_head_dim", "num_attention_heads",
             "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups", "num_labels", "encoder_layers",
             "encoder_attention_heads", "encoder_head_dim", "max_objects", "rescaler_channels", "latent_channels",
             "latent_scale", "token_init_std", "lr_decay_steps", "rank", "num_validation_images", "num_inference_steps",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} must be > 0, got {value}.")
-        for name in ("cond_dropout_prob", "dropout", "eta"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name} must lie in [0, 1], got {value}.")
+        )  # fmt: skip
+        between(self, 0, 1, "cond_dropout_prob", "dropout", "eta")
+        between(self, 0, None, "vlb_weight")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 f"--beta_start={self.beta_start} and --beta_end={self.beta_end}: 0 < start <= end < 1 is needed."
             )
-        if self.vlb_weight < 0:
-            raise ValueError(f"--vlb_weight must be >= 0, got {self.vlb_weight}.")
         levels = len(self.block_out_channels)
         if not set(self.attention_levels) <= set(range(levels)):
             raise ValueError(
@@ -202,3 +197,15 @@ class LDMArgs:
     def resolved_crop_scale(self) -> tuple[float, float]:
         low, high = self.crop_scale or ((0.5, 1.0) if self.task == "super_resolution" else (1.0, 1.0))
         return low, high
+
+
+def lr_multiplier(args: LDMArgs, train: TrainArgs) -> WarmupDecay | None:
+    """The paper's schedules, where they are asked for."""
+    if args.lr_multipliers is None:
+        return None
+    first, peak, last = args.lr_multipliers
+    length = args.lr_decay_steps or train.max_train_steps
+    try:
+        return WarmupDecay(train.lr_warmup_steps, first, peak, last, length, args.lr_decay)
+    except ValueError as error:
+        raise ValueError(f"--lr_multipliers with --lr_warmup_steps and --lr_decay_steps: {error}") from error

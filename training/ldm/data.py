@@ -1,0 +1,99 @@
+"""The data of train_ldm.py: rows as training samples, the spread of their latents, and a cache of them."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor
+
+from diffusers_ext.data.annotations import ROW, NamedRows
+from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
+from diffusers_ext.training.ldm.networks import encode_moments
+from diffusers_ext.training.ldm.tasks.base import Task
+from diffusers_ext.training_utils.cache import digest_network, digest_rows, open_cache
+from diffusers_ext.training_utils.caching import CachedRows
+from diffusers_ext.training_utils.conditions import draw_posterior
+from diffusers_ext.training_utils.validation import first_rows
+
+SCALE_SAMPLES = 64  # pictures whose latents are measured
+
+
+def load_rows(task: Task) -> tuple[NamedRows, NamedRows]:
+    """Training and validation set of pictures with what the task needs; rows also tell what an error calls them."""
+    sets = load_pictures(task.data, columns=task.columns())
+    train_set, validation_set = (NamedRows(dataset, task.data.image_column) for dataset in sets)
+    return train_set, validation_set
+
+
+# At module level and without networks, so that loader processes can be started with it on every platform.
+
+
+def read_sample(example: dict[str, Any], generator: Generator, task: Task) -> dict[str, Tensor | str]:
+    """A row as a training sample: the picture (or its cached moments) and the task's raw condition, cropped alike.
+
+    Draws, in this order: four of the crop, then those of the condition.
+
+    Raises:
+        ValueError: the row does not fit; the message names its picture.
+    """
+    cached = {"moments": example["moments"]} if "moments" in example else {}
+    try:
+        size = example["size"].tolist() if cached else example[task.data.image_column].size
+        crop = task.crop(tuple(size), generator)
+        if cached:
+            return cached | task.read(example, None, crop, generator)
+        image = crop.image(example[task.data.image_column], task.data.resolution, task.resampling)
+        return {"image": image} | task.read(example, image, crop, generator)
+    except ValueError as error:
+        raise ValueError(f"{example[ROW]}: {error}") from error
+
+
+def read_picture(example: dict[str, Any], generator: Generator | None = None, *, task: Task) -> dict[str, Tensor]:
+    """The picture of `read_sample` alone, with its draws, and the (width, height) that it had in its file."""
+    picture = example[task.data.image_column]
+    try:
+        crop = task.crop(picture.size, generator or Generator())
+        image = crop.image(picture, task.data.resolution, task.resampling)
+    except ValueError as error:
+        raise ValueError(f"{example[ROW]}: {error}") from error
+    return {"image": image, "size": torch.tensor(picture.size)}
+
+
+@torch.no_grad()
+def measure_std(pipe: LDMBasePipeline, rows: NamedRows, task: Task, seed: int, device: torch.device) -> float:
+    """Standard deviation of the first training pictures' latents, posterior samples; equal on every process."""
+    found, read = [], partial(read_picture, task=task)
+    for batch, generators in first_rows(rows, SCALE_SAMPLES, read, seed, batch_size=16, device=device):
+        moments = encode_moments(pipe.vqvae, batch["image"])
+        has_posterior = moments.shape[1] != pipe.unet.config["out_channels"]
+        found.append(draw_posterior(moments, generators) if has_posterior else moments)
+    return float(torch.cat(found).cpu().double().std())
+
+
+def cache_moments(
+    pipe: LDMBasePipeline, rows: NamedRows, task: Task, accelerator: Accelerator, batch_size: int
+) -> CachedRows:
+    """The rows with the cache in `--cache_dir` in place of their pictures; it is written if it is not there.
+
+    Raises:
+        CacheError: it belongs to other data or another first stage; the message tells which.
+    """
+    data = task.data
+
+    def encode(samples: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        images = torch.stack([sample["image"] for sample in samples]).to(accelerator.device)
+        moments = encode_moments(pipe.vqvae, images)
+        return [{"moments": one, "size": sample["size"]} for one, sample in zip(moments, samples, strict=True)]
+
+    key = {
+        "data": digest_rows(rows.dataset, (data.image_column,)),
+        "resolution": data.resolution,
+        "vqvae": digest_network(pipe.vqvae),
+    }
+    cache = open_cache(
+        task.args.cache_dir or "", key, rows, read=partial(read_picture, task=task), encode=encode,
+        accelerator=accelerator, batch_size=batch_size, num_workers=data.dataloader_num_workers,
+    )  # fmt: skip
+    return CachedRows(cache, rows, task.columns())

@@ -1,0 +1,183 @@
+"""What a task adds to latent diffusion: columns of the data, a raw condition, its encoder, a picture of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Generator, Tensor, nn
+
+from diffusers_ext.data.annotations import NamedRows
+from diffusers_ext.data.crops import Crop, Resampling, draw_crop
+from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
+from diffusers_ext.training.ldm.args import CONTEXT_TASKS, LDMArgs
+from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the classes of a task are called: `names` is None where they only have numbers."""
+
+    count: int
+    names: list[str] | None = None
+    palette: list[list[int]] | None = None
+
+
+@dataclass
+class Task:
+    """One value of `--task`. It holds options and formats, no network: loader processes get a copy.
+
+    The words of the paper (section 3.3): a condition for cross-attention is a context, another is concatenated. What
+    is trained drops conditions per sample, so that guidance is possible: a context becomes the null condition, a map
+    zeros (the authors' released training code drops none, though they released models with guidance).
+
+    Args:
+        args, data: The options.
+        factor: Pixels a side of a latent.
+        num_labels: Classes, categories or labels that the networks know.
+    """
+
+    pipeline: ClassVar[type[LDMBasePipeline]]
+    stock: ClassVar[str | None] = None  # the class of diffusers whose repositories the pipeline also loads
+    conditioner: ClassVar[str | None] = None  # the component that is trained along with the U-Net
+    has_one_answer: ClassVar[bool] = False  # whether a sample should be the original
+
+    args: LDMArgs
+    data: DataArgs
+    factor: int = 1
+    num_labels: int | None = None
+
+    @property
+    def is_context(self) -> bool:
+        return self.args.task in CONTEXT_TASKS
+
+    @property
+    def resampling(self) -> Resampling:
+        """How pictures are resized."""
+        return "bicubic"
+
+    # ---- data
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the task reads beside the picture."""
+        return ()
+
+    def names_in(self, sets: Sequence[NamedRows]) -> Names | None:
+        """The classes of the data as they are found there; None for a task without."""
+        return None
+
+    def find_names(self, sets: Sequence[NamedRows]) -> Names | None:
+        """The classes of the data, or None for a task without.
+
+        Args:
+            sets: Training and validation set; what is held out may hold a name that no other picture has.
+
+        Raises:
+            ValueError: a label is none, or their number is not that of `--num_labels`.
+        """
+        found, asked = self.names_in(sets), self.args.num_labels
+        if found is None or asked is None or asked == found.count:
+            return found
+        # numbers, of which the data need not hold all; `check_rows` names a picture with a label that is too large
+        if found.names is None and (found.count < asked or self.args.task == "class"):
+            return Names(asked)
+        raise ValueError(f"--num_labels={asked}, but the data have {found.count} classes.")
+
+    def check_rows(self, rows: NamedRows) -> None:
+        """Refuses now labels that would stop the training in its middle; not called for `scenes`.
+
+        Raises:
+            ValueError: naming the picture.
+        """
+
+    def crop(self, size: tuple[int, int], generator: Generator) -> Crop:
+        """Where a picture of this (width, height) is cut; four draws."""
+        return draw_crop(
+            size, self.data.resolution, generator, scale=self.args.resolved_crop_scale,
+            center_crop=self.data.center_crop, random_flip=self.data.random_flip,
+        )  # fmt: skip
+
+    def read(
+        self, example: dict[str, Any], image: Tensor | None, crop: Crop, generator: Generator
+    ) -> dict[str, Tensor | str]:
+        """The raw condition of a row.
+
+        Args:
+            example: The row.
+            image: Its picture (3, h, w), cut by `crop`; None where a cache stands for it.
+            crop: Labels and boxes are cut alike.
+            generator: For the draws of the condition.
+        """
+        return {}
+
+    # ---- networks
+
+    @staticmethod
+    def concatenated_channels(args: LDMArgs, latent_channels: int) -> int:
+        """Channels of the condition behind the latents."""
+        return 0
+
+    @staticmethod
+    def new_conditioner(args: LDMArgs, num_labels: int | None, vocab_size: int, num_stages: int) -> nn.Module | None:
+        """What encodes the condition, new; None where nothing has to. See `networks.build_conditioner`."""
+        return None
+
+    def new_tokenizer(self, captions: Sequence[str], train: TrainArgs) -> Any:
+        """The tokenizer of a task whose condition is text."""
+        return None
+
+    def new_config(self, names: Names | None) -> dict[str, Any]:
+        """What a new pipeline's constructor takes beside its networks."""
+        return {
+            "null_condition": self.args.dropout_of_condition > 0,
+            "default_guidance_scale": self.args.guidance_scale,
+        }
+
+    def known_labels(self, pipe: Any) -> int | None:
+        """How many classes, categories or labels a pipeline knows."""
+        return None
+
+    def check_pretrained(self, pipe: Any) -> None:
+        """Refuses a pipeline that cannot learn what the options ask for."""
+
+    def follow(self, pipe: Any) -> None:
+        """Takes over from the pipeline what reading a sample depends on."""
+        self.factor, self.num_labels = pipe.vae_scale_factor, self.known_labels(pipe)
+
+    # ---- objective
+
+    def trained_conditioner(self, pipe: Any) -> nn.Module | None:
+        """The component of the pipeline that is trained along with the U-Net."""
+        return None if self.conditioner is None else getattr(pipe, self.conditioner)
+
+    def checkpoint_gradients(self, conditioner: Any) -> None:
+        """Trades compute for memory in the conditioner, where it is large."""
+
+    def null_condition(self, pipe: Any) -> Tensor | None:
+        """What a dropped context becomes before the conditioner: a class (), or tokens (l,); None for maps."""
+        return None
+
+    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor | None:
+        """What the conditioner is given (or the U-Net, where there is none) for a collated batch."""
+        return None
+
+    # ---- validation
+
+    def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the pipeline is called with for a batch.
+
+        Args:
+            examples: The rows that the batch was read from.
+        """
+        raise NotImplementedError
+
+    def square(self) -> dict[str, Any]:
+        """The size of the samples, where the condition has none."""
+        return {"height": self.data.resolution, "width": self.data.resolution}
+
+    def shown(self, pipe: Any, batch: dict[str, Any]) -> Tensor | None:
+        """The conditions as pictures (b, 3, h, w) in [-1, 1], where they are any."""
+        return None
+
+    def annotated(self, pipe: Any, images: Tensor, call: dict[str, Any]) -> Tensor:
+        """Samples (b, 3, h, w) in [-1, 1], and once more with what they were to follow, where it can be drawn."""
+        return images
