@@ -176,6 +176,72 @@ def test_import_law_sees_a_breach(tmp_path, monkeypatch):
     assert breaches(family) == ["diffusers_ext.pipelines.paella.base imports diffusers_ext.pipelines.ldm.tiling"]
 
 
+TRAINING = ROOT / "training"
+FLAT = set(TRAINING.glob("ldm_*.py"))  # the last recipe that is no package yet
+RECIPE_FILES = sorted(set(TRAINING.rglob("*.py")) - FLAT - ({TRAINING / "train_ldm.py"} if FLAT else set()))
+
+
+def training_imports(path: Path) -> set[str]:
+    """The modules of `training/` that this file imports, by their names in the package or as files beside it."""
+    beside = {found.stem for found in TRAINING.glob("*.py")} - {"__init__"}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = ["." * node.level + (node.module or "")]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            inner = name.removeprefix("diffusers_ext.training.")
+            place = TRAINING / Path(*inner.split("."))
+            if inner != name and (place.with_suffix(".py").is_file() or place.is_dir()):
+                found.add(inner)
+            elif name.startswith(".") or name.split(".")[0] in beside:
+                found.add(name if name.startswith(".") else name.split(".")[0])
+    return found
+
+
+def recipe_breaches(path: Path) -> list[str]:
+    """What a file of `training/` imports against the law: a recipe its own folder alone, `args` not even that."""
+    parts = path.relative_to(TRAINING).with_suffix("").parts
+    recipe = parts[0].removeprefix("train_")
+    leaf = len(parts) > 1 and parts[-1] == "args"
+    return sorted(name for name in training_imports(path) if leaf or name.split(".")[0] != recipe)
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=[str(path.relative_to(TRAINING)) for path in RECIPE_FILES])
+def test_import_law_of_recipes(path):
+    assert not recipe_breaches(path), f"{path} imports another recipe or a script, or is no leaf"
+
+
+def test_import_law_of_recipes_sees_a_breach(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "TRAINING", tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name in ("args", "data"):
+            (tmp_path / folder / f"{name}.py").write_text("from diffusers_ext.training_utils import loop\n")
+    (tmp_path / "train_one.py").write_text("from diffusers_ext.training.one.args import A\n")
+    (tmp_path / "train_two.py").write_text("from train_one import main\nfrom diffusers_ext.training.one import data\n")
+    assert not recipe_breaches(tmp_path / "train_one.py") and not recipe_breaches(tmp_path / "one" / "args.py")
+    assert recipe_breaches(tmp_path / "train_two.py") == ["one", "one.data", "train_one"]
+    path = tmp_path / "one" / "args.py"
+    path.write_text("def f():\n    from diffusers_ext.training.one.data import read\n")
+    assert recipe_breaches(path) == ["one.data"]  # no leaf
+    path.write_text("from .data import read\n")
+    assert recipe_breaches(path) == [".data"]
+
+
+def test_no_circle_among_recipes():
+    graph = {
+        ".".join(path.relative_to(TRAINING).with_suffix("").parts): training_imports(path) for path in RECIPE_FILES
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports go round: {' -> '.join(error.args[1])}")
+
+
 def test_no_circle():
     graph = {
         module_name(p): {name for name, _ in imports(p) if is_house_module(name)} - {module_name(p)} for p in FILES

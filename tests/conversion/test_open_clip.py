@@ -1,5 +1,6 @@
 """Against open_clip itself: small random models, both towers, un-normalised vectors."""
 
+import json
 import sys
 
 import open_clip
@@ -14,9 +15,11 @@ from diffusers_ext.conversion.keys import load_original
 from diffusers_ext.conversion.open_clip import (
     build_open_clip_processors,
     convert_open_clip,
+    load_open_clip,
     read_config,
     rename_weights,
 )
+from diffusers_ext.training_utils.clip import CLIP_COMPONENTS, load_clip
 
 VISION = {"image_size": 12, "patch_size": 4, "width": 24, "layers": 2, "head_width": 8, "mlp_ratio": 4.3637}
 TEXT = {"context_length": 11, "vocab_size": 40, "width": 20, "heads": 5, "layers": 3}
@@ -194,5 +197,66 @@ def test_another_vocabulary_has_another_tokenizer():
 def test_the_vocabulary_needs_open_clip(monkeypatch):
     _, model = with_vocabulary()
     monkeypatch.setitem(sys.modules, "open_clip.tokenizer", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r"diffusers_ext\[train\]"):
+    with pytest.raises(ImportError, match="pip install open_clip_torch .extra .train.."):
         build_open_clip_processors(model)
+
+
+TINY = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 24, "heads": 3, "layers": 2},
+}
+
+
+@pytest.fixture
+def tiny_open_clip(tmp_path):
+    """A model that open_clip knows by name, and a file of its weights."""
+    name = "tiny-of-the-tests"
+    (tmp_path / f"{name}.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    original = open_clip.create_model(name)
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    return f"open_clip:{name}/{tmp_path / 'weights.pt'}", original.eval()
+
+
+@torch.no_grad()
+def test_a_clip_is_loaded_by_open_clip_and_saved_as_that_of_transformers(tiny_open_clip, tmp_path):
+    place, original = tiny_open_clip
+    parts = load_clip(place, load_open_clip)
+    assert parts.keys() == CLIP_COMPONENTS.keys()
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / "saved" / name)
+    again = {name: kind.from_pretrained(tmp_path / "saved" / name) for name, kind in CLIP_COMPONENTS.items()}
+    texts = ["a large red circle", "blue star"]
+    wanted = original.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=12)(texts))
+    ids = again["tokenizer"](texts, padding="max_length", max_length=12, return_tensors="pt").input_ids
+    torch.testing.assert_close(again["text_encoder"](ids).text_embeds, wanted, rtol=1e-5, atol=1e-5)
+    picture = Image.fromarray(torch.randint(256, (20, 30, 3), dtype=torch.uint8).numpy())
+    pixels = again["feature_extractor"](picture, return_tensors="pt").pixel_values
+    wanted = original.encode_image(pixels)
+    torch.testing.assert_close(again["image_encoder"](pixels).image_embeds, wanted, rtol=1e-5, atol=1e-5)
+    assert wanted.std() > 0.1 and pixels.shape == (1, 3, 16, 16)
+
+
+def test_what_open_clip_does_not_know_is_refused(tiny_open_clip):
+    for name, message in (
+        ("ViT-B-32", r'"open_clip:ViT-B-32" must be open_clip:<model>/<tag or file>'),
+        ("no-such-model/openai", "the models are .*ViT-B-32"),
+        ("ViT-B-32/no_such_tag", "'no_such_tag' is no file and no tag of ViT-B-32; its tags are .*laion2b_s34b_b79k"),
+        ("ViT-B-32/openai", "trained with the quick GELU.*name the model ViT-B-32-quickgelu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_open_clip(name)
+
+
+def test_pictures_are_normalised_as_open_clip_notes():
+    weights = random_clip(text={"vocab_size": 49408}).state_dict()
+    model = convert_open_clip(weights, vision_heads=3, text_heads=5)
+    _, processor = build_open_clip_processors(model, {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)})
+    assert list(processor.image_mean) == [0.5, 0.4, 0.3] and list(processor.image_std) == [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match="by bicubic and squash, but this converter knows bicubic and shortest"):
+        build_open_clip_processors(model, {"interpolation": "bicubic", "resize_mode": "squash"})

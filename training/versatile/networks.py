@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from diffusers_ext.conversion.open_clip import load_open_clip
 from diffusers_ext.conversion.optimus import SPECIAL_TOKENS
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.versatile.optimus_text import vocabulary_options
 from diffusers_ext.training.versatile.args import VersatileArgs, parts_of
+from diffusers_ext.training_utils.clip import load_clip
 from diffusers_ext.training_utils.lora import add_lora
 from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, SMALLEST_VOCABULARY, train_bpe
 from diffusers_ext.training_utils.weights import load_whole
@@ -48,7 +49,7 @@ def load_parts(args: VersatileArgs) -> dict[str, Any]:
     for option, names in (
         ("vae", {"vae": None}),
         ("optimus", {"optimus": None} | {name: name for name in TOKENIZERS}),
-        ("clip", dict.fromkeys(("text_encoder", "tokenizer", "image_encoder", "feature_extractor"))),
+        ("clip", {}),
     ):  # fmt: skip
         source = getattr(args, f"pretrained_{option}_name_or_path")
         if source is None and stage is None and option not in new:
@@ -58,9 +59,10 @@ def load_parts(args: VersatileArgs) -> dict[str, Any]:
                 "earlier stage with --pretrained_model_name_or_path."
             )
         if source is not None:
-            is_pipeline = option == "clip" and (Path(source) / "model_index.json").is_file()
-            places |= {name: (source, name if is_pipeline else folder) for name, folder in names.items()}
+            places |= {name: (source, folder) for name, folder in names.items()}
     built: dict[str, Any] = {"vae": build_vae() if "vae" in new else None}
+    if args.pretrained_clip_name_or_path is not None:
+        built |= load_clip(args.pretrained_clip_name_or_path, load_open_clip)
     if "optimus" in new:
         built |= build_optimus()
     if new:
