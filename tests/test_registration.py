@@ -281,3 +281,22 @@ def test_a_stock_class_refuses_the_folder_of_our_subclass(name, parent, tmp_path
     stock.save_pretrained(tmp_path / "stock")
     assert type(type(stock).from_pretrained(tmp_path / "stock")) is type(stock)
     assert type(type(network).from_pretrained(tmp_path / "stock")) is type(network)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "saved_as"),
+    [
+        (diffusers_ext.PaellaVQModel, "ldm-text-scenes-64/vqvae", "AutoencoderKL"),
+        (diffusers_ext.VersatileUNet, "ldm-text-scenes-64/unet", "UNet2DConditionModel"),
+        (diffusers_ext.LDMUNet, "paella-scenes-64/unet", "PaellaUNet"),
+        (diffusers_ext.GumbelVQModel, "paella-scenes-64/vqvae", "PaellaVQModel"),
+    ],
+)
+def test_a_network_refuses_the_folder_of_another(repo_root, model, folder, saved_as):
+    with pytest.raises(ValueError, match=f"config of a {saved_as}, which is another network than a {model.__name__}"):
+        model.from_pretrained(repo_root / "checkpoints" / folder)
+
+
+def test_a_network_takes_the_config_of_what_it_derives_from(repo_root):
+    config = diffusers.UNet2DModel.load_config(repo_root / "tests" / "fixtures" / "pipelines" / "ldm-upscale" / "unet")
+    assert type(diffusers_ext.LDMUNet.from_config({**config, "num_attention_heads": 2})) is diffusers_ext.LDMUNet

@@ -72,6 +72,7 @@ def register() -> bool:
             setattr(diffusers, name, public)
         if isinstance(public, type) and issubclass(public, ModelMixin):
             _guard_parents(public)
+            _guard_itself(public)
     if AUTO_MODULE in sys.modules:
         _add_auto_pipelines(sys.modules[AUTO_MODULE])
     elif not any(isinstance(finder, _AutoPipelineWatch) for finder in sys.meta_path):
@@ -103,6 +104,26 @@ def _guard_parents(model: type[ModelMixin]) -> None:
             return original(cls, config_dict, *args, **kwargs)
 
         parent.extract_init_dict = classmethod(extract_init_dict)
+
+
+def _guard_itself(model: Any) -> None:
+    """Lets `model` refuse the config of another network, of which it would take what happens to fit."""
+    if "extract_init_dict" in vars(model):
+        return
+    original = model.extract_init_dict.__func__
+
+    def extract_init_dict(cls, config_dict, *args, **kwargs):
+        name = str(config_dict.get("_class_name", cls.__name__))
+        saved_as: Any = cls if name == cls.__name__ else getattr(diffusers, name, None)
+        is_network = isinstance(saved_as, type) and issubclass(saved_as, ModelMixin)
+        if is_network and not (issubclass(saved_as, cls) or issubclass(cls, saved_as)):
+            raise ValueError(
+                f"This is the config of a {name}, which is another network than a {cls.__name__}: load it with"
+                f" `{name}.from_pretrained`."
+            )
+        return original(cls, config_dict, *args, **kwargs)
+
+    model.extract_init_dict = classmethod(extract_init_dict)
 
 
 def _add_auto_pipelines(auto_pipeline) -> None:
