@@ -103,7 +103,7 @@ class Captions(Condition):
         return {**sample, "vectors": vectors[int(torch.randint(len(vectors), (), generator=generator))]}
 
     def collate(self, samples: list[Sample]) -> Sample:
-        batch = super().collate(samples)
+        batch = default_collate(samples)
         return {**batch, "ids": self.token_ids(batch.pop("text"))} if "text" in batch else batch
 
     def token_ids(self, texts: list[str]) -> Tensor:

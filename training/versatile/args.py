@@ -45,7 +45,10 @@ class VersatileArgs:
     pretrained_optimus_name_or_path: str | None = field(
         default=None, metadata={"help": "Text autoencoder with its tokenizers, a result of train_optimus.py."}
     )
-    pretrained_clip_name_or_path: str | None = field(default=None, metadata={"help": "CLIP of both contexts."})
+    pretrained_clip_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "CLIP of both contexts: a folder, a name on the Hub, or open_clip:<model>/<tag or file>."},
+    )
     untrained_parts: list[str] = field(
         default_factory=list,
         metadata={
