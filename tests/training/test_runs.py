@@ -41,6 +41,7 @@ from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import CheckpointError
 from diffusers_ext.training_utils.launch import SkippedSteps
+from diffusers_ext.training_utils.objective import Objective
 from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -525,6 +526,15 @@ def test_arguments_that_were_built_by_hand_follow_the_launcher_too(tmp_path, cap
     assert "precision bf16 (from the launcher)" in caplog.text
 
 
+class Line(Objective):
+    def __init__(self, network: nn.Module, loss):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def losses(self, batch, generators, step):
+        return {"loss": self.loss(self.network, batch)}
+
+
 def linear_run(tmp_path, **options) -> torch.Tensor:
     args = TrainArgs(
         output_dir=str(tmp_path), max_train_steps=2, train_batch_size=2, learning_rate=0.1, adam_epsilon=1.0,
@@ -535,7 +545,7 @@ def linear_run(tmp_path, **options) -> torch.Tensor:
     rows = [torch.full((3,), float(i)) for i in range(8)]
     accelerator = loop.start(args)
     loop.fit(
-        accelerator, model, lambda network, batch, _: {"loss": network(batch).square().mean()}, rows, args,
+        accelerator, Line(model, lambda network, batch: network(batch).square().mean()), rows, args,
         transform=lambda row, generator: row,
     )  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -625,11 +635,11 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path, mon
     linear_run(tmp_path / "good")
     args = TrainArgs(output_dir=str(tmp_path / "bad"), max_train_steps=1, train_batch_size=2, learning_rate=3e37)
     model, rows = nn.Linear(3, 1), [torch.full((3,), float(i)) for i in range(8)]
-    with pytest.raises(FloatingPointError, match="`weight` of model is not finite after step 1, so nothing is saved"):
+    with pytest.raises(FloatingPointError, match="`network.weight` of model is not finite after step 1, so nothing"):
         accelerator = loop.start(args)
         model.weight.data.fill_(-3e38)
         loop.fit(
-            accelerator, model, lambda network, batch, _: {"loss": network(batch * 1e-38).mean()}, rows, args,
+            accelerator, Line(model, lambda network, batch: network(batch * 1e-38).mean()), rows, args,
             transform=lambda row, generator: row,
         )  # fmt: skip
     assert not list((tmp_path / "bad").glob("checkpoint-*"))
@@ -637,12 +647,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path, mon
 
     found = tmp_path / "good" / "checkpoint-2"
     state = load_file(found / "model.safetensors")
-    state["bias"][0] = float("inf")  # as a version without the check would have saved it
+    state["network.bias"][0] = float("inf")  # as a version without the check would have saved it
     checkpoints.publish(
         found, lambda f: [shutil.copy(p, f) for p in found.glob("*.pt")] and save_file(state, f / "model.safetensors"),
         {"step": 2},
     )  # fmt: skip
-    with pytest.raises(CheckpointError, match="`bias` in .*model.safetensors is not finite: resume from an older"):
+    with pytest.raises(CheckpointError, match="`network.bias` in .*model.safetensors is not finite: resume from"):
         linear_run(tmp_path / "good", resume_from_checkpoint="latest")
 
 

@@ -27,36 +27,7 @@ from .plan import (  # noqa: F401  # some recipes still look for these names her
 from .run import Run, ema_weights, evaluating, send_to_device, start  # noqa: F401
 
 
-class _OldForm(Objective):
-    """A model and its loss, for the recipes that have no Objective yet: fit(accelerator, model, compute_loss, ...)."""
-
-    def __init__(self, model, compute_loss, before=None):
-        super().__init__()
-        self.model, self.compute_loss, self.before = model, compute_loss, before
-
-    def state_dict(self, *args, **options):
-        return self.model.state_dict(*args, **options)
-
-    def load_state_dict(self, *args, **options):
-        return self.model.load_state_dict(*args, **options)
-
-    def losses(self, batch, generators, step):
-        return self.compute_loss(self.model, batch, generators)
-
-    def before_step(self, batch, own, step, accelerator):
-        if self.before is not None:
-            self.before(step)
-
-
-def fit(accelerator, objective, *call, before_step=None, **options) -> bool:
-    """See `fit_objective`, which takes this name when all recipes have an Objective."""
-    if not isinstance(objective, Objective):
-        compute_loss, *call = call
-        objective = _OldForm(objective, compute_loss, before_step)
-    return fit_objective(accelerator, objective, *call, **options)
-
-
-def fit_objective(
+def fit(
     accelerator: Accelerator,
     objective: Objective,
     dataset: Any,
