@@ -72,9 +72,14 @@ def test_how_many_step_counts_the_original_cannot_run():
 @torch.no_grad()
 def test_guidance_mixes_the_two_predictions():
     unet = UNet2DConditionModel(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4, in_channels=4, out_channels=3, **BLOCKS,
-    )  # fmt: skip
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=3,
+        **BLOCKS,
+    )
     latents, maps, timestep = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([5, 900])
     context, null = torch.randn(2, 3, 8), torch.randn(1, 3, 8)
     cond, uncond = (
@@ -91,9 +96,13 @@ def test_guidance_mixes_the_two_predictions():
 @torch.no_grad()
 def test_concatenation_without_context():
     unet = UNet2DModel(
-        in_channels=6, out_channels=3, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-        attention_head_dim=8, **BLOCKS,
-    )  # fmt: skip
+        in_channels=6,
+        out_channels=3,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        attention_head_dim=8,
+        **BLOCKS,
+    )
     latents, condition = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     expected = unet(torch.cat([latents, condition], dim=1), 7).sample
     assert torch.equal(predict_noise(unet, latents, 7, concat=[condition]), expected)
@@ -101,9 +110,13 @@ def test_concatenation_without_context():
 
 def concat_unet(in_channels):
     return UNet2DModel(
-        in_channels=in_channels, out_channels=3, down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2, attention_head_dim=8, **BLOCKS,
-    ).eval()  # fmt: skip
+        in_channels=in_channels,
+        out_channels=3,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        attention_head_dim=8,
+        **BLOCKS,
+    ).eval()
 
 
 @torch.no_grad()
@@ -129,11 +142,15 @@ def test_a_condition_under_tiles_is_cut_like_the_latents():
     tiled = predict_in_tiles(LDMCondition(concat=maps, null_concat=null), unet, latents, grid)
     parts = [
         predict_noise(
-            unet, latents[..., rows, :], 7, concat=[maps[..., rows, :]], null_concat=[null[..., rows, :]],
+            unet,
+            latents[..., rows, :],
+            7,
+            concat=[maps[..., rows, :]],
+            null_concat=[null[..., rows, :]],
             guidance_scale=2.0,
         )
         for rows in (slice(0, 8), slice(4, 12))
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(tiled, grid.blend(iter(parts)))
     torch.testing.assert_close(tiled[..., :4, :], parts[0][..., :4, :])
 
@@ -141,9 +158,14 @@ def test_a_condition_under_tiles_is_cut_like_the_latents():
 @torch.no_grad()
 def test_each_tile_has_a_context_of_its_own():
     unet = UNet2DConditionModel(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4, in_channels=3, out_channels=3, **BLOCKS,
-    ).eval()  # fmt: skip
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        in_channels=3,
+        out_channels=3,
+        **BLOCKS,
+    ).eval()
     latents, contexts, null = torch.randn(1, 3, 12, 8), torch.randn(2, 1, 3, 8), torch.randn(1, 3, 8)
     grid = TileGrid((12, 8), (8, 8), (4, 4))
     tiled = predict_in_tiles(LDMCondition(list(contexts), null), unet, latents, grid)

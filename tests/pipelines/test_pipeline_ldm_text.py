@@ -28,9 +28,12 @@ def test_equal_to_the_stock_pipeline_and_loads_what_it_saves(pipe, tmp_path, sca
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 77
     vqvae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=3,
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=3,
+    ).eval()
     stock = quiet(LDMTextToImagePipeline(vqvae, tiny_bert(tokenizer), tokenizer, pipe.unet, pipe.scheduler))
     stock.save_pretrained(tmp_path)
     ours = quiet(LDMTextPipeline.from_pretrained(tmp_path))
@@ -57,9 +60,13 @@ def test_what_the_network_is_told(pipe):
 def test_prompts_negative_prompts_and_embeddings_agree(pipe):
     prompts, negative = ["a red circle", "a blue star"], ["green", "small"]
     both = pipe(
-        prompts, num_inference_steps=2, negative_prompt=negative, num_images_per_prompt=2, output_type="latent",
+        prompts,
+        num_inference_steps=2,
+        negative_prompt=negative,
+        num_images_per_prompt=2,
+        output_type="latent",
         generator=seeded(0, 1, 2, 3),
-    ).images  # fmt: skip
+    ).images
     assert both.shape == (4, 3, 4, 4)
     for number in (0, 3):
         alone = sample(pipe, prompts[number // 2], seed=number, negative_prompt=negative[number // 2])

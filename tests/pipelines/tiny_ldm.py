@@ -62,9 +62,9 @@ def tiny_unet(in_channels: int = 3, *, context: bool = False, heads: int | None 
             **common,
         )
     else:
-        cls, attention = (UNet2DModel, {"attention_head_dim": 8}) if heads is None else (
-            LDMUNet, {"num_attention_heads": heads}
-        )  # fmt: skip
+        cls, attention = (
+            (UNet2DModel, {"attention_head_dim": 8}) if heads is None else (LDMUNet, {"num_attention_heads": heads})
+        )
         unet = cls(
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -109,13 +109,20 @@ def tiny_ldm_components(task: str, seed: int = 0, first_stage: str = "kl") -> di
             components |= {"tokenizer": tokenizer, "bert": tiny_bert(tokenizer)}
         elif task == "layout":
             encoder = LDMLayoutEncoder(
-                vocab_size=128, max_length=14, hidden_size=CONTEXT_DIM, num_layers=1, num_attention_heads=2,
+                vocab_size=128,
+                max_length=14,
+                hidden_size=CONTEXT_DIM,
+                num_layers=1,
+                num_attention_heads=2,
                 attention_head_dim=8,
-            )  # fmt: skip
+            )
             torch.nn.init.normal_(encoder.token_embedding.weight)
             components |= {
-                "layout_encoder": encoder.eval(), "class_names": CLASSES, "max_objects": 4, "null_condition": True
-            }  # fmt: skip
+                "layout_encoder": encoder.eval(),
+                "class_names": CLASSES,
+                "max_objects": 4,
+                "null_condition": True,
+            }
         elif task == "semantic":
             components |= {
                 "spatial_rescaler": LDMSpatialRescaler(len(LABELS), 3).eval(),

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..models.blocks.wrappers import unwrap
 from .adapters import AdapterMixin
-from .callbacks import start_scale
 from .cards import CardMixin, pipeline_card
 from .checks import check_decoded
 from .listed_options import sample_sides
@@ -93,7 +92,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
 
     def start_run(self, timesteps: Tensor, guidance_scale: float) -> None:
         """Resets the state for a run of these timesteps."""
-        self._guidance_scale = start_scale(guidance_scale)
+        self._guidance_scale = float(guidance_scale) + 0.0  # a new object: any other was set by a callback
         self._num_timesteps = len(timesteps)
         self._interrupt = False
 
@@ -101,7 +100,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         """Index and timestep of each step, under a progress bar; a callback's `pipe._interrupt = True` ends them."""
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
             for index, timestep in enumerate(timesteps):
-                if not self.interrupt:
+                if not self._interrupt:
                     yield index, timestep
                     progress_bar.update()
 

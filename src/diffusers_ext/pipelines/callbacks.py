@@ -89,11 +89,6 @@ def report_step(
     return changed
 
 
-def start_scale(guidance_scale: Any) -> float:
-    """The scale of a call as a float of its own: any other object in `pipe._guidance_scale` was set by a callback."""
-    return float(guidance_scale) + 0.0  # a sum is a new object
-
-
 def _check_fit(pipe: Any, callback: PipelineCallback, allowed: Sequence[str]) -> None:
     unknown = [name for name in callback.tensor_inputs if name not in allowed]
     if isinstance(callback, IPAdapterScaleCutoffCallback) and not hasattr(pipe, "set_ip_adapter_scale"):

@@ -2,8 +2,8 @@
 
 Rombach, Blattmann, Lorenz, Esser, Ommer, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv
 2112.10752; original: CompVis/latent-diffusion@a506df5 (code and weights MIT). Differences: any scheduler of diffusers
-that has such betas; exactly as many steps as asked for; one generator for each picture if wanted; tiles cover the
-picture whatever its size, and the sides of tiles on the picture's border do not count.
+that has such betas; exactly as many steps as asked for; one generator for each image if wanted; tiles cover the
+image whatever its size, and the sides of tiles on the image's border do not count.
 
 Shapes: b samples, c x h x w latents, H x W pixels.
 """

@@ -1,4 +1,4 @@
-"""Pictures to the latents of latent diffusion and back, whatever the first stage, in one piece or in tiles.
+"""Images to the latents of latent diffusion and back, whatever the first stage, in one piece or in tiles.
 
 Rombach et al., arXiv 2112.10752, sections 3.1 and D.1, appendix G; original: CompVis/latent-diffusion@a506df5
 :ldm/models/diffusion/ddpm.py (`get_first_stage_encoding`, `decode_first_stage`, MIT). Training and sampling use the
@@ -81,12 +81,12 @@ def encode_first_stage(
     generator: Any = None,
     grid: TileGrid | None = None,
 ) -> Tensor:
-    """Pictures (b, 3, H, W) in [-1, 1] to latents (b, c, h, w), not scaled; of a `VQModel` those before the codebook.
+    """Images (b, 3, H, W) in [-1, 1] to latents (b, c, h, w), not scaled; of a `VQModel` those before the codebook.
 
     Args:
         sample: draw from the posterior of an `AutoencoderKL`, as in training, instead of taking its mean.
-        generator: for that draw, one or one a picture.
-        grid: over the pictures, with `down` = the autoencoder's factor: encode tile by tile. Moments are blended
+        generator: for that draw, one for all images or one for each.
+        grid: over the images, with `down` = the autoencoder's factor: encode tile by tile. Moments are blended
             before a draw.
     """
     vqvae = bare_first_stage(vqvae)
@@ -106,7 +106,7 @@ def _encode(vqvae: FirstStage, images: Tensor) -> Tensor:
 
 
 def decode_first_stage(vqvae: FirstStage, latents: Tensor, *, grid: TileGrid | None = None) -> Tensor:
-    """Latents (b, c, h, w), no longer scaled, to pictures (b, 3, H, W), nominally in [-1, 1].
+    """Latents (b, c, h, w), no longer scaled, to images (b, 3, H, W), nominally in [-1, 1].
 
     A `VQModel` takes the nearest codes first.
 
@@ -139,7 +139,7 @@ def _decode_nearest(vqvae: VQModel, latents: Tensor) -> Tensor:
 
 
 def encode_masked_image(vqvae: FirstStage, images: Tensor, mask: Tensor, *, grid: TileGrid | None = None) -> Tensor:
-    """What an inpainting model is given beside its latents: (b, c + 1, h, w), picture with a hole and mask.
+    """What an inpainting model is given beside its latents: (b, c + 1, h, w), image with a hole and mask.
 
     The encoding is neither scaled nor quantised, and of an `AutoencoderKL` the mean.
 

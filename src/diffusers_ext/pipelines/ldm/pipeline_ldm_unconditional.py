@@ -184,7 +184,7 @@ class LDMUnconditionalPipeline(LDMBasePipeline):
         apply_overlay: Any,
         output_type: Any,
     ) -> tuple[Tensor, Tensor] | None:
-        """Pictures (1 or b, 3, H, W) in [0, 1] and masks, bool (1 or b, H, W), True where to draw."""
+        """Images (1 or b, 3, H, W) in [0, 1] and masks, bool (1 or b, H, W), True where to draw."""
         if (image is None) != (mask_image is None):
             given, missing = ("image", "mask_image") if mask_image is None else ("mask_image", "image")
             raise ValueError(f"`{given}` was given without `{missing}`: a known region needs both, or neither.")

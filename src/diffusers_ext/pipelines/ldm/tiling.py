@@ -1,4 +1,4 @@
-"""Pictures and latents larger than a network can take: overlapping tiles, blended by their distance from the border.
+"""Images and latents larger than a network can take: overlapping tiles, blended by their distance from the border.
 
 Rombach et al., arXiv 2112.10752, section 4.3.2; original: CompVis/latent-diffusion@a506df5
 :ldm/models/diffusion/ddpm.py (`split_input_params`, MIT), there for every call of the U-Net and for both ways through
@@ -20,7 +20,7 @@ class TileGrid:
 
     A pixel's weight in its tile is its distance from the tile's nearest side, relative to the side's length and cut to
     [`min_weight`, `max_weight`]; the weights of all tiles over a pixel are divided by their sum. In the original a
-    side that lies on the picture's border counts like any other, so that along the border all tiles have the same
+    side that lies on the image's border counts like any other, so that along the border all tiles have the same
     least weight and their seams show; `count_outer_sides=False` mends that.
 
     Args:
@@ -30,7 +30,7 @@ class TileGrid:
         up, down: factors between input and result: `up` for decoding, `down` for encoding, 1 for the U-Net.
         tie_breaker: also weight whole tiles by their distance from the border of the grid of tiles, cut to
             [`min_tie_weight`, `max_tie_weight`].
-        count_outer_sides: whether sides on the picture's border lower the weight, as in the original.
+        count_outer_sides: whether sides on the image's border lower the weight, as in the original.
 
     Raises:
         ValueError: for tiles that leave gaps, or sizes that `down` does not divide.
@@ -190,7 +190,7 @@ class TileGrid:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The same tiles over a picture and its latents: for the U-Net, and for both ways through the first stage."""
+    """The same tiles over an image and its latents: for the U-Net, and for both ways through the first stage."""
 
     latents: TileGrid
     encode: TileGrid
