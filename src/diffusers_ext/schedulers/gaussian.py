@@ -70,8 +70,8 @@ def guided_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of a scheduler, from the predictions that `guidance.both_branches` returned.
 
-    A scheduler whose step has a parameter `model_output_uncond` guides by itself: it gets both predictions and the
-    scale. Any other gets the guided prediction.
+    A scheduler whose step has a parameter `model_output_uncond` guides by itself: it gets both predictions, and
+    the scale if it has a parameter `guidance_scale`. Any other gets the guided prediction.
 
     Args:
         cond, uncond, guidance_scale, mix, channels: as for `guidance.guide`.
@@ -88,7 +88,9 @@ def guided_step(
         names, _ = _step_parameters(scheduler)
         if "model_output_uncond" in names:
             prediction = cond
-            arguments |= {"model_output_uncond": uncond, "guidance_scale": guidance_scale}
+            arguments["model_output_uncond"] = uncond
+            if "guidance_scale" in names:
+                arguments["guidance_scale"] = guidance_scale
     return scheduler.step(prediction, timestep, sample, **arguments, return_dict=False)[0], guided
 
 

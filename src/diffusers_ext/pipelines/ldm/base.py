@@ -120,12 +120,12 @@ class LDMBasePipeline(HousePipeline):
 
     @property
     def context_width(self) -> int | None:
-        """Width of the condition's sequences for cross-attention; None without any. All components are there."""
+        """Width of the condition's sequences for cross-attention; None without any."""
         return None
 
     @property
     def concat_channels(self) -> int:
-        """How many channels of the condition lie behind the latents. All components are there."""
+        """How many channels of the condition lie behind the latents."""
         return 0
 
     def resolve_scale(self, guidance_scale: Any) -> Any:

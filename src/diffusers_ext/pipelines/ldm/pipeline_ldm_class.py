@@ -88,6 +88,7 @@ class LDMClassConditionalPipeline(LDMBasePipeline):
 
     @property
     def context_width(self) -> int:
+        check_parts(self, "a class", "class_embedder")
         return self.class_embedder.config["embed_dim"]
 
     @classmethod

@@ -63,6 +63,7 @@ image = pipe(image=picture, mask_image=mask).images[0]"""
 
     @property
     def concat_channels(self) -> int:
+        check_parts(self, "a picture with a hole", "vqvae")
         return first_stage_channels(self.vqvae) + 1
 
     @torch.no_grad()

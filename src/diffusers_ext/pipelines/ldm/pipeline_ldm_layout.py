@@ -128,6 +128,7 @@ class LDMLayoutPipeline(LDMBasePipeline):
 
     @property
     def context_width(self) -> int:
+        check_parts(self, "a layout", "layout_encoder")
         return self.layout_encoder.config["hidden_size"]
 
     @classmethod

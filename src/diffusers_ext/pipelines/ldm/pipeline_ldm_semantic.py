@@ -92,6 +92,7 @@ image = pipe(Image.open("labels.png")).images[0]  # one label a pixel"""
 
     @property
     def concat_channels(self) -> int:
+        check_parts(self, "a label map", "spatial_rescaler")
         channels = self.spatial_rescaler.config["out_channels"]
         return self.num_labels if channels is None else channels
 

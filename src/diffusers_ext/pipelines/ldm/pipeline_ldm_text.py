@@ -213,6 +213,8 @@ class LDMTextPipeline(LDMBasePipeline):
 
     @property
     def context_width(self) -> int:
+        if self.bert is None:
+            check_parts(self, "a text", "unet")
         return self.unet.config["cross_attention_dim"] if self.bert is None else self.bert.config.d_model
 
     @property
