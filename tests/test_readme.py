@@ -8,7 +8,7 @@ A shell line is checked by its first words (environment assignments in front are
 | line | check |
 |---|---|
 | `make X` | X is a target of the Makefile |
-| `accelerate launch training/train_R.py ...` | R's own parser accepts the words as they stand |
+| `accelerate launch training/train_R.py ...` (or `-m`, the module) | R's own parser accepts the words as they stand |
 | `diffusers-ext ...`, `python FILE ...`, `python -m MODULE ...` | runs with `--help`, which names every option used |
 | `pip install ...` | the extras exist |
 | `git clone`, `cd`, `source`, `export`, `hf` | nothing of ours runs |
@@ -188,8 +188,9 @@ def check_line(words: list[str]) -> None:
             wanted = [target for target in targets if "=" not in target]
             assert wanted and set(wanted) <= set(known), f"the Makefile has only {known}"
         case ["accelerate", "launch", *rest]:
-            at = next(i for i, word in enumerate(rest) if word.endswith(".py"))
-            script = re.fullmatch(r"training/train_(\w+)\.py", rest[at])
+            at = next(i for i, word in enumerate(rest) if word.endswith(".py") or ".train_" in word)
+            form = r"diffusers_ext\.training\.train_(\w+)" if rest[at - 1] == "-m" else r"training/train_(\w+)\.py"
+            script = re.fullmatch(form, rest[at])
             assert script, f"{rest[at]} is no recipe"
             recipe(script[1]).parse_args([str(ROOT / w) if w.endswith(".yaml") else w for w in rest[at + 1 :]])
         case ["diffusers-ext", *rest]:
