@@ -80,20 +80,20 @@ def register() -> bool:
     return True
 
 
-def _guard_parents(model: type[ModelMixin]) -> None:
+def _guard_parents(model: Any) -> None:
     """Lets the stock class that `model` derives from refuse what `model` saved.
 
     It would drop the settings that it does not know without a word (since it knows the name of the class that has
     them), take the weights, and compute something else.
     """
-    parent: Any  # a class that has what `ConfigMixin` brings
     for parent in model.__bases__:
         stock = (
             issubclass(parent, ModelMixin) and parent is not ModelMixin and parent.__module__.startswith("diffusers.")
         )
         if not stock or "extract_init_dict" in vars(parent) or not hasattr(parent, "extract_init_dict"):
             continue
-        original = parent.extract_init_dict.__func__
+        guarded: Any = parent
+        original = guarded.extract_init_dict.__func__
 
         def extract_init_dict(cls, config_dict, *args, parent=parent, original=original, **kwargs):
             if cls is parent and config_dict.get("_class_name") == model.__name__:
@@ -103,7 +103,7 @@ def _guard_parents(model: type[ModelMixin]) -> None:
                 )
             return original(cls, config_dict, *args, **kwargs)
 
-        parent.extract_init_dict = classmethod(extract_init_dict)
+        guarded.extract_init_dict = classmethod(extract_init_dict)
 
 
 def _guard_itself(model: Any) -> None:

@@ -1,7 +1,7 @@
 """Adversarial terms of autoencoder training (VQGAN, arXiv 2012.09841, section 3.1 and eq. 6-7)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -31,7 +31,7 @@ def delayed_factor(step: int, start: int, factor: float = 1.0) -> float:
     return factor if step >= start else 0.0
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """Balances the two losses by their gradients at the decoder's last layer (eq. 7), clamped to [0, 1e4]."""
     reconstruction_grad = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
     adversarial_grad = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0]

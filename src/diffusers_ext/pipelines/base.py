@@ -130,7 +130,8 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         if push_to_hub:
-            self._push(Path(save_directory), **{"repo_id": Path(save_directory).name} | hub)
+            hub.setdefault("repo_id", Path(save_directory).name)
+            self._push(Path(save_directory), **hub)
 
     def push_to_hub(
         self,

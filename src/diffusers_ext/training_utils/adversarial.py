@@ -90,16 +90,16 @@ def fit_adversarial(
         disc, disc_optimizer = accelerator.prepare(opponent.network, disc_optimizer)
     with run:
         for step, window in run.steps():
-            plays = opponent is not None and step >= opponent.start
+            rival = opponent if opponent is not None and step >= opponent.start else None
             objective.before_step(window[0].batch, window[0].own, step, accelerator)
             for micro in window:
                 with run.micro_step(micro, prepared) as (batch, generators):
                     with accelerator.autocast():
                         found = dict(prepared(batch, generators, step))
-                        if plays:
+                        if rival is not None:
                             disc.requires_grad_(False)  # its gradients belong to its own step
                             found["adversarial"] = generator_loss(disc(found["fake"]).float())
-                            found["adaptive_weight"] = balance(found, objective.last_weight, opponent.weight)
+                            found["adaptive_weight"] = balance(found, objective.last_weight, rival.weight)
                             found["loss"] = found["loss"] + found["adaptive_weight"] * found["adversarial"]
                             disc.requires_grad_(True)
                     run.backward(found["loss"], micro)
@@ -107,14 +107,14 @@ def fit_adversarial(
                 run.add(found, micro)
             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             run.update(optimizer, schedule, norm, run.values["loss"])
-            if plays:
+            if rival is not None:
                 with accelerator.autocast():
                     fake = found["fake"].detach()
-                    if opponent.fresh_forward:
+                    if rival.fresh_forward:
                         with torch.no_grad():
                             fake = objective.fake(batch, generators, step).float()  # the generators go on: new draws
                     real, fake = disc(found["real"]), disc(fake)
-                    disc_loss = opponent.loss(real.float(), fake.float())
+                    disc_loss = rival.loss(real.float(), fake.float())
                 run.backward(disc_loss, micro)
                 run.add({"disc_loss": disc_loss}, micro)
                 accelerator.unscale_gradients(disc_optimizer)

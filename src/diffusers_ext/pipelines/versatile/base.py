@@ -449,8 +449,8 @@ class VersatileBasePipeline(HousePipeline):
         device = torch.device(device if device is not None else self._execution_device)
         shape = (batch_size, self.unet.config["data_types"][data_type]["channels"])
         if data_type == "image":
-            height, width = self.resolve_size(height, width)
-            shape = (*shape, height // self.vae_scale_factor, width // self.vae_scale_factor)
+            rows, columns = self.resolve_size(height, width)
+            shape = (*shape, rows // self.vae_scale_factor, columns // self.vae_scale_factor)
         if latents is None:
             latents = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=self.unet.dtype)
         elif not isinstance(latents, Tensor) or not latents.is_floating_point():

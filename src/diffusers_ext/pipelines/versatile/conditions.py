@@ -87,7 +87,9 @@ def read_conditions(
             " one for all. Several texts or pictures of one sample go into a list of their own: [[first, second]]."
         )
     count = max(len(texts), len(pictures))
-    masks = [[None] * len(sample) for sample in pictures] if image_masks is None else _masks(image_masks, pictures)
+    masks: list[list[Tensor | None]] = [[None] * len(sample) for sample in pictures]
+    if image_masks is not None:
+        masks = _masks(image_masks, pictures)
     return Conditions(
         texts=texts * count if len(texts) == 1 else texts,
         images=pictures * count if len(pictures) == 1 else pictures,

@@ -91,14 +91,15 @@ def predict_branches(
         "context_ratios": [context.ratio for context in contexts],
         "return_dict": False,
     }
-    one_a_sample = layer_choices is not None and not isinstance(layer_choices[0], int)
+    choices: Any = layer_choices
+    one_a_sample = choices is not None and not isinstance(choices[0], int)
     return both_branches(
         # a doubled batch makes the choices of its samples twice
         lambda sample, tokens: unet(
             sample,
             timestep,
             tokens,
-            layer_choices=[*layer_choices] * (len(sample) // len(latents)) if one_a_sample else layer_choices,
+            layer_choices=list(choices or ()) * (len(sample) // len(latents)) if one_a_sample else choices,
             **options,
         )[0],
         (latents, positive),
