@@ -105,6 +105,14 @@ def test_metadata_of_every_form_in_any_folder(tmp_path, place, name):
     assert list(rows["text"]) == [entry["text"] for entry in entries] and list(rows["label"]) == [0, 1, 2]
 
 
+def test_captions_in_two_forms_are_told(tmp_path, caplog):
+    save(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "from the text file")
+    write(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "from the metadata"}))
+    assert list(load_image_dataset(tmp_path, columns=("text",))["text"]) == ["from the metadata"]
+    assert "captions twice: those of 'metadata.jsonl' are used" in caplog.text and "'a.txt'" in caplog.text
+
+
 def test_metadata_of_several_folders_is_one_table(tmp_path):
     for kind in ("cat", "dog"):
         save(tmp_path / kind / "1.png")

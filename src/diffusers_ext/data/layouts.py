@@ -119,6 +119,13 @@ def read_folder(folder: Path, columns: Columns, cache_dir: str | None = None) ->
     if contents.metadata:
         rows = Rows(_from_metadata(contents, columns))
         unread = contents.others + contents.tables
+        if _any_beside(contents):
+            logger.warning(
+                "%s has captions twice: those of %s are used, text files beside the pictures (such as %s) are not.",
+                folder,
+                contents.names(contents.metadata),
+                contents.names(contents.texts, 1),
+            )
     elif contents.tables:
         rows = Rows(_from_tables(contents, cache_dir))
         unread = contents.others + contents.texts
