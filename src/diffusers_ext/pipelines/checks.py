@@ -59,14 +59,6 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], *, or_none: bool
     raise ValueError(f"`{name}` is {value!r}; allowed are {listed}.")
 
 
-def check_share(name: str, value: Any) -> None:
-    """A number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number, received {value!r}.")
-    if not 0 <= float(value) <= 1:
-        raise ValueError(f"`{name}` is {value}: it lies between 0 and 1.")
-
-
 def check_temperature(temperature: Any) -> None:
     """A finite number, at least 0: the temperature of words that are drawn."""
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):

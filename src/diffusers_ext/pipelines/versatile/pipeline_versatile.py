@@ -22,8 +22,8 @@ from ..checks import (
     as_generators,
     check_choice,
     check_decoded,
+    check_fraction,
     check_generator,
-    check_share,
     check_temperature,
 )
 from .base import NULL_IMAGES, Generators, VersatileBasePipeline, VersatilePipelineOutput
@@ -185,7 +185,7 @@ class VersatilePipeline(VersatileBasePipeline):
             "merge_repeats": merge_repeats,
         }
         null_image = ("black" if data_type == "text" else "zeros") if null_image is None else null_image
-        check_share("text_ratio", text_ratio)
+        check_fraction("text_ratio", text_ratio, "0 reads the images only, 1 the texts only")
         check_choice("mixing", mixing, MIXINGS)
         check_choice("null_image", null_image, NULL_IMAGES)
         check_temperature(temperature)
@@ -309,7 +309,7 @@ def _check_start(
     conditions: Conditions, data_type: str, strength: Any, exact_start: Any, color_adjust: str | None
 ) -> None:
     """A start from an image, or its colours, need exactly one image a sample."""
-    check_share("strength", strength)
+    check_fraction("strength", strength, "0 returns the image, 1 starts from noise alone")
     check_choice("color_adjust", color_adjust, COLOR_ADJUSTMENTS, or_none=True)
     for name, value, neutral in (("strength", strength, 1.0), ("color_adjust", color_adjust, None)):
         if value != neutral and (data_type != "image" or len(conditions.image_weights) != 1):

@@ -13,7 +13,7 @@ import torch
 
 from ...conditions.focus import select_ranks
 from ..callbacks import Callback, callback_tensor_names
-from ..checks import as_generators, check_choice, check_generator, check_share, check_temperature
+from ..checks import as_generators, check_choice, check_fraction, check_generator, check_temperature
 from .base import NULL_IMAGES, Generators, VersatileBasePipeline, VersatilePipelineOutput
 from .conditions import read_conditions
 from .denoising import FlowContext
@@ -106,7 +106,7 @@ class VersatileEditPipeline(VersatileBasePipeline):
                 f"`image` holds {len(conditions.images)} samples of {len(conditions.image_weights)} pictures: one "
                 "picture is edited at a time."
             )
-        check_share("text_ratio", text_ratio)
+        check_fraction("text_ratio", text_ratio, "0 reads the images only, 1 the texts only")
         check_choice("null_image", null_image, NULL_IMAGES, or_none=True)
         check_temperature(temperature)
         shares = {"text": text_ratio, "image": 1 - text_ratio}
