@@ -326,10 +326,10 @@ def test_model_and_scheduler_names_that_checkpoints_record():
             assert _fetch_class_library_tuple(public.__new__(public)) == ("diffusers_ext", name)
 
 
-def test_changelog_and_readme_name_everything_public():
-    changelog, readme = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "README.md").read_text()
+def test_changelog_and_status_name_everything_public():
+    changelog, status = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "docs" / "status.md").read_text()
     assert not [name for name in PUBLIC if f"`{name}`" not in changelog]
-    rows = [line for line in readme.splitlines() if line.startswith("|")]
+    rows = [line for line in status.splitlines() if line.startswith("|")]
     wanted = [name for name in PUBLIC if is_kind(name, DiffusionPipeline, ModelMixin)]
     assert not [name for name in wanted if not any(f"`{name}`" in row for row in rows)]
     assert f"## {diffusers_ext.__version__}" in changelog or "## Unreleased" in changelog
