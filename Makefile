@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## sample a grid (demo.png) from the bundled checkpoint and count the prompts it follows
-	$(PY) benchmarks/paella_prompts.py checkpoints/paella-scenes-64 --num_prompts 16 --grid demo.png
+	$(PY) benchmarks/quality_paella_prompts.py checkpoints/paella-scenes-64 --num_prompts 16 --grid demo.png
 
 test: $(STAMP) ## the test suite without the long matrices, on two cores (ARGS="-k name" for pytest)
 	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""benchmarks/ldm.py at its smallest sizes."""
+"""benchmarks/speed_ldm.py at its smallest sizes."""
 
 import json
 import runpy
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "ldm.py")))
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_ldm.py")))
 
 
 def test_the_tables_compare_like_with_like(script, tmp_path, capsys):

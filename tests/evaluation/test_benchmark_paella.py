@@ -1,4 +1,4 @@
-"""benchmarks/paella.py and the plain form that it measures against."""
+"""benchmarks/speed_paella.py and the plain form that it measures against."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ TINY = "--c_hidden 32 --down_levels 1 1 2 --condition_dim 16 --num_codes 64 --to
 def script(repo_root) -> SimpleNamespace:
     sys.path.insert(0, str(repo_root / "benchmarks"))
     try:
-        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "paella.py")))
+        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_paella.py")))
     finally:
         sys.path.remove(str(repo_root / "benchmarks"))
 

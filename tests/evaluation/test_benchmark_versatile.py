@@ -1,4 +1,4 @@
-"""benchmarks/versatile.py at its smallest sizes: the same results on both sides, and what is measured."""
+"""benchmarks/speed_versatile.py at its smallest sizes: the same results on both sides, and what is measured."""
 
 import runpy
 import subprocess
@@ -19,7 +19,7 @@ SMALL = ["--smoke", "--threads", "1"]
 def script(repo_root) -> SimpleNamespace:
     sys.path.insert(0, str(repo_root / "benchmarks"))
     try:
-        script = SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "versatile.py")))
+        script = SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_versatile.py")))
     finally:
         sys.path.remove(str(repo_root / "benchmarks"))
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def test_memory_counts_weights_and_pictures(script, folder, repo_root):
         "text-to-image",
         folder,
     ]  # in a process of its own, as the script does
-    command = [sys.executable, str(repo_root / "benchmarks" / "versatile.py"), *words]
+    command = [sys.executable, str(repo_root / "benchmarks" / "speed_versatile.py"), *words]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     flow = VersatileUNet.from_pretrained(Path(folder) / "ours" / "unet", flows=["text-to-image"])
     assert peak > sum(parameter.nbytes for parameter in flow.parameters())

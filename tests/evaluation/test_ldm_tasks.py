@@ -1,4 +1,4 @@
-"""benchmarks/ldm_tasks.py and ldm_regression.py: the checks on true pictures, and the scripts on tiny pipelines."""
+"""benchmarks/quality_ldm_{tasks,regression}.py: the checks on true pictures, the scripts on tiny pipelines."""
 
 import json
 import math
@@ -23,7 +23,7 @@ SIDE = 32  # the least that `scenes` draws
 def script(repo_root):
     sys.path.insert(0, str(repo_root / "benchmarks"))
     try:
-        yield SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "ldm_tasks.py")))
+        yield SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "quality_ldm_tasks.py")))
     finally:
         sys.path.remove(str(repo_root / "benchmarks"))
 
@@ -72,12 +72,12 @@ def test_every_task_on_tiny_pipelines(script, folders, tmp_path, capsys):
 
 
 def test_the_regression_trains_and_takes_its_part_in_the_table(script, folders, repo_root, tmp_path, capsys):
-    regression = SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "ldm_regression.py")))
+    regression = SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "quality_ldm_regression.py")))
     output = str(tmp_path / "regression")
     upscale = next(folder for folder in folders if folder.endswith("upscale"))
     small = ["--max_train_steps", "40", "--train_batch_size", "4"]
     regression.main([upscale, "--output_dir", output, *small])
-    trained = regression.load_regression(output)
+    trained = sys.modules["parts.pixel_regression"].load_regression(output)
     true, low = regression.draw_batch(1000, 8, SIDE)
     with torch.no_grad():
         error = (trained(low) - true).square().mean()
@@ -90,7 +90,7 @@ def test_the_regression_trains_and_takes_its_part_in_the_table(script, folders, 
 
 @pytest.fixture(scope="module")
 def checks(script) -> SimpleNamespace:
-    return SimpleNamespace(**vars(sys.modules["ldm_task_checks"]))
+    return SimpleNamespace(**vars(sys.modules["parts.ldm_task_checks"]))
 
 
 def test_true_pictures_hold_their_boxes_and_no_others(checks):

@@ -1,4 +1,4 @@
-"""benchmarks/ldm_tiles.py: what it calls a seam, and the script on a tiny pipeline."""
+"""benchmarks/quality_ldm_tiles.py: what it calls a seam, and the script on a tiny pipeline."""
 
 import os
 import runpy
@@ -17,7 +17,7 @@ from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "ldm_tiles.py")))
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "quality_ldm_tiles.py")))
 
 
 def test_seams_are_told_from_texture(script):
@@ -48,7 +48,7 @@ def test_the_script_on_a_tiny_pipeline(repo_root, tmp_path):
     pipeline_class("semantic")(**parts).save_pretrained(tmp_path / "pipe")
     small = ["--size", "64", "--tile_size", "32", "--num_inference_steps", "1", "--whole"]
     done = subprocess.run(
-        [sys.executable, str(repo_root / "benchmarks" / "ldm_tiles.py"), str(tmp_path / "pipe"), *small,
+        [sys.executable, str(repo_root / "benchmarks" / "quality_ldm_tiles.py"), str(tmp_path / "pipe"), *small,
          "--output", str(tmp_path / "tiles.png")],
         capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

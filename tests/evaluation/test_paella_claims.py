@@ -1,4 +1,4 @@
-"""benchmarks/paella_claims.py on a tiny pipeline with random weights."""
+"""benchmarks/claims_paella.py on a tiny pipeline with random weights."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 def script(repo_root) -> SimpleNamespace:
     sys.path.insert(0, str(repo_root / "benchmarks"))
     try:
-        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "paella_claims.py")))
+        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "claims_paella.py")))
     finally:
         sys.path.remove(str(repo_root / "benchmarks"))
 

@@ -1,4 +1,4 @@
-"""benchmarks/paella_modes.py: the checks on true pictures, and the whole script on a tiny pipeline."""
+"""benchmarks/quality_paella_modes.py: the checks on true pictures, and the whole script on a tiny pipeline."""
 
 import json
 import runpy
@@ -17,7 +17,7 @@ from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "paella_modes.py")))
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "quality_paella_modes.py")))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""benchmarks/paella_prompts.py, on a tiny pipeline with random weights and on true pictures."""
+"""benchmarks/quality_paella_prompts.py, on a tiny pipeline with random weights and on true pictures."""
 
 import json
 import runpy
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,11 @@ from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "paella_prompts.py")))
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    try:
+        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "quality_paella_prompts.py")))
+    finally:
+        sys.path.remove(str(repo_root / "benchmarks"))
 
 
 @pytest.fixture(scope="module")

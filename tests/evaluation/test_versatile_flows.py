@@ -1,4 +1,4 @@
-"""benchmarks/versatile_{flows,figures,frechet}.py: the checks on true cases, the scripts on a tiny pipeline."""
+"""benchmarks/quality_versatile_{flows,figures,frechet}.py: the checks on true cases, and a tiny pipeline."""
 
 import json
 import runpy
@@ -38,12 +38,12 @@ def load(repo_root, name: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return load(repo_root, "versatile_flows.py")
+    return load(repo_root, "quality_versatile_flows.py")
 
 
 @pytest.fixture(scope="module")
 def figures(repo_root) -> SimpleNamespace:
-    return load(repo_root, "versatile_figures.py")
+    return load(repo_root, "quality_versatile_figures.py")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_some_flows(repo_root, script, figures, tmp_path, capsys
     script.main([str(tmp_path), *SMALL, "--num_cases", "4"])
     printed = capsys.readouterr().out
     assert "| image-to-image |" in printed and "-text |" not in printed and "| dual" not in printed
-    frechet = load(repo_root, "versatile_frechet.py")
+    frechet = load(repo_root, "quality_versatile_frechet.py")
     VersatilePipeline.from_pretrained(tmp_path, flows=["image-to-image"]).save_pretrained(tmp_path / "no-texts")
     frechet.main([str(tmp_path / "no-texts"), *SMALL, "--num_cases", "6", "--guidance_scales", "1"])
     assert capsys.readouterr().out.splitlines()[-1].endswith("| - |")  # no text encoder to score by
@@ -179,7 +179,7 @@ def test_what_the_figures_are_made_of(figures, folder, tmp_path):
 
 
 def test_frechet_distances_over_guidance(repo_root, folder, capsys):
-    frechet = load(repo_root, "versatile_frechet.py")
+    frechet = load(repo_root, "quality_versatile_frechet.py")
     frechet.main([folder, *SMALL, "--num_cases", "6", "--guidance_scales", "1", "3"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][
         1:

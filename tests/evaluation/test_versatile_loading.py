@@ -1,4 +1,4 @@
-"""benchmarks/versatile_loading.py: a flow reads its own layer groups of the file."""
+"""benchmarks/speed_versatile_loading.py: a flow reads its own layer groups of the file."""
 
 import runpy
 from pathlib import Path
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="t
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "versatile_loading.py")))
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_versatile_loading.py")))
 
 
 def table(text: str) -> dict[str, list[float]]:

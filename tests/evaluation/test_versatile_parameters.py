@@ -1,4 +1,4 @@
-"""benchmarks/versatile_parameters.py: the paper's count, and that of a checkpoint."""
+"""benchmarks/claims_versatile_parameters.py: the paper's count, and that of a checkpoint."""
 
 import runpy
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from pipelines.tiny_versatile import tiny_versatile_unet
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "versatile_parameters.py")))
+    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "claims_versatile_parameters.py")))
 
 
 def test_four_flows_cost_half_of_four_networks_at_the_papers_sizes(script, capsys):

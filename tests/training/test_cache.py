@@ -175,7 +175,7 @@ def test_bf16_training_sees_the_tokens_and_vectors_that_sampling_sees(tmp_path):
 
 
 def test_the_benchmark_compares_speed_and_results(tmp_path, capsys):
-    main = runpy.run_path(str(ROOT / "benchmarks" / "paella_cache.py"))["main"]
+    main = runpy.run_path(str(ROOT / "benchmarks" / "speed_paella_cache.py"))["main"]
     tiny = ["--train_batch_size", "4", "--block_out_channels", "16", "32", "--down_layers_per_block", "1", "1"]
     tiny += ["--up_layers_per_block", "1", "1"]
     words = ["--conditions", "class", "--rounds", "1", "--steps", "4", "--window", "1", "--num_samples", "8"]

@@ -1,4 +1,4 @@
-"""What benchmarks/ldm_tasks.py measures of each task of Latent Diffusion: the figures themselves."""
+"""What benchmarks/quality_ldm_tasks.py measures of each task of Latent Diffusion: the figures themselves."""
 
 import argparse
 import sys
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from ldm_regression import load_regression
 from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
@@ -23,6 +22,7 @@ from diffusers_ext.degradations.bsr import degrade_bicubic
 from diffusers_ext.evaluation.image_quality import psnr
 from diffusers_ext.evaluation.prompt_following import Share, case_generators, judge, judge_by_chance, share
 from diffusers_ext.evaluation.segmentation import mean_iou
+from parts.pixel_regression import load_regression
 
 BOX_OVERLAP = 0.5  # intersection over union from which a box holds an object
 LOW_FACTOR = 4  # of super-resolution

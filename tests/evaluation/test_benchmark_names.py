@@ -1,0 +1,30 @@
+"""benchmarks/: a command's name says what it answers, and an old name leads to the new one."""
+
+import re
+import subprocess
+import sys
+
+ANSWERS = ("speed_", "quality_", "claims_", "reading_")
+DOOR = re.compile(
+    r'"""Moved: benchmarks/(\w+)\.py\."""\n\nfrom parts\.moved import run_as\n\n.*\n    run_as\("(\w+)"\)\n'
+)
+
+
+def test_every_name_says_what_it_answers_or_leads_there(repo_root):
+    folder = repo_root / "benchmarks"
+    for path in folder.glob("*.py"):
+        door = DOOR.fullmatch(path.read_text())
+        assert path.name.startswith(ANSWERS) != bool(door), path.name
+        if door:
+            assert door[1] == door[2] and (folder / f"{door[1]}.py").is_file(), path.name
+        else:
+            assert '\nif __name__ == "__main__":\n' in path.read_text(), f"{path.name} is no command"
+    for path in (folder / "parts").glob("*.py"):
+        assert "__main__" not in path.read_text().replace('run_name="__main__"', ""), f"{path.name} is a command"
+
+
+def test_an_old_name_runs_the_new_one(repo_root):
+    command = [sys.executable, str(repo_root / "benchmarks" / "versatile_parameters.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stderr.startswith("versatile_parameters.py is now benchmarks/claims_versatile_parameters.py")
+    assert result.stdout.startswith("usage: claims_versatile_parameters.py")
