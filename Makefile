@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help venv demo test test-all lint
+.PHONY: help venv demo gallery test test-all lint
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 16
 
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## sample a grid (demo.png) from the bundled checkpoint and count the prompts it follows
 	$(PY) benchmarks/quality_paella_prompts.py checkpoints/paella-scenes-64 --num_prompts 16 --grid demo.png
+
+gallery: $(STAMP) ## draw the pictures of docs/gallery.md from the bundled checkpoints
+	$(PY) docs/gallery.py
 
 test: $(STAMP) ## the test suite without the long matrices, on two cores (ARGS="-k name" for pytest)
 	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow" $(ARGS)

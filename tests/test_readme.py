@@ -41,6 +41,7 @@ DOCUMENTS = [
         "README.md",
         "training/README.md",
         "CONTRIBUTING.md",
+        "docs/gallery.md",
         "docs/paella_sampling.md",
         "docs/versatile_diffusion.md",
     )
