@@ -22,6 +22,7 @@ PACKAGE = ROOT / "src" / "diffusers_ext"
 
 PUBLIC = [
     "AutoencoderOptimus",
+    "CascadedUNet",
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",

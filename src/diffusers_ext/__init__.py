@@ -14,6 +14,7 @@ from .guidance import classifier_free_guidance
 from .models.autoencoder_optimus import AutoencoderOptimus
 from .models.discriminator import PatchDiscriminator
 from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
+from .models.unet_cascaded import CascadedUNet
 from .models.unet_ldm import LDMUNet
 from .models.unet_paella import PaellaUNet
 from .models.unet_versatile import VersatileUNet
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderOptimus",
+    "CascadedUNet",
     "DiscreteRenoisingScheduler",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from pipelines.contract import _f4_tokenizer
+from pipelines.tiny_cascaded import UPSCALER, tiny_cascaded_unet
 from pipelines.tiny_ldm import tiny_first_stage, tiny_unet
 from pipelines.tiny_paella import CONDITION_DIM, NUM_CODES, tiny_vqvae
 from pipelines.tiny_paella import tiny_unet as tiny_paella_unet
@@ -80,6 +81,15 @@ USES = {
     ),
     "AutoencoderOptimus-decode": Use(
         lambda: tiny_optimus()[0], lambda m: m.decode(noise(2, m.config["latent_dim"]), max_length=6, do_sample=False)
+    ),
+    "CascadedUNet": Use(
+        lambda: tiny_cascaded_unet(num_class_embeds=4),
+        lambda m: m(noise(2, 3, 8, 8), 3, torch.tensor([1, 3])).sample,
+        "CascadedUNet",
+    ),
+    "CascadedUNet-upscaler": Use(
+        lambda: tiny_cascaded_unet(**UPSCALER),
+        lambda m: m(PICTURES, 3, low_res=noise(2, 3, 8, 8), augmentation_level=40).sample,
     ),
     "LDMUNet": Use(lambda: tiny_unet(heads=4), lambda m: m(noise(2, 3, 4, 4), 3).sample, "LDMUNet"),
     "LDMClassEmbedder": Use(
@@ -196,7 +206,17 @@ def test_result_is_given_as_diffusers_models_give_it(name):
     assert torch.equal(output[0], values[0]) and torch.equal(values[0], default)
 
 
-@pytest.mark.parametrize("name", ["LDMClassEmbedder", "LDMLayoutEncoder", "LDMSpatialRescaler", "AutoencoderOptimus"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LDMClassEmbedder",
+        "LDMLayoutEncoder",
+        "LDMSpatialRescaler",
+        "AutoencoderOptimus",
+        "CascadedUNet",
+        "CascadedUNet-upscaler",
+    ],
+)
 def test_compiles_as_one_graph(name):
     model = build(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -16,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .blocks.indices import check_indices, indices_beyond
 from .blocks.outputs import SampleOutput, as_output
 
 RESCALING_METHODS = ("nearest", "bilinear", "bicubic", "area")
@@ -54,7 +55,7 @@ class LDMClassEmbedder(ModelMixin, ConfigMixin):
                 f"`class_labels` is {class_labels.dtype} of shape {tuple(class_labels.shape)}: expected integers of "
                 "shape (batch,)."
             )
-        _check_indices("class_labels", class_labels, self.embedding.num_embeddings, "the table")
+        check_indices("class_labels", class_labels, self.embedding.num_embeddings, "the table")
         return as_output(self.embedding(class_labels)[:, None], return_dict)  # (b, 1, d)
 
 
@@ -126,7 +127,7 @@ class LDMLayoutEncoder(ModelMixin, ConfigMixin):
                 f"`input_ids` holds {input_ids.shape[1]} tokens a layout, this encoder takes at most {longest}: build "
                 "them with fewer objects."
             )
-        _check_indices("input_ids", input_ids, self.token_embedding.num_embeddings, "the vocabulary")
+        check_indices("input_ids", input_ids, self.token_embedding.num_embeddings, "the vocabulary")
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden_states = self.token_embedding(input_ids) + self.position_embedding(positions)
         for block in self.blocks:
@@ -187,7 +188,7 @@ class LDMSpatialRescaler(ModelMixin, ConfigMixin):
         """
         num_labels, mapper = self.config["in_channels"], self.channel_mapper
         if label_map.ndim == 3 and not label_map.is_floating_point():
-            if beyond := _beyond(label_map, num_labels):
+            if beyond := indices_beyond(label_map, num_labels):
                 raise ValueError(
                     f"`label_map` holds labels from {beyond[0]} to {beyond[1]}, this model knows 0 to "
                     f"{num_labels - 1}: map others onto these, for instance with a palette."
@@ -207,20 +208,3 @@ class LDMSpatialRescaler(ModelMixin, ConfigMixin):
         for _ in range(self.config["num_stages"]):
             maps = F.interpolate(maps, scale_factor=self.config["multiplier"], mode=self.config["method"])
         return as_output(maps, return_dict)
-
-
-def _check_indices(name: str, indices: Tensor, size: int, what: str) -> None:
-    """Refuses indices beyond a table."""
-    if beyond := _beyond(indices, size):
-        raise ValueError(f"`{name}` goes from {beyond[0]} to {beyond[1]}, {what} from 0 to {size - 1}.")
-
-
-def _beyond(indices: Tensor, size: int) -> tuple[int, int] | None:
-    """Least and greatest index if one of them lies beyond 0 ... size - 1.
-
-    On an accelerator the question would wait for the device, and it would break a compiled graph: it is not asked.
-    """
-    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
-        return None
-    low, high = int(indices.min()), int(indices.max())
-    return (low, high) if low < 0 or high >= size else None
