@@ -24,6 +24,7 @@ PUBLIC = [
     "AutoencoderOptimus",
     "CascadedUNet",
     "DiscreteRenoisingScheduler",
+    "GlideTextEncoder",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",
     "LDMClassEmbedder",
@@ -36,6 +37,8 @@ PUBLIC = [
     "LDMUNet",
     "LDMUnconditionalPipeline",
     "LDMUpscalePipeline",
+    "NormalizedClassifierFreeGuidance",
+    "PITIEncoder",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",
@@ -47,6 +50,7 @@ PUBLIC = [
     "VersatilePipeline",
     "VersatileUNet",
     "classifier_free_guidance",
+    "normalized_guidance",
 ]
 
 # unit -> the units that it may import; its own folder is always allowed, except in models and conversion (see below).
@@ -66,6 +70,7 @@ LAW = {
 }
 CONTAINS = {
     *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
+    ("piti", "glide"),  # its decoder is GLIDE's U-Net
 }  # (module of a system, module of a part of it), both of conversion/
 FAMILIES = {path.name for path in (PACKAGE / "pipelines").iterdir() if (path / "__init__.py").is_file()}
 PARENTS = {

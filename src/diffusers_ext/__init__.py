@@ -10,9 +10,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline as DiffusionPip
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from transformers import PreTrainedModel as PreTrainedModel
 
-from .guidance import classifier_free_guidance
+from .guidance import NormalizedClassifierFreeGuidance, classifier_free_guidance, normalized_guidance
 from .models.autoencoder_optimus import AutoencoderOptimus
 from .models.discriminator import PatchDiscriminator
+from .models.encoder_glide_text import GlideTextEncoder
+from .models.encoder_piti import PITIEncoder
 from .models.encoders_ldm import LDMClassEmbedder, LDMLayoutEncoder, LDMSpatialRescaler
 from .models.unet_cascaded import CascadedUNet
 from .models.unet_ldm import LDMUNet
@@ -42,6 +44,7 @@ __all__ = [
     "AutoencoderOptimus",
     "CascadedUNet",
     "DiscreteRenoisingScheduler",
+    "GlideTextEncoder",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",
     "LDMClassEmbedder",
@@ -54,6 +57,8 @@ __all__ = [
     "LDMUNet",
     "LDMUnconditionalPipeline",
     "LDMUpscalePipeline",
+    "NormalizedClassifierFreeGuidance",
+    "PITIEncoder",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",
@@ -65,6 +70,7 @@ __all__ = [
     "VersatilePipeline",
     "VersatileUNet",
     "classifier_free_guidance",
+    "normalized_guidance",
 ]
 
 register()

@@ -4,8 +4,16 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from diffusers_ext.losses.adversarial import adaptive_weight, generator_loss, hinge_discriminator_loss
-from diffusers_ext.losses.perceptual import LPIPSDistance, perceptual_distance
+from diffusers_ext.losses.adversarial import (
+    adaptive_weight,
+    generator_loss,
+    gradient_penalty,
+    hinge_discriminator_loss,
+    marking_discriminator_loss,
+    marking_generator_loss,
+    wasserstein_discriminator_loss,
+)
+from diffusers_ext.losses.perceptual import LPIPSDistance, VGGDistance, perceptual_distance
 
 
 @pytest.fixture
@@ -79,3 +87,49 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
     weight = adaptive_weight(reconstruction, adversarial, last)
     assert weight.item() == pytest.approx(expected, rel=1e-5) and not weight.requires_grad
     assert adaptive_weight(reconstruction, 1e-12 * adversarial, last).item() == 1e4  # clamped
+
+
+def test_a_discriminator_that_marks_the_generated_is_fooled_by_low_logits():
+    """PITI's form: D says how generated an image looks, its generator lowers log D."""
+    real, fake = torch.tensor([-3.0, -2.0]), torch.tensor([3.0, 2.0], requires_grad=True)
+    right = marking_discriminator_loss(real, fake)
+    wrong = marking_discriminator_loss(fake, real)
+    assert right < 0.2 < wrong
+    expected = -(torch.sigmoid(fake).log().mean() + (1 - torch.sigmoid(real)).log().mean())
+    torch.testing.assert_close(right, expected)
+    loss = marking_generator_loss(fake)
+    torch.testing.assert_close(loss, torch.sigmoid(fake).log().mean())
+    assert (torch.autograd.grad(loss, fake)[0] > 0).all()  # going down makes the images look less generated
+
+
+def test_gradient_penalty_is_zero_for_unit_slopes():
+    images = torch.rand(3, 1, 2, 2)
+    slope = torch.full((1, 2, 2), 0.5)  # |gradient| = 1
+    assert gradient_penalty(lambda x: (x * slope).sum((1, 2, 3)), images, -images, torch.rand(3, 1, 1, 1)) < 1e-10
+    steep = gradient_penalty(lambda x: (x * 3 * slope).sum((1, 2, 3)), images, -images, torch.rand(3, 1, 1, 1))
+    torch.testing.assert_close(steep, torch.tensor(40.0))  # 10 (3 - 1)^2
+    assert wasserstein_discriminator_loss(torch.tensor([2.0]), torch.tensor([-1.0])) == -3
+
+
+def vgg_weights(levels: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    widths, weights, channels = {0: 4, 2: 4, 5: 6, 7: 6, 10: 8, 12: 8}, {}, 3
+    for index in list(widths)[:levels]:
+        weights[f"features.{index}.weight"] = torch.randn(widths[index], channels, 3, 3) * 0.3
+        weights[f"features.{index}.bias"] = torch.randn(widths[index])
+        channels = widths[index]
+    return weights
+
+
+def test_vgg_distance_sums_its_levels_and_reads_a_file(tmp_path):
+    torch.save(vgg_weights(6), tmp_path / "vgg.pt")
+    image, target = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
+    both = VGGDistance((2, 7), weights=tmp_path / "vgg.pt")(image, target)
+    each = [VGGDistance.from_state_dict(vgg_weights(6), (level,))(image, target) for level in (2, 7)]
+    torch.testing.assert_close(both, each[0] + each[1])
+    assert both.shape == (2,) and torch.autograd.grad(both.sum(), target)[0].abs().sum() > 0
+    assert VGGDistance.from_state_dict(vgg_weights(6))(image, image).sum() == 0
+    with pytest.raises(ValueError, match=r"not those of VGG-19: '7.weight' is missing"):
+        VGGDistance.from_state_dict(vgg_weights(3))
+    with pytest.raises(ValueError, match=r"`levels` holds \[3\], but VGG-19's convolutions are \[0, 2"):
+        VGGDistance.from_state_dict(vgg_weights(6), (3,))

@@ -108,6 +108,28 @@ USES = {
     "LDMSpatialRescaler-soft": Use(
         lambda: diffusers_ext.LDMSpatialRescaler(4, 3), lambda m: m(noise(2, 4, 16, 16).softmax(1))
     ),
+    "GlideTextEncoder": Use(
+        lambda: diffusers_ext.GlideTextEncoder(
+            vocab_size=32, max_length=16, hidden_size=16, num_layers=2, num_attention_heads=2
+        ),
+        lambda m: m(LABELS[:, 0], LABELS[:, 0] > 1).last_hidden_state,
+        "GlideTextEncoder",
+    ),
+    "GlideTextEncoder-vector": Use(
+        lambda: diffusers_ext.GlideTextEncoder(
+            vocab_size=32, max_length=16, hidden_size=16, num_layers=1, num_attention_heads=2
+        ),
+        lambda m: m(LABELS[:, 0]).pooler_output,
+    ),
+    "PITIEncoder": Use(
+        lambda: diffusers_ext.PITIEncoder(3, 32, hidden_size=16, num_layers=2, num_attention_heads=2),
+        lambda m: m(PICTURES.repeat(1, 1, 2, 2)).last_hidden_state,
+        "PITIEncoder",
+    ),
+    "PatchDiscriminator-instance": Use(
+        lambda: diffusers_ext.PatchDiscriminator(base_channels=8, num_layers=2, norm_type="instance"),
+        lambda m: m(PICTURES),
+    ),
     "PatchDiscriminator": Use(
         lambda: diffusers_ext.PatchDiscriminator(base_channels=8, num_layers=2),
         lambda m: m(PICTURES),
@@ -215,6 +237,8 @@ def test_result_is_given_as_diffusers_models_give_it(name):
         "AutoencoderOptimus",
         "CascadedUNet",
         "CascadedUNet-upscaler",
+        "GlideTextEncoder",
+        "PITIEncoder",
     ],
 )
 def test_compiles_as_one_graph(name):

@@ -11,6 +11,26 @@ SCENES_PALETTE = np.array(
 )
 
 
+def bit_palette(classes: int) -> np.ndarray:
+    """Colours that differ in high bits, uint8 (classes, 3): PITI's coding of COCO-Stuff with 182 classes.
+
+    The bits of `label + 1`, lowest first, go to red, green and blue in turn, into their highest free bit
+    (PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/image_datasets_mask.py).
+
+    Raises:
+        ValueError: fewer than 1 or more than 255 classes, which the coding cannot tell apart.
+    """
+    if not 1 <= classes <= 255:
+        raise ValueError(f"`classes` is {classes}: the coding has colours for 1 to 255 classes.")
+    codes, colors = np.arange(1, classes + 1), np.zeros((classes, 3), dtype=np.uint8)
+    for bit in range(8):
+        colors[:, bit % 3] |= ((codes >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colors
+
+
+COCO182_PALETTE = bit_palette(182)
+
+
 def colorize_labels(labels: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE) -> np.ndarray:
     """Class ids (h, w) as a picture: uint8 (h, w, 3).
 

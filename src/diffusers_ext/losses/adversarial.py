@@ -1,4 +1,7 @@
-"""Adversarial terms of autoencoder training (VQGAN, arXiv 2012.09841, section 3.1 and eq. 6-7)."""
+"""Adversarial terms of training: of autoencoders (VQGAN, arXiv 2012.09841, section 3.1 and eq. 6-7) and of PITI's
+upsampler (arXiv 2205.12952, section 3.2)."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +24,43 @@ def vanilla_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tens
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """-E[D(x')], a scalar."""
     return -logits_fake.mean()
+
+
+def wasserstein_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """E[D(x')] - E[D(x)], a scalar; `gradient_penalty` belongs to it. Its generator's loss is `generator_loss`.
+
+    WGAN-GP (arXiv 1704.00028); PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/gaussian_diffusion.py.
+    """
+    return logits_fake.mean() - logits_real.mean()
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, epsilon: Tensor, weight: float = 10.0
+) -> Tensor:
+    """weight E[(|grad D(x~)| - 1)^2] at x~ between fakes and real images, a scalar (WGAN-GP, eq. 3).
+
+    Args:
+        discriminator: images (b, c, h, w) -> scores.
+        real, fake: images (b, c, h, w).
+        epsilon: how real each mixture is, (b, 1, 1, 1), uniform from 0 to 1.
+    """
+    between = torch.lerp(fake.detach(), real.detach(), epsilon).requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    return weight * (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def marking_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """-E[log D(x')] - E[log(1 - D(x))], a scalar, for a discriminator that marks what is generated.
+
+    D is the sigmoid of the logits: 1 says "generated". That is PITI's form (arXiv 2205.12952, section 3.2), the other
+    way round than in `vanilla_discriminator_loss`.
+    """
+    return F.softplus(-logits_fake).mean() + F.softplus(logits_real).mean()
+
+
+def marking_generator_loss(logits_fake: Tensor) -> Tensor:
+    """E[log D(x')], a scalar: the generator lowers it, so that a discriminator that marks what is generated fails."""
+    return F.logsigmoid(logits_fake).mean()
 
 
 def delayed_factor(step: int, start: int, factor: float = 1.0) -> float:

@@ -1,7 +1,7 @@
 """Perceptual distances; each names the network whose features it compares, and figures carry that name."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # width and number of the convolutions before each pooling
+_VGG_KEY = re.compile(r"(?:[a-z_.]+\.)?(\d+\.(?:weight|bias))")
 _LPIPS_KEY = re.compile(r"(?:net\.slice(\d)\.(\d+)|lin(\d)\.model\.[01])\.(weight|bias)")
 
 
@@ -105,6 +106,101 @@ class LPIPSDistance(nn.Module):
         pairs = zip(self._features(image), self._features(target), self.heads, strict=True)
         levels = [head(self.dropout((a - b).square())).mean((1, 2, 3)) for a, b, head in pairs]
         return torch.stack(levels).sum(0)
+
+
+class VGGDistance(nn.Module):
+    """Mean squared difference of VGG-19 features before their ReLU, summed over levels.
+
+    PITI's upsampler is trained with it. Its released code compares one level, the second convolution of the second
+    block (PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/vgg.py); its paper (arXiv 2205.12952, section 3.2) compares
+    several, without saying which.
+
+    Args:
+        levels: torchvision's numbers of the convolutions: `RELEASED` or `MULTI_LEVEL`, or others.
+        weights: file of a state dict under torchvision's keys. Unset, torchvision looks into its cache and downloads
+            what is missing.
+
+    Raises:
+        OSError: if torchvision can neither find nor download the weights.
+    """
+
+    RELEASED = (7,)
+    MULTI_LEVEL = (2, 7, 12, 21, 30)  # the second convolution of each block
+
+    def __init__(self, levels: Sequence[int] = RELEASED, weights: str | Path | None = None):
+        super().__init__()
+        if weights is not None:
+            state_dict = torch.load(weights, map_location="cpu", weights_only=True)
+        else:
+            from torchvision.models import VGG19_Weights
+
+            try:
+                state_dict = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+            except OSError as error:
+                raise OSError(
+                    "The VGG-19 weights are neither in torchvision's cache nor could they be downloaded. Put "
+                    "vgg19-dcbb9e9d.pth into <TORCH_HOME>/hub/checkpoints, or name the file as `weights`."
+                ) from error
+        self._build("vgg19", state_dict, levels)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], levels: Sequence[int] = RELEASED) -> "VGGDistance":
+        """Builds the network from convolutions named `<number>.weight` and `<number>.bias` behind any prefix.
+
+        Raises:
+            ValueError: a convolution up to the last level is missing, or a level is none.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build("vgg", state_dict, levels)
+        return model
+
+    def _build(self, name: str, state_dict: Mapping[str, Tensor], levels: Sequence[int]) -> None:
+        self.name, self.levels = name, tuple(levels)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+        weights = {
+            match[1]: value for key, value in state_dict.items() if (match := _VGG_KEY.fullmatch(key)) is not None
+        }
+        self.layers = nn.Sequential()
+        index, convolutions = 0, set[int]()
+        for block, count in enumerate((2, 2, 4, 4, 4)):  # convolutions of each block, as torchvision numbers them
+            if block > 0:
+                self.layers.add_module(str(index), nn.MaxPool2d(2))
+                index += 1
+            for _ in range(count):
+                convolutions.add(index)
+                if index <= max(self.levels):
+                    try:
+                        weight, bias = weights[f"{index}.weight"], weights[f"{index}.bias"]
+                    except KeyError as error:
+                        raise ValueError(f"The weights are not those of VGG-19: {error} is missing.") from error
+                    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+                    layer.load_state_dict({"weight": weight, "bias": bias})
+                    self.layers.add_module(str(index), layer)
+                    self.layers.add_module(str(index + 1), nn.ReLU())
+                index += 2
+        if strangers := sorted(set(self.levels) - convolutions):
+            raise ValueError(f"`levels` holds {strangers}, but VGG-19's convolutions are {sorted(convolutions)}.")
+        self.requires_grad_(False).eval()
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """The features of images (b, 3, h, w) in [-1, 1], one (b, c, h', w') a level."""
+        hidden, found = ((image + 1) / 2 - self.mean) / self.std, []
+        for name, layer in self.layers.named_children():
+            hidden = layer(hidden)
+            if int(name) in self.levels:
+                found.append(hidden)
+            if int(name) == max(self.levels):
+                break
+        return found
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        """Distance of images (b, 3, h, w) in [-1, 1], one value a sample (b,)."""
+        pairs = zip(self.features(image), self.features(target), strict=True)
+        return torch.stack([(a - b).square().flatten(1).mean(1) for a, b in pairs]).sum(0)
 
 
 class CLIPDistance(nn.Module):

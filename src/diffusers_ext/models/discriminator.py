@@ -3,7 +3,8 @@
 Isola, Zhu, Zhou, Efros, "Image-to-Image Translation with Conditional Adversarial Networks" (pix2pix), arXiv
 1611.07004, in the form of taming-transformers (arXiv 2012.09841, MIT) and latent diffusion (arXiv 2112.10752):
 unconditional, batch normalisation, logits without a sigmoid. The module names are theirs, so that their weights load
-as they are. Difference: the option of activation normalisation is left out.
+as they are. Difference: the option of activation normalisation is left out. With `norm_type="instance"` it is the
+discriminator of PITI's upsampler (arXiv 2205.12952; PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/adv.py, MIT).
 """
 
 import torch
@@ -27,14 +28,18 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         in_channels: channels of the picture.
         base_channels: width of the first layer.
         num_layers: number of strided layers, at least 1.
+        norm_type: "batch", or "instance": statistics of each image, without learned scales, and biases in all
+            convolutions.
 
     Raises:
-        ValueError: for fewer than one layer.
+        ValueError: for fewer than one layer, or an unknown normalisation.
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3):
+    def __init__(self, in_channels: int = 3, base_channels: int = 64, num_layers: int = 3, norm_type: str = "batch"):
         super().__init__()
+        if norm_type not in ("batch", "instance"):
+            raise ValueError(f"`norm_type` is {norm_type!r}: it must be 'batch' or 'instance'.")
         if num_layers < 1:
             raise ValueError(f"`num_layers` is {num_layers}: the discriminator needs at least one strided layer.")
         self.in_channels = in_channels
@@ -44,13 +49,15 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         for index in range(1, num_layers + 1):
             out_channels = base_channels * min(2**index, 8)
             stride = 2 if index < num_layers else 1
-            # batch normalisation shifts anyway: no bias
-            layers.append(nn.Conv2d(channels, out_channels, 4, stride=stride, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(out_channels), nn.LeakyReLU(0.2)]
+            shifts = norm_type == "batch"  # batch normalisation shifts anyway: no bias
+            layers.append(nn.Conv2d(channels, out_channels, 4, stride=stride, padding=1, bias=not shifts))
+            layers.append(nn.BatchNorm2d(out_channels) if shifts else nn.InstanceNorm2d(out_channels))
+            layers.append(nn.LeakyReLU(0.2))
             channels = out_channels
         layers.append(nn.Conv2d(channels, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
-        self.main.apply(_init_weights)
+        if norm_type == "batch":  # PITI leaves PyTorch's own
+            self.main.apply(_init_weights)
 
     def forward(self, sample: Tensor, return_dict: bool | None = None) -> Tensor | SampleOutput | tuple[Tensor]:
         """Pictures (batch, in_channels, height, width) in [-1, 1] to patch logits (batch, 1, h, w).

@@ -14,7 +14,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .blocks.outputs import ConditionOutput
 
 
 class GlideTextEncoder(ModelMixin, ConfigMixin):
@@ -66,7 +67,7 @@ class GlideTextEncoder(ModelMixin, ConfigMixin):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool = True
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, Tensor]:
+    ) -> ConditionOutput | tuple[Tensor, Tensor]:
         """Encodes texts.
 
         Args:
@@ -108,4 +109,4 @@ class GlideTextEncoder(ModelMixin, ConfigMixin):
         pooled = hidden_states[:, -1]
         if not return_dict:
             return hidden_states, pooled
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return ConditionOutput(last_hidden_state=hidden_states, pooler_output=pooled)

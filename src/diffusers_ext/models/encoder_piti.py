@@ -15,7 +15,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .blocks.outputs import ConditionOutput
 
 _SHRINKS = 16  # four convolutions of stride 2
 
@@ -80,9 +81,7 @@ class PITIEncoder(ModelMixin, ConfigMixin):
         self.norm = nn.LayerNorm(hidden_size)
         self.gradient_checkpointing = False
 
-    def forward(
-        self, condition: Tensor, return_dict: bool = True
-    ) -> BaseModelOutputWithPooling | tuple[Tensor, Tensor]:
+    def forward(self, condition: Tensor, return_dict: bool = True) -> ConditionOutput | tuple[Tensor, Tensor]:
         """Encodes conditions.
 
         Args:
@@ -116,7 +115,7 @@ class PITIEncoder(ModelMixin, ConfigMixin):
         tokens, pooled = hidden_states[:, :-1], hidden_states[:, -1]
         if not return_dict:
             return tokens, pooled
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+        return ConditionOutput(last_hidden_state=tokens, pooler_output=pooled)
 
 
 def _convolution(in_channels: int, out_channels: int, *, kernel: int, stride: int) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What networks return that give one tensor."""
+"""What small networks return: one tensor, or tokens and a vector."""
 
 from dataclasses import dataclass
 
@@ -15,6 +15,20 @@ class SampleOutput(BaseOutput):
     """
 
     sample: Tensor
+
+
+@dataclass
+class ConditionOutput(BaseOutput):
+    """What an encoder makes of a condition.
+
+    Args:
+        last_hidden_state: tokens (batch, length, width), for the attention of a U-Net.
+        pooler_output: one vector each (batch, width), for its time embedding.
+    """
+
+    # accelerate's hooks build it from one dict, so no field may be required
+    last_hidden_state: Tensor = None  # type: ignore[assignment]
+    pooler_output: Tensor = None  # type: ignore[assignment]
 
 
 def as_output(sample: Tensor, return_dict: bool | None) -> Tensor | SampleOutput | tuple[Tensor]:
