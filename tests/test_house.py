@@ -46,6 +46,7 @@ PUBLIC = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "TruncatedConditioningScheduler",
     "VersatileEditPipeline",
     "VersatilePipeline",
     "VersatileUNet",

@@ -26,6 +26,7 @@ NAMES = sorted(
     and not isinstance(cls, DummyObject)  # of packages that are not installed
     and issubclass(cls, diffusers.SchedulerMixin)
     and hasattr(cls, "step")
+    and cls.__module__.startswith("diffusers.")
 )
 SOUND = {  # those that users swap in
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",

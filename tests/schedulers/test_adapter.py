@@ -1,0 +1,147 @@
+"""Schedulers that hold another one: config, files, what is handed on, and what is not."""
+
+import copy
+import json
+import pickle
+
+import diffusers
+import pytest
+import torch
+
+import diffusers_ext
+from diffusers_ext.schedulers.gaussian import ldm_scheduler, scheduler_chain, scheduler_setting, step_arguments
+
+ADAPTERS = ["TruncatedConditioningScheduler"]
+EACH = pytest.mark.parametrize("name", ADAPTERS)
+
+
+def adapter(name, scheduler=None, **own):
+    return getattr(diffusers_ext, name)(scheduler, **own)
+
+
+@EACH
+def test_config_is_json_and_names_what_is_held(name, tmp_path):
+    held = diffusers.DPMSolverMultistepScheduler.from_config(ldm_scheduler().config, solver_order=3)
+    made = adapter(name, held)
+    made.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == name
+    assert saved["scheduler"]["_class_name"] == "DPMSolverMultistepScheduler"
+    assert saved["scheduler"]["beta_end"] == 0.0195 and "beta_end" not in saved
+    loaded = getattr(diffusers_ext, name).from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is diffusers.DPMSolverMultistepScheduler
+    assert loaded.scheduler.config["solver_order"] == 3
+    assert torch.equal(loaded.alphas_cumprod, held.alphas_cumprod)
+    assert dict(loaded.config) == dict(made.config)
+    again = getattr(diffusers_ext, name).from_config(loaded.config)
+    assert dict(again.config) == dict(made.config)
+
+
+@EACH
+def test_own_arguments_and_adapters_in_adapters_survive_saving(name, tmp_path):
+    inner = diffusers_ext.TruncatedConditioningScheduler(ldm_scheduler(), stop_level=12.5)
+    adapter(name, inner).save_pretrained(tmp_path)
+    loaded = getattr(diffusers_ext, name).from_pretrained(tmp_path)
+    assert loaded.scheduler.config["stop_level"] == 12.5 and len(scheduler_chain(loaded)) == 3
+    assert torch.equal(loaded.alphas_cumprod, ldm_scheduler().alphas_cumprod)
+
+
+@EACH
+def test_config_of_another_scheduler_is_wrapped_and_no_default_is_built(name, tmp_path):
+    kind = getattr(diffusers_ext, name)
+    own = ldm_scheduler()
+    with pytest.raises(ValueError, match=rf"`config` names no scheduler that {name} could hold.*Call `{name}\("):
+        kind.from_config(own.config)  # of an object that was not loaded: it does not say of which class
+    with pytest.raises(ValueError, match="`config` names no scheduler"):
+        kind.from_config({"_class_name": name})
+    with pytest.raises(ValueError, match="`config` is a str"):
+        kind.from_config("folder")
+    own.save_pretrained(tmp_path)
+    for config in (diffusers.DDIMScheduler.from_pretrained(tmp_path).config, json.loads(own.to_json_string())):
+        wrapped = kind.from_config(config)
+        assert type(wrapped.scheduler) is diffusers.DDIMScheduler
+        assert torch.equal(wrapped.alphas_cumprod, own.alphas_cumprod)
+    # and a stock folder is wrapped too
+    assert torch.equal(kind.from_pretrained(tmp_path).alphas_cumprod, own.alphas_cumprod)
+    made, unused = kind.from_config(config, return_unused_kwargs=True, other=1)
+    assert unused == {"other": 1} and isinstance(made, kind)
+
+
+@EACH
+def test_other_schedulers_are_made_of_its_config(name):
+    """The line that every guide of diffusers shows; with the held one's betas and not with defaults."""
+    own = ldm_scheduler()
+    made = adapter(name, adapter(name, own))
+    assert made.compatibles
+    for kind in [*made.compatibles, diffusers.UniPCMultistepScheduler]:
+        assert isinstance(kind, type)
+        try:
+            other = kind.from_config(made.config)
+        except ImportError:  # a package of its own is missing
+            continue
+        if hasattr(other, "alphas_cumprod"):  # EDM's levels are their own
+            assert torch.equal(other.alphas_cumprod.float(), own.alphas_cumprod), kind
+        assert scheduler_setting(other, "steps_offset", 1) == 1
+
+
+@EACH
+@pytest.mark.parametrize(
+    "class_name", ["UNet2DModel", "DiffusionPipeline", "os.system", "__import__", "Nothing", None, 3, "PaellaUNet"]
+)
+def test_classes_that_are_no_schedulers_are_not_looked_up(name, class_name):
+    with pytest.raises(ValueError, match="names the class .*must be a scheduler of diffusers or of diffusers_ext"):
+        adapter(name, {"_class_name": class_name})
+
+
+@EACH
+def test_what_is_no_scheduler_is_refused(name):
+    for wrong in (3, "DDIMScheduler", torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=r"`scheduler` is a \w+: pass a scheduler, or the config of one"):
+            adapter(name, wrong)
+    made = adapter(name, ldm_scheduler())
+    with pytest.raises(ValueError, match="it must hold another one"):
+        made.scheduler = made
+
+
+@EACH
+def test_only_public_names_are_handed_on(name):
+    made = adapter(name, ldm_scheduler())
+    assert made.final_alpha_cumprod is made.scheduler.final_alpha_cumprod
+    for missing in ("_internal", "__deepcopy__", "nothing"):
+        with pytest.raises(AttributeError, match=missing):
+            getattr(made, missing)
+    assert made._internal_dict is not made.scheduler._internal_dict
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert dict(other.config) == dict(made.config) and other.scheduler is not made.scheduler
+        other.scheduler.betas.zero_()
+    assert bool((made.betas > 0).all())
+    assert len(made) == len(made.scheduler)
+
+
+@EACH
+def test_a_solver_that_is_assigned_is_the_one_that_is_saved(name):
+    made = adapter(name, ldm_scheduler())
+    made.scheduler = diffusers.EulerDiscreteScheduler.from_config(made.config)
+    assert made.config["scheduler"]["_class_name"] == "EulerDiscreteScheduler"
+    made.set_timesteps(5)
+    assert made.init_noise_sigma == made.scheduler.init_noise_sigma and len(made.timesteps) == 5
+    loaded = type(made).from_config(made.config)
+    assert type(loaded.scheduler) is diffusers.EulerDiscreteScheduler
+
+
+@EACH
+def test_a_run_is_that_of_the_held_scheduler(name):
+    for kind in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler, diffusers.HeunDiscreteScheduler):
+        results = []
+        for scheduler in (kind.from_config(ldm_scheduler().config), adapter(name, kind.from_config(
+            ldm_scheduler().config))):  # fmt: skip
+            generator = torch.Generator().manual_seed(0)
+            scheduler.set_timesteps(6)
+            sample = torch.randn(2, 3, 4, 4, generator=generator) * scheduler.init_noise_sigma
+            arguments = step_arguments(scheduler, eta=1.0, generator=generator)
+            for t in scheduler.timesteps:
+                prediction = 0.9 * scheduler.scale_model_input(sample, t)
+                sample = scheduler.step(prediction, t, sample, **arguments, return_dict=False)[0]
+            noise = torch.randn(sample.shape, generator=generator)
+            results.append((sample, scheduler.add_noise(sample, noise, scheduler.timesteps[1:2])))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
