@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install -e '.[train,eval,dev]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## sample a grid (demo.png) from the bundled checkpoint and count the prompts it follows
-	$(PY) benchmarks/quality_paella_prompts.py checkpoints/paella-scenes-64 --num_prompts 16 --grid demo.png
+demo: $(STAMP) ## draw one page (demo.png) with every bundled family, and count what is right
+	$(PY) benchmarks/quality_demo.py --out demo.png
 
 gallery: $(STAMP) ## draw the pictures of docs/gallery.md from the bundled checkpoints
 	$(PY) docs/gallery.py

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import transformers
 from parts.paella_samples import as_dict, sample_pictures
+from parts.pages import wrap
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_ext.data.scenes import balanced_prompts, full_caption, parse_caption, render, sample_scene
@@ -121,17 +122,6 @@ def draw_grid(pictures: list[np.ndarray], prompts: list[str], checks: list[Check
         draw.text((x + 18, y), meaning, fill="black", font=font)
         x += 36 + int(font.getlength(meaning))
     return sheet
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:

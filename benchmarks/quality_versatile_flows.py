@@ -35,7 +35,7 @@ import torch
 from parts.versatile_bench import Bench, add_options, check_options, dual_cases
 
 from diffusers_ext.data.scenes import WantedObject, balanced_prompts, full_caption, parse_caption
-from diffusers_ext.data.scenes_verifier import check, read_picture
+from diffusers_ext.data.scenes_verifier import check, check_caption, read_picture
 from diffusers_ext.evaluation.prompt_following import (
     Check,
     Share,
@@ -92,22 +92,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_text(text: str, wanted: Sequence[WantedObject]) -> tuple[bool, bool]:
-    """(exactly these shapes and colours, and no size or place that is wrong); False for what is no caption."""
-    try:
-        objects = parse_caption(text)
-    except ValueError:
-        return False, False
-    said, asked = ({item.name: item for item in items} for items in (objects, wanted))
-    named = said.keys() == asked.keys() and len(objects) == len(wanted)
-    everything = named and all(
-        getattr(item, field) in (None, getattr(asked[name], field))
-        for name, item in said.items()
-        for field in ("size", "place")
-    )
-    return named, everything
-
-
 def flow_rows(
     flow: str, bench: Bench, draw: Callable[[int], list], wanted: Sequence[Sequence[WantedObject]], floor: str
 ) -> tuple[list[Row], dict[int, list]]:
@@ -118,7 +102,7 @@ def flow_rows(
     samples = {seed: draw(seed) for seed in bench.args.seeds}
     for seed, drawn in samples.items():
         found = drawn if makes_texts else [read_picture(picture) for picture in drawn]
-        judgement: Any = check_text if makes_texts else check
+        judgement: Any = check_caption if makes_texts else check
         checks += judge(found, wanted, check=judgement, seed=seed)
         shuffled += judge_by_chance(found, wanted, check=judgement, seed=seed)
     rows = []
@@ -156,7 +140,7 @@ def text_to_text(bench: Bench) -> list[Row]:
     draw = lambda seed: bench.sample(seed, "text", prompt=prompts)  # noqa: E731
     rows, samples = flow_rows("text-to-text", bench, draw, wanted, "-")
     kept = [
-        text != prompt and check_text(text, asked)[0]
+        text != prompt and check_caption(text, asked)[0]
         for texts in samples.values()
         for text, prompt, asked in zip(texts, prompts, wanted, strict=True)
     ]
@@ -209,7 +193,7 @@ def autoencoders(bench: Bench) -> list[Row]:
         window = word_piece_window(pipe.encoder_tokenizer, pipe.optimus)
         ids = sentence_ids(pipe.encoder_tokenizer, sentences, max_word_pieces=window).to(bench.args.device)
         texts = pipe.decode_texts(pipe.optimus.encode(ids).mean, temperature=0, max_text_length=bench.longest)
-        checks = judge(texts, wanted, check=check_text)
+        checks = judge(texts, wanted, check=check_caption)
         rows.append(Row("text autoencoder alone", "shape and colour", share(c.shape_and_color for c in checks)))
         rows.append(Row("text autoencoder alone", "everything", share(c.everything for c in checks)))
     return rows

@@ -20,7 +20,7 @@ from diffusers_ext.data.scenes import (
     render,
     sample_scene,
 )
-from diffusers_ext.data.scenes_verifier import read_picture
+from diffusers_ext.data.scenes_verifier import check_caption, read_picture
 from diffusers_ext.evaluation.frechet import frechet_distance
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
@@ -113,8 +113,8 @@ def test_true_captions_are_judged_right(script, folder):
     wanted = [parse_caption(full_caption(scene)) for scene in scenes]
     assert [len(one) for one in wanted[:4]] == [1, 2, 1, 2] and all(scene.split == "test" for scene in scenes)
     for scene, asked in zip(scenes, wanted, strict=True):
-        assert all(script.check_text(caption, asked) == (True, True) for caption in captions(scene))
-        assert all(script.check_text(caption, asked)[1] is False for caption in hard_negatives(scene))
+        assert all(check_caption(caption, asked) == (True, True) for caption in captions(scene))
+        assert all(check_caption(caption, asked)[1] is False for caption in hard_negatives(scene))
     asked = parse_caption("a large red ring to the left of a small blue star")
     for text, verdict in (
         ("a red ring and a blue star", (True, True)),
@@ -127,7 +127,7 @@ def test_true_captions_are_judged_right(script, folder):
         ("ring ring the", (False, False)),
         ("", (False, False)),
     ):
-        assert script.check_text(text, asked) == verdict, text
+        assert check_caption(text, asked) == verdict, text
 
 
 def test_dual_cases_disagree_in_shape_and_colour_alone(script, folder):

@@ -348,6 +348,25 @@ def check(found: Sequence[FoundObject], wanted: Sequence[WantedObject]) -> Verdi
     return Verdict(result.shape_and_color, result.everything)
 
 
+def check_caption(text: str, wanted: Sequence[WantedObject]) -> Verdict:
+    """What a caption says of a picture: exactly these shapes and colours, and no size or place that is wrong.
+
+    A text that is no caption of `scenes` has nothing right.
+    """
+    try:
+        objects = parse_caption(text)
+    except ValueError:
+        return Verdict(False, False)
+    said, asked = ({item.name: item for item in items} for items in (objects, wanted))
+    named = said.keys() == asked.keys() and len(objects) == len(wanted)
+    everything = named and all(
+        getattr(item, field) in (None, getattr(asked[name], field))
+        for name, item in said.items()
+        for field in ("size", "place")
+    )
+    return Verdict(named, everything)
+
+
 def chance_level(
     found: Sequence[Sequence[FoundObject]],
     wanted: Sequence[Sequence[WantedObject]],
