@@ -46,6 +46,7 @@ PUBLIC = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "RespacedScheduler",
     "TruncatedConditioningScheduler",
     "VersatileEditPipeline",
     "VersatilePipeline",

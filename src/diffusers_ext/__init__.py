@@ -37,6 +37,7 @@ from .pipelines.versatile.pipeline_versatile import VersatilePipeline
 from .pipelines.versatile.pipeline_versatile_edit import VersatileEditPipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from .schedulers.scheduling_respaced import RespacedScheduler
 from .schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "PaellaUNet",
     "PaellaVQModel",
     "PatchDiscriminator",
+    "RespacedScheduler",
     "TruncatedConditioningScheduler",
     "VersatileEditPipeline",
     "VersatilePipeline",

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.degradations.resizing import RESIZE_METHODS, resize
+from diffusers_ext.degradations.resizing import BATCH_RESIZE_METHODS, RESIZE_METHODS, resize, resize_batch
 
 PICTURE = torch.rand(3, 24, 36, generator=torch.Generator().manual_seed(0))
 
@@ -54,3 +54,34 @@ def test_antialiased_is_that_of_pil(size):
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         resize(*arguments)
+
+
+@pytest.mark.parametrize("method", BATCH_RESIZE_METHODS)
+def test_batches_of_a_cascade(method):
+    """Recorded numbers are in tests/parity (resize_choices)."""
+    images = torch.stack([PICTURE, PICTURE.flip(-1)]) * 2 - 1
+    small = resize_batch(images, 8, 12, method)
+    assert small.shape == (2, 3, 8, 12) and small.dtype == torch.float32
+    torch.testing.assert_close(small[1:], resize_batch(images[1:], 8, 12, method))
+    flat = resize_batch(torch.full_like(images, 0.2), 8, 12, method)
+    torch.testing.assert_close(flat, torch.full_like(flat, 0.2), atol=1 / 255, rtol=0)
+    if method != "nearest":  # which looks at one corner of each pixel
+        torch.testing.assert_close(small[1], small[0].flip(-1), atol=1 / 127, rtol=0)
+    if method == "area":
+        torch.testing.assert_close(small[0], resize(images[0], 8, 12, "area"))
+    if method.startswith("pil"):
+        levels = (small + 1) * 127.5
+        torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PICTURE[None], 8, 8, "cubic"), r"`method` is 'cubic': it must be one of area, bicubic_antialias"),
+        ((PICTURE, 8, 8), r"`images` is torch\.float32 of shape \(3, 24, 36\): expected floating point"),
+        ((PICTURE[None], 8, 0), r"`height` and `width` are 8 and 0"),
+    ],
+)
+def test_batch_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        resize_batch(*arguments)

@@ -1,4 +1,4 @@
-"""What the pipelines ask of a Gaussian scheduler, over all that diffusers has."""
+"""What the pipelines ask of a Gaussian scheduler, over all that diffusers and this library have."""
 
 import inspect
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.utils.dummy_pt_objects import DummyObject
 
+import diffusers_ext
 from diffusers_ext.schedulers.gaussian import (
     check_falling,
     check_gaussian_scheduler,
@@ -21,7 +22,7 @@ from diffusers_ext.schedulers.gaussian import (
 
 NAMES = sorted(
     name
-    for name in dir(diffusers)
+    for name in {*dir(diffusers), *diffusers_ext.__all__}  # after the import above, diffusers has ours as well
     if "Scheduler" in name
     and inspect.isclass(cls := getattr(diffusers, name))
     and not isinstance(cls, DummyObject)  # of packages that are not installed
@@ -33,7 +34,7 @@ SOUND = {  # those that users swap in
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LMSDiscreteScheduler",
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler",
-    "LCMScheduler", "TCDScheduler", "SASolverScheduler",
+    "LCMScheduler", "TCDScheduler", "SASolverScheduler", "RespacedScheduler",
 }  # fmt: skip
 
 
