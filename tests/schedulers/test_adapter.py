@@ -80,7 +80,8 @@ def test_other_schedulers_are_made_of_its_config(name):
         except ImportError:  # a package of its own is missing
             continue
         if hasattr(other, "alphas_cumprod"):  # EDM's levels are their own
-            assert torch.equal(other.alphas_cumprod.float(), own.alphas_cumprod), kind
+            # ours are float64, theirs products of 1000 float32 numbers
+            torch.testing.assert_close(other.alphas_cumprod.float(), own.alphas_cumprod, rtol=1e-5, atol=0)
         assert scheduler_setting(other, "steps_offset", 1) == 1
 
 
