@@ -11,7 +11,7 @@ from pipelines.tiny_ldm import tiny_labels, tiny_mask
 from pipelines.tiny_paella import tiny_picture
 
 from diffusers_ext import cli
-from diffusers_ext.pipelines.drawing import ARGUMENTS, options_of, pipeline_class
+from diffusers_ext.pipelines.drawing import ARGUMENTS, call_arguments, options_of, pipeline_class
 
 WORDS = {  # case -> what a user writes
     "paella": ["a red circle"],
@@ -65,7 +65,7 @@ def test_texts_are_printed(files, capsys):
 def test_an_adapter_changes_the_picture(files):
     pipe = CASES["ldm-text"].build()
     pipe.save_pretrained("saved")
-    pipe.unet.add_adapter(_lora())
+    pipe.unet.add_adapter(_lora(["to_q", "to_k"]))
     for parameter in (p for p in pipe.unet.parameters() if p.requires_grad):
         torch.nn.init.normal_(parameter)
     pipe.unet.save_lora_adapter("lora")
@@ -75,17 +75,18 @@ def test_an_adapter_changes_the_picture(files):
     assert np.abs(np.asarray(Image.open("plain.png"), int) - np.asarray(Image.open("adapted.png"), int)).max() > 3
 
 
-def _lora():
+def _lora(layers):
     from peft import LoraConfig
 
-    return LoraConfig(r=2, target_modules=["to_q", "to_k"])
+    return LoraConfig(r=2, target_modules=layers)
 
 
 def test_info_names_class_options_and_components(files, capsys):
     CASES["ldm-class"].build().save_pretrained("saved")
     assert cli.main(["info", "saved"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("LDMClassConditionalPipeline: takes --class_label, ") and "class_embedder" in told
+    task = "unconditional-image-generation, class-conditional: LDMClassConditionalPipeline takes --class_label, "
+    assert told.startswith(task) and "class_embedder" in told and "licence: not known" in told
     parameters = sum(p.numel() for p in pipeline_class("saved").from_pretrained("saved").unet.parameters())
     assert f"unet: UNet2DConditionModel, {parameters:,} parameters" in told
 
@@ -93,18 +94,24 @@ def test_info_names_class_options_and_components(files, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "saved", "--map", "map.png"], "LDMTextPipeline takes no --map; it takes --prompt"),
-        (["sample", "saved"], "exactly one of `prompt`"),
+        (["sample", "saved", "--map", "map.png"], "LDMTextPipeline takes no --map; it takes a prompt"),
+        (["sample", "saved"], "LDMTextPipeline needs a prompt."),
+        (["sample", "saved", "a", "--lora", "runs/none"], "There is no adapter 'runs/none'. A training with --rank"),
+        (["sample", "runs/none", "a"], "There is no folder 'runs/none'. A training makes such a folder"),
+        (["sample", "./none", "a"], "There is no folder './none'. Pipelines in '.': saved. A training makes"),
+        (["sample", "runs/paella-scenes-64", "a"], "train_paella.py training/presets/paella-scenes-64.yaml` makes it"),
+        (["sample", "stopped", "a"], "--resume_from_checkpoint latest --output_dir stopped"),
         (["sample", "saved", "a", "--num", "0"], "--num must be at least 1, received 0"),
         (["sample", "saved", "a red circle", "--steps", "2", "--num", "2", "--out", "x.png"], "is one file, but 2"),
         (["sample", "nowhere-at-all", "a"], "nowhere-at-all"),
         (["sample", "empty", "a"], "'empty' holds no pipeline"),
-        (["info", "saved/unet"], "'saved/unet' holds a model"),
+        (["sample", "saved/unet", "a"], "'saved/unet' holds a model"),
     ],
 )
 def test_what_does_not_fit_is_one_line(words, message, files, capsys):
     CASES["ldm-text"].build().save_pretrained("saved")
     (files / "empty").mkdir()
+    (files / "stopped" / "checkpoint-10").mkdir(parents=True)
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("diffusers-ext")
@@ -116,7 +123,66 @@ def test_other_files_and_boxes_are_refused(files, capsys):
     assert '--boxes takes "name x0 y0 x1 y1"' in capsys.readouterr().err
     CASES["ldm-upscale"].build().save_pretrained("other")
     assert cli.main(["sample", "other", "--image", "none.png"]) == 2
-    assert "There is no picture 'none.png'" in capsys.readouterr().err
+    assert "There is no image 'none.png'" in capsys.readouterr().err
+
+
+def test_info_of_every_pipeline_says_what_its_checkpoint_draws(files, capsys):
+    for name in ONE_EACH:
+        saved = CASES[name].build()
+        saved.save_pretrained(name)
+        assert cli.main(["info", name]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert saved._pipeline_tag and told[0].startswith(saved._pipeline_tag) and CASES[name].pipeline in told[0]
+        total = sum(
+            p.numel() for part in saved.components.values() if hasattr(part, "parameters") for p in part.parameters()
+        )
+        assert any(line.startswith("all: ") and f" {total:,} parameters" in line for line in told), told
+
+
+def test_info_of_a_model_and_of_an_adapter(files, capsys):
+    pipe = CASES["paella"].build()
+    pipe.save_pretrained("saved")
+    pipe.unet.add_adapter(
+        _lora([name for name, part in pipe.unet.named_modules() if isinstance(part, torch.nn.Linear)])
+    )
+    pipe.unet.save_lora_adapter("saved/image_adapter")
+    (files / "saved" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert cli.main(["info", "saved"]) == 0
+    told = capsys.readouterr().out
+    assert "licence: mit" in told and "adapter: --lora saved/image_adapter, " in told
+    assert "inpainting: PaellaInpaintPipeline takes a prompt" in told and "guidance scale: " in told
+    assert cli.main(["info", "saved/unet"]) == 0
+    assert capsys.readouterr().out.startswith("model: PaellaUNet, ")
+
+
+def test_one_checkpoint_is_drawn_with_the_mode_that_the_options_ask_for(files, capsys):
+    CASES["paella"].build().save_pretrained("saved")
+    asked = {
+        "PaellaImg2ImgPipeline": ["a red circle", "--image", "image.png"],
+        "PaellaInpaintPipeline": ["a red circle", "--image", "image.png", "--mask", "mask.png"],
+        "PaellaImageVariationPipeline": ["--image", "image.png"],
+    }
+    for pipeline, words in asked.items():
+        assert cli.main(["sample", "saved", *words, "--steps", "2", "--out", f"{pipeline}.png"]) == 0
+        settings = json.loads(Image.open(f"{pipeline}.png").info["diffusers_ext"])
+        assert settings["pipeline"] == pipeline and settings["image"] == "image.png"
+
+
+def test_the_settings_in_a_picture_are_whole(files):
+    CASES["ldm-layout"].build().save_pretrained("saved")
+    box = "circle 0.1 0.2 0.5 0.9"
+    assert cli.main(["sample", "saved", "--boxes", box, "--steps", "2", "--out", "a.png"]) == 0
+    settings = json.loads(Image.open("a.png").info["diffusers_ext"])
+    assert settings["boxes"] == [box] and settings["dtype"] == "float32" and settings["diffusers-ext"]
+    pipe = CASES["ldm-unconditional"].build()
+    assert call_arguments(type(pipe), {"num": 2}) == {"batch_size": 2}
+    pipe.save_pretrained("other")
+    (files / "private").mkdir()
+    Image.open("image.png").save("private/image.png")
+    words = ["sample", "other", "--image", "private/image.png", "--mask", "mask.png", "--out", "b.png"]
+    assert cli.main([*words, "--height", "16", "--width", "16"]) == 0
+    settings = json.loads(Image.open("b.png").info["diffusers_ext"])
+    assert settings["image"] == "image.png" and settings["steps"] == 50  # no path; what the call's default was
 
 
 def test_every_condition_has_an_option():

@@ -6,6 +6,7 @@ the package itself, which takes seconds, when a command begins to work.
 
 import argparse
 import importlib.metadata
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -175,6 +176,7 @@ def run_sample(options: argparse.Namespace) -> int:
 
     if options.num is not None and options.num < 1:
         raise ValueError(f"--num must be at least 1, received {options.num}.")
+    check_trained(options.folder)
     paths = drawing.result_paths(options.out, options.num or 1, options.seed)
     chosen = {name: getattr(options, name) for name in drawing.ARGUMENTS}
     drawn, settings = drawing.draw(
@@ -196,8 +198,29 @@ def run_sample(options: argparse.Namespace) -> int:
 def run_info(options: argparse.Namespace) -> int:
     from .pipelines import drawing
 
+    check_trained(options.folder)
     print(drawing.describe(options.folder))
     return 0
+
+
+def check_trained(folder: str) -> None:
+    """Refuses a folder that a preset's training would have made, and names its command.
+
+    Raises:
+        ValueError: if there is no such folder and a preset has this output_dir.
+    """
+    if Path(folder).exists():
+        return
+    from .training_utils.args import installed_presets
+
+    for preset in installed_presets().values():
+        if re.search(
+            rf"^output_dir: {re.escape(folder.rstrip('/'))}$", preset.read_text(encoding="utf-8"), flags=re.M
+        ):
+            script = f"training/train_{preset.stem.split('-')[0]}.py"
+            raise ValueError(
+                f"There is no folder {folder!r}: `accelerate launch {script} training/presets/{preset.name}` makes it."
+            )
 
 
 def import_package() -> None:

@@ -1,13 +1,16 @@
 """Draws with any pipeline of the house from plain words and files: what `diffusers-ext sample` and `info` do."""
 
+import importlib.metadata
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin
@@ -34,6 +37,12 @@ ARGUMENTS = {
     "caption": ("data_type",),
 }
 SETTINGS = "diffusers_ext"  # key of the settings in a PNG's metadata
+CONDITIONS = ("prompt", "image", "mask", "map", "boxes", "class_label")
+MAKES = (
+    "A training makes such a folder (`accelerate launch training/train_<recipe>.py <preset>`), and so do"
+    " `save_pretrained` of a pipeline and `diffusers-ext convert`."
+)
+FILES = ("image", "mask", "map")  # options that name a file
 
 
 def pipeline_class(folder: str) -> type[HousePipeline]:
@@ -42,19 +51,90 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
     Raises:
         ValueError: if it holds no pipeline, or one that is not of this library.
     """
-    if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
-        what = "a model" if (Path(folder) / "config.json").is_file() else "no pipeline"
+    _check_folder(folder)
+    try:
+        index: Any = DiffusionPipeline.load_config(folder)
+    except OSError as error:
         raise ValueError(
-            f"{folder!r} holds {what}: there is no model_index.json. Name the folder that a training ended in or that"
-            " `save_pretrained` of a pipeline wrote; checkpoint-N folders are for --resume_from_checkpoint."
-        )
-    index: Any = DiffusionPipeline.load_config(folder)
+            f"{folder!r} is no folder here, and no pipeline of that name was found on the Hub ({error}) {MAKES}"
+        ) from error
     name = index["_class_name"]
     name = name[-1] if isinstance(name, (list, tuple)) else name  # of a folder of `export-hub --no-import`
     found = getattr(diffusers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, HousePipeline)):
         raise ValueError(f"{folder!r} holds a {name}, which is no pipeline of this library: use diffusers itself.")
     return found
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name is meant as a path, not as a repository of the Hub: `runs/x` where there is a folder `runs`."""
+    path = Path(name)
+    below_a_folder = len(path.parts) == 2 and (path.parent.is_dir() or path.parts[0] in ("runs", "checkpoints"))
+    return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or below_a_folder
+
+
+def _check_folder(folder: str) -> None:
+    """Refuses what is meant as a folder and holds no pipeline, with what makes one."""
+    path = Path(folder)
+    if not path.exists() and _is_local(folder):
+        beside = sorted(one.parent.name for one in path.parent.glob("*/model_index.json"))
+        holds = f" Pipelines in {str(path.parent)!r}: {', '.join(beside)}." if beside else ""
+        raise ValueError(f"There is no folder {folder!r}.{holds} {MAKES}")
+    if not path.is_dir() or (path / "model_index.json").is_file():
+        return
+    checkpoints = sorted(path.glob("checkpoint-*/"))
+    if checkpoints:
+        raise ValueError(
+            f"{folder!r} holds checkpoints of a training that has not ended, and no pipeline yet. Repeat its command"
+            f" with --resume_from_checkpoint latest --output_dir {folder}."
+        )
+    what = "a model" if (path / "config.json").is_file() else "no pipeline"
+    raise ValueError(
+        f"{folder!r} holds {what}: there is no model_index.json. Name the folder of a whole pipeline; checkpoint-N"
+        f" folders are for --resume_from_checkpoint. {MAKES}"
+    )
+
+
+def modes_of(pipeline: type[HousePipeline]) -> list[type[HousePipeline]]:
+    """The pipeline classes that load what `pipeline` saved, itself first: the editing modes of its family."""
+    base = next((base for base in pipeline.__mro__ if base.__dict__.get("_one_checkpoint")), pipeline)
+    found: Any = [getattr(diffusers, name, None) for name in sys.modules[__package__.split(".")[0]].__all__]
+    others = [one for one in found if isinstance(one, type) and issubclass(one, base) and one is not pipeline]
+    return [pipeline, *others]
+
+
+def choose_mode(pipeline: type[HousePipeline], options: Mapping[str, Any]) -> type[HousePipeline]:
+    """The class that draws with these options: the saved one, or a mode of its family that fits where it does not.
+
+    A checkpoint of `PaellaPipeline`, say, is drawn with `PaellaInpaintPipeline` where an image and a mask are given.
+    Of the modes that fit, it is the one with the fewest conditions that were not given.
+    """
+    given = {option for option, value in options.items() if value is not None}
+    fitting = [mode for mode in modes_of(pipeline) if given <= set(options_of(mode)) and not _missing(mode, given)]
+    if not fitting or pipeline in fitting:
+        return pipeline
+    return min(fitting, key=lambda mode: len(set(options_of(mode)) & set(CONDITIONS) - given))
+
+
+def _missing(pipeline: type[HousePipeline], given: Set[str]) -> str:
+    """What a call lacks, as words for a message; empty where nothing is missing."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    taken = options_of(pipeline)
+    needed = [
+        option
+        for option in taken
+        if option not in given and parameters.get(ARGUMENTS[option][0], _OPTIONAL).default is inspect.Parameter.empty
+    ]
+    if needed:
+        return " and ".join(_option(option) for option in needed)
+    conditions = [option for option in taken if option in CONDITIONS and option != "mask"]
+    if "batch_size" in parameters or given & set(conditions):  # the first draws without a condition
+        return ""
+    return " or ".join(_option(option) for option in conditions)
+
+
+def _option(name: str) -> str:
+    return "a prompt" if name == "prompt" else f"--{name}"
 
 
 def options_of(pipeline: type[HousePipeline]) -> list[str]:
@@ -75,7 +155,7 @@ def call_arguments(pipeline: type[HousePipeline], options: Mapping[str, Any]) ->
     unknown = [option for option in given if option not in taken]
     if unknown:
         raise ValueError(
-            f"{pipeline.__name__} takes no --{unknown[0]}; it takes {', '.join(f'--{name}' for name in taken)}."
+            f"{pipeline.__name__} takes no {_option(unknown[0])}; it takes {', '.join(map(_option, taken))}."
         )
     arguments = {}
     for option, value in given.items():
@@ -86,13 +166,8 @@ def call_arguments(pipeline: type[HousePipeline], options: Mapping[str, Any]) ->
             arguments["data_type"] = "text"
         else:
             arguments[name] = value
-    needed = [
-        option
-        for option in taken
-        if option not in given and parameters.get(ARGUMENTS[option][0], _OPTIONAL).default is inspect.Parameter.empty
-    ]
-    if needed:
-        raise ValueError(f"{pipeline.__name__} needs {' and '.join(f'--{name}' for name in needed)}.")
+    if missing := _missing(pipeline, set(given)):
+        raise ValueError(f"{pipeline.__name__} needs {missing}.")
     return arguments
 
 
@@ -136,16 +211,21 @@ def draw(
     Raises:
         ValueError: for options that do not fit the pipeline.
     """
-    pipeline = pipeline_class(folder)
+    saved = pipeline_class(folder)
+    pipeline = choose_mode(saved, options)
     arguments = call_arguments(pipeline, options)
     for name in ("image", "mask_image", "image_masks", "label_map"):
         if name in arguments:
             path = Path(arguments[name])
             if not path.is_file():
-                raise ValueError(f"There is no picture {str(path)!r}.")
+                raise ValueError(f"There is no image {str(path)!r}.")
             arguments[name] = Image.open(path)
     if "class_labels" in arguments and str(arguments["class_labels"]).isdecimal():
         arguments["class_labels"] = int(arguments["class_labels"])
+    if lora is not None and _is_local(lora) and not Path(lora).exists():
+        raise ValueError(
+            f"There is no adapter {lora!r}. A training with --rank writes {LORA_WEIGHT_NAME_SAFE} into its folder."
+        )
     pipe: Any = pipeline.from_pretrained(folder, dtype=dtype)
     if lora is not None:
         pipe.load_lora_weights(lora)
@@ -155,11 +235,21 @@ def draw(
     result = pipe(**arguments, generator=generators)
     texts: Any = getattr(result, "texts", None)
     drawn = list(texts) if options.get("caption") else list(result.images)
-    settings = {"pipeline": pipeline.__name__, "checkpoint": Path(folder).name, "diffusers": diffusers.__version__}
-    settings |= {name: value for name, value in options.items() if isinstance(value, (str, int, float))}
-    if lora is not None:
-        settings["lora"] = Path(lora).name
-    return drawn, settings | {"guidance": pipe.guidance_scale, "seed": seed}
+    return drawn, _settings(pipe, folder, options, arguments) | {
+        **({} if lora is None else {"lora": Path(lora).name}),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+    }
+
+
+def _settings(pipe: Any, folder: str, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result was drawn with: the options as they were written, files by their names alone, and the defaults."""
+    written = {name: value for name, value in options.items() if value is not None}
+    written |= {name: Path(written[name]).name for name in FILES if name in written}
+    steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+    defaults = {"steps": arguments.get("num_inference_steps", steps), "guidance": pipe.guidance_scale}
+    versions = {name: importlib.metadata.version(name) for name in ("diffusers-ext", "diffusers")}
+    return {"pipeline": type(pipe).__name__, "checkpoint": Path(folder).name, **versions, **written, **defaults}
 
 
 def result_paths(out: Path, count: int, seed: int) -> list[Path]:
@@ -181,22 +271,54 @@ def save_images(images: Sequence[Image.Image], settings: Mapping[str, Any], path
 
 
 def describe(folder: str) -> str:
-    """What a saved pipeline is: class, options, licence, and its components with parameters and sizes."""
+    """What a saved pipeline or model is: what it draws and takes, licence, and its parts with parameters and sizes."""
+    path = Path(folder)
+    if path.is_dir() and (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("_class_name") or " ".join(config.get("architectures") or ["model"])
+        return "\n".join([_part("model", kind, path), *_card_facts(path)])
     pipeline = pipeline_class(folder)
-    path = Path(folder) if Path(folder).is_dir() else Path(DiffusionPipeline.download(folder))
-    lines = [f"{pipeline.__name__}: takes {', '.join(f'--{option}' for option in options_of(pipeline))}"]
-    if (path / "README.md").is_file():
-        data: Any = ModelCard.load(path / "README.md").data
-        facts = {"licence": data.license, "base model": data.base_model, "data": data.datasets}
-        lines += [f"{name}: {value}" for name, value in facts.items() if value]
+    path = path if path.is_dir() else Path(DiffusionPipeline.download(folder))
+    lines = [f"{_task(pipeline)}: {pipeline.__name__} takes {', '.join(map(_option, options_of(pipeline)))}"]
+    for mode in modes_of(pipeline)[1:]:
+        lines.append(f"{_task(mode)}: {mode.__name__} takes {', '.join(map(_option, options_of(mode)))}")
+    lines += _card_facts(path)
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    for name in sorted(part.name for part in path.iterdir() if part.is_dir() and part.name in index):
-        weights = sorted((path / name).glob("*.safetensors"))
-        count = sum(_count(file) for file in weights)
-        size = sum(file.stat().st_size for file in weights)
-        kind = index[name][-1] if isinstance(index[name], list) else "?"
-        lines.append(f"  {name}: {kind}" + (f", {count:,} parameters, {size / 1e6:.1f} MB" if weights else ""))
+    if index.get("default_guidance_scale") is not None:
+        lines.append(f"guidance scale: {index['default_guidance_scale']:g}")
+    folders = sorted(part for part in path.iterdir() if part.is_dir())
+    parts = [part for part in folders if part.name in index]
+    for part in parts:
+        kind = index[part.name][-1] if isinstance(index[part.name], list) else "?"
+        lines.append("  " + _part(part.name, kind, part))
+    lines.append(_part("all", f"{len(parts)} components", path, pattern="*/*.safetensors", among=parts))
+    for part in folders:
+        if part not in parts and (part / LORA_WEIGHT_NAME_SAFE).is_file():
+            lines.append(_part("adapter", f"--lora {part}", part))
     return "\n".join(lines)
+
+
+def _task(pipeline: type[HousePipeline]) -> str:
+    """What a class does, in the Hub's words."""
+    return ", ".join(filter(None, [pipeline._pipeline_tag, *pipeline._card_tags]))
+
+
+def _card_facts(path: Path) -> list[str]:
+    if not (path / "README.md").is_file():
+        return ["licence: not known (there is no card)"]
+    data: Any = ModelCard.load(path / "README.md").data
+    facts = {"licence": data.license or "not known (the card names none)"}
+    facts |= {"base model": data.base_model, "data": data.datasets}
+    return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def _part(name: str, kind: str, path: Path, pattern: str = "*.safetensors", among: Sequence[Path] = ()) -> str:
+    """A line about a folder's weights."""
+    weights = [file for file in sorted(path.glob(pattern)) if not among or file.parent in among]
+    if not weights:
+        return f"{name}: {kind}"
+    count, size = sum(map(_count, weights)), sum(file.stat().st_size for file in weights)
+    return f"{name}: {kind}, {count:,} parameters, {size / 1e6:.1f} MB"
 
 
 def _count(file: Path) -> int:
