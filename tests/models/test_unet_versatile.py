@@ -470,11 +470,12 @@ def test_one_graph_a_flow():
             compiled(sample, timestep, context, **options)[0], unet(sample, timestep, context, **options)[0]
         )
     contexts = [context_of(unet, "text"), context_of(unet, "image")]
-    options = {"context_type": ["text", "image"], "context_ratios": [0.3, 0.7]}
     sample = sample_of(unet, "image")
-    assert torch.equal(
-        compiled(sample, timestep, contexts, **options).sample, unet(sample, timestep, contexts, **options).sample
-    )
+    for ratio in (0.3, 0.6, 0.8):  # from the second on the compiler holds the number symbolically
+        options = {"context_type": ["text", "image"], "context_ratios": [ratio, 1 - ratio]}
+        torch.testing.assert_close(
+            compiled(sample, timestep, contexts, **options).sample, unet(sample, timestep, contexts, **options).sample
+        )
 
 
 @pytest.mark.slow
