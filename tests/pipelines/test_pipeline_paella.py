@@ -518,12 +518,6 @@ def test_the_watch_sees_a_good_call(watched):
     assert set(runs) == {"text_encoder", "unet", "vqvae"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
-def test_generator_of_another_device_is_refused(pipe):
-    with pytest.raises(ValueError, match="generator is on cuda"):
-        pipe("a star", generator=Generator("cuda"))
-
-
 def test_components_that_do_not_fit_are_named(pipe):
     runs = count_runs(pipe)
     pipe.scheduler = DiscreteRenoisingScheduler(num_vec_classes=NUM_CODES + 1)

@@ -391,21 +391,6 @@ def test_logits_of_any_precision_are_computed_in_float32(dtype):
     assert torch.equal(a.prev_sample, b.prev_sample)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CPU generators with tensors elsewhere")
-def test_cpu_generators_serve_tensors_on_a_gpu():
-    scheduler = make()
-    results = []
-    for device in ("cpu", "cuda"):
-        scheduler.set_timesteps(4, device)
-        x = scheduler.add_noise(tokens().to(device), None, torch.tensor([0.2, 0.4]), generator=[gen(1), gen(2)])
-        out = scheduler.step(
-            logits().to(device), scheduler.timesteps[1], x, initial_noise=tokens(), generator=[gen(3), gen(4)]
-        )
-        assert out.prev_sample.device.type == device
-        results.append(out.prev_sample.cpu())
-    assert torch.equal(*results)
-
-
 # a real scheduler
 
 

@@ -378,7 +378,7 @@ def _groups_of(flows: Sequence[str], data_types: Iterable[str], context_types: I
 def _normalised(ratios: Sequence[float] | None, count: int) -> list[float]:
     """Weights of `count` contexts that sum to 1."""
     values = [1.0] * count if ratios is None else [float(ratio) for ratio in ratios]
-    # compared, not asked with `math.isfinite`, which breaks the graph where `torch.compile` holds a number symbolically
+    # compared: `math.isfinite` breaks the graph of `torch.compile` where it holds a number symbolically
     if len(values) != count or not all(0 <= value < math.inf for value in values) or sum(values) == 0:
         raise ValueError(
             f"`context_ratios` is {values}: pass {count} finite numbers of at least 0, one a context, not all of them "
