@@ -22,7 +22,9 @@ PACKAGE = ROOT / "src" / "diffusers_ext"
 
 PUBLIC = [
     "AutoencoderOptimus",
+    "CascadedBasePipeline",
     "CascadedUNet",
+    "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",
     "GlideTextEncoder",
     "GumbelVQModel",

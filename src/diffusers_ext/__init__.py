@@ -22,6 +22,8 @@ from .models.unet_paella import PaellaUNet
 from .models.unet_versatile import VersatileUNet
 from .models.vq_gumbel import GumbelVQModel
 from .models.vq_paella import PaellaVQModel
+from .pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
+from .pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
 from .pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
 from .pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
 from .pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline
@@ -44,7 +46,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderOptimus",
+    "CascadedBasePipeline",
     "CascadedUNet",
+    "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",
     "GlideTextEncoder",
     "GumbelVQModel",

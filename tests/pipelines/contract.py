@@ -12,7 +12,7 @@ from pipelines.tiny_paella import quiet
 
 import diffusers_ext
 from diffusers_ext.models.vq_paella import PaellaVQModel
-from pipelines import tiny_ldm, tiny_paella, tiny_versatile
+from pipelines import tiny_cascaded, tiny_ldm, tiny_paella, tiny_versatile
 
 Result = torch.Tensor | list[str]
 
@@ -148,6 +148,16 @@ CASES: dict[str, Case] = {
         "VersatileEditPipeline",
         _versatile_edit,
         lambda: {"image": _picture(), "prompt": PROMPT, "negative_prompt": "a blue star"},
+        GUIDED,
+    ),
+    "cascaded-base": Case("CascadedBasePipeline", tiny_cascaded.tiny_base, lambda: {"class_labels": "star"}, GUIDED),
+    "cascaded-base-unconditional": Case(
+        "CascadedBasePipeline", lambda: tiny_cascaded.tiny_base(classes=False), lambda: {}
+    ),
+    "cascaded-upscale": Case(
+        "CascadedUpscalePipeline",
+        tiny_cascaded.tiny_upscale,
+        lambda: {"image": tiny_cascaded.small_picture(), "class_labels": "star"},
         GUIDED,
     ),
 }

@@ -239,7 +239,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
 def _family(base: type = HousePipeline) -> Iterator[type]:
     """All pipeline classes of the house that have been imported, without those that are no pipelines by themselves."""
     for child in base.__subclasses__():
-        if not child.__name__.endswith("BasePipeline"):
+        if any("__call__" in vars(parent) for parent in child.__mro__):
             yield child
         yield from _family(child)
 

@@ -56,6 +56,17 @@ def step_arguments(scheduler: Any, **wanted: Any) -> dict[str, Any]:
     return wanted if takes_others else {name: value for name, value in wanted.items() if name in names}
 
 
+def takes_learned_variance(scheduler: Any) -> bool:
+    """Whether the scheduler's step reads a variance from the second half of the prediction's channels.
+
+    Asked of its constructor: a config keeps the value that another scheduler was made with.
+    """
+    inner = scheduler_chain(scheduler)[-1]
+    if "variance_type" not in inspect.signature(type(inner).__init__).parameters:
+        return False
+    return str(scheduler_setting(inner, "variance_type")).startswith("learned")
+
+
 def guided_step(
     scheduler: Any,
     cond: Tensor | None,
