@@ -84,7 +84,7 @@ def random_weights(shapes: Shapes) -> dict[str, torch.Tensor]:
 
 def unet_shapes(
     ch: int,
-    mult: tuple[int, ...],
+    mult: tuple[float, ...],
     layers: int,
     attention: tuple[int, ...],
     *,
@@ -100,7 +100,7 @@ def unet_shapes(
     """The original's `UNetModel`; `attention` lists downsampling factors, `start` another width of the first layer."""
     shapes: Shapes = {}
     out_channels = out_channels or (4 if in_channels == 4 else 3)
-    first = start or ch
+    first = start or int(ch * mult[0])
 
     def add(name: str, *weight: int, bias: bool = True) -> None:
         shapes[f"{name}.weight"] = weight
@@ -138,8 +138,8 @@ def unet_shapes(
     skips, c, index = [first], first, 1
     for level, factor in enumerate(mult):
         for _ in range(layers):
-            resnet(f"input_blocks.{index}.0", c, ch * factor)
-            c = ch * factor
+            resnet(f"input_blocks.{index}.0", c, int(ch * factor))
+            c = int(ch * factor)
             if 2**level in attention:
                 attend(f"input_blocks.{index}.1", c)
             skips.append(c)
@@ -155,8 +155,8 @@ def unet_shapes(
     index = 0
     for level, factor in reversed(list(enumerate(mult))):
         for layer in range(layers + 1):
-            resnet(f"output_blocks.{index}.0", c + skips.pop(), ch * factor)
-            c, element = ch * factor, 1
+            resnet(f"output_blocks.{index}.0", c + skips.pop(), int(ch * factor))
+            c, element = int(ch * factor), 1
             if 2**level in attention:
                 attend(f"output_blocks.{index}.1", c)
                 element = 2

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .keys import Rules, under
+from .keys import Rules, Weights, require, under
 
 ADM_RESNET: Rules = [
     ("in_layers.0.*", "norm1.*"),
@@ -83,6 +83,43 @@ def adm_layers(keys: Collection[str]) -> list[int]:
     ends = sorted({int(match[1]) for key in keys if (match := upsampling.fullmatch(key))} | {last})
     starts = [0, *(end + 1 for end in ends[:-1])]
     return [end - start for start, end in zip(starts, ends, strict=True)][::-1]
+
+
+class ADMSizes(NamedTuple):
+    """What the weights tell of a network.
+
+    Args:
+        layers: residual blocks of each level on the way down, finest level first.
+        widths: of each level.
+        has_attention: whether each level has an attention after each residual block.
+        scale_shift: whether the time scales and shifts (`use_scale_shift_norm`) or is added.
+        residual_resampling: whether levels end with a residual block (`resblock_updown`) or a convolution.
+    """
+
+    layers: list[int]
+    widths: list[int]
+    has_attention: list[bool]
+    scale_shift: bool
+    residual_resampling: bool
+
+
+def adm_sizes(weights: Weights, what: str) -> ADMSizes:
+    """Reads the sizes of a network off its weights; `what` names it in errors, with its article.
+
+    Raises:
+        ValueError: if the weights are none of such a network, or lack one that tells a size.
+    """
+    require(weights, what, "input_blocks.0.0.weight", "middle_block.1.norm.weight")
+    layers = adm_layers(weights)
+    first = [f"input_blocks.{number}." for number in adm_level_starts(layers)]  # of each level
+    widths = [weights[prefix + "0.out_layers.3.weight"].shape[0] for prefix in first]
+    return ADMSizes(
+        layers=layers,
+        widths=widths,
+        has_attention=[prefix + "1.norm.weight" in weights for prefix in first],
+        scale_shift=weights[first[0] + "0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
+        residual_resampling=any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", key) for key in weights),
+    )
 
 
 def adm_rules(layers: Sequence[int], attention_levels: Sequence[bool], attention: Rules) -> Rules:

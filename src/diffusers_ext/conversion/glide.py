@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from ..models.encoder_glide_text import GlideTextEncoder
-from .adm import adm_layers, adm_level_starts, adm_rules, split_heads
+from .adm import adm_rules, adm_sizes, split_heads
 from .keys import Rules, build_empty, count_heads, count_keys, load_strict, rename_keys, require, unwrap_state_dict
 
 TEXT_KEYS = ("transformer.*", "token_embedding.*", "positional_embedding", "padding_embedding", "final_ln.*")
@@ -117,23 +117,13 @@ def convert_glide_unet(
         ValueError: listing keys that are unknown, missing, misshaped or not finite; for heads that do not fit.
     """
     weights = unwrap_state_dict(state_dict)
-    require(
-        weights,
-        "a GLIDE U-Net",
-        "input_blocks.0.0.weight",
-        "transformer_proj.weight",
-        "middle_block.1.encoder_kv.weight",
-    )
-    layers = adm_layers(weights)
-    first = [f"input_blocks.{number}." for number in adm_level_starts(layers)]  # of each level
-    widths = [weights[prefix + "0.out_layers.3.weight"].shape[0] for prefix in first]
-    has_attention = [prefix + "1.norm.weight" in weights for prefix in first]
+    layers, widths, has_attention, scale_shift, _ = adm_sizes(weights, "a GLIDE U-Net")
+    require(weights, "a GLIDE U-Net", "transformer_proj.weight", "middle_block.1.encoder_kv.weight")
     in_channels = weights["input_blocks.0.0.weight"].shape[1]
     if sample_size is None:
         sample_size = 64 if in_channels in (3, 7) else 256
     for width in (*(w for w, a in zip(widths, has_attention, strict=True) if a), widths[-1]):
         count_heads("num_head_channels", width, num_head_channels)
-    film = weights[first[0] + "0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
     model = build_empty(
         UNet2DConditionModel,
         sample_size=sample_size,
@@ -148,7 +138,7 @@ def convert_glide_unet(
         up_block_types=tuple(
             "SimpleCrossAttnUpBlock2D" if attends else "ResnetUpsampleBlock2D" for attends in reversed(has_attention)
         ),
-        resnet_time_scale_shift="scale_shift" if film else "default",
+        resnet_time_scale_shift="scale_shift" if scale_shift else "default",
         cross_attention_dim=weights["middle_block.1.encoder_kv.weight"].shape[1],
         attention_head_dim=num_head_channels,
         class_embed_type="simple_projection",

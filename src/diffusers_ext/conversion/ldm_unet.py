@@ -4,7 +4,6 @@ Rombach et al., arXiv 2112.10752, table 15; CompVis/latent-diffusion@a506df5
 :ldm/modules/diffusionmodules/openaimodel.py and ldm/modules/attention.py (code and weights MIT).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ..models.unet_ldm import LDMUNet
-from .adm import adm_layers, adm_level_starts, adm_rules, split_qkv
-from .keys import ATTENTION, Rules, build_empty, count_heads, load_strict, rename_keys, require, unwrap_state_dict
+from .adm import adm_rules, adm_sizes, split_qkv
+from .keys import ATTENTION, Rules, build_empty, count_heads, load_strict, rename_keys, unwrap_state_dict
 
 _SPATIAL_TRANSFORMER: Rules = [
     (name, name) for name in ("norm.*", "proj_in.*", "transformer_blocks.{}.*", "proj_out.*")
@@ -47,24 +46,20 @@ def convert_ldm_unet(
             residual resampling together with cross-attention, which diffusers cannot express.
     """
     weights = unwrap_state_dict(state_dict)
-    require(weights, "a latent-diffusion U-Net", "input_blocks.0.0.weight", "middle_block.1.norm.weight")
+    sizes = adm_sizes(weights, "a latent-diffusion U-Net")
     if (num_heads is None) == (num_head_channels is None):
         raise ValueError(
             f"`num_heads` is {num_heads} and `num_head_channels` {num_head_channels}: pass the one that the "
             "original's config sets; the shapes do not tell."
         )
-    layers = adm_layers(weights)
-    first = [f"input_blocks.{number}." for number in adm_level_starts(layers)]  # of each level
-    widths = [weights[prefix + "0.out_layers.3.weight"].shape[0] for prefix in first]
-    has_attention = [prefix + "1.norm.weight" in weights for prefix in first]
+    layers, widths, has_attention = sizes.layers, sizes.widths, sizes.has_attention
     is_transformer = "middle_block.1.proj_in.weight" in weights
-    residual_resampling = any(".in_layers." in key for key in weights if re.match(r"output_blocks\.\d+\.[12]\.", key))
     if widths[0] != weights["input_blocks.0.0.weight"].shape[0]:
         raise ValueError(
             f"The U-Net starts with {weights['input_blocks.0.0.weight'].shape[0]} channels and its first level has "
             f"{widths[0]}: diffusers needs the same, that is a `channel_mult` that starts with 1."
         )
-    if is_transformer and residual_resampling:
+    if is_transformer and sizes.residual_resampling:
         raise ValueError(
             "The U-Net has both cross-attention and residual resampling (`resblock_updown`): no class of diffusers "
             "has both, and no released model."
@@ -73,7 +68,6 @@ def convert_ldm_unet(
         heads = {width: width // count_heads("num_head_channels", width, num_head_channels) for width in widths}
     else:
         heads = {width: count_heads("num_heads", width, num_heads) for width in widths}
-    film = weights[first[0] + "0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
     config: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
@@ -81,7 +75,7 @@ def convert_ldm_unet(
         "block_out_channels": tuple(widths),
         "layers_per_block": layers[0],
         "dropout": dropout,
-        "resnet_time_scale_shift": "scale_shift" if film else "default",
+        "resnet_time_scale_shift": "scale_shift" if sizes.scale_shift else "default",
         "num_class_embeds": weights["label_emb.weight"].shape[0] if "label_emb.weight" in weights else None,
     }
 
@@ -99,13 +93,13 @@ def convert_ldm_unet(
         }
         model = build_empty(UNet2DConditionModel, **config)
     else:
-        resampling = "Resnet{}sampleBlock2D" if residual_resampling else "{}Block2D"
+        resampling = "Resnet{}sampleBlock2D" if sizes.residual_resampling else "{}Block2D"
         down, up = ((f"Attn{side}Block2D", resampling.format(side)) for side in ("Down", "Up"))
         config |= {
             "down_block_types": tuple(down[0] if a else down[1] for a in has_attention),
             "up_block_types": tuple(up[0] if a else up[1] for a in reversed(has_attention)),
-            "downsample_type": "resnet" if residual_resampling else "conv",
-            "upsample_type": "resnet" if residual_resampling else "conv",
+            "downsample_type": "resnet" if sizes.residual_resampling else "conv",
+            "upsample_type": "resnet" if sizes.residual_resampling else "conv",
             "attn_norm_num_groups": 32,  # else diffusers leaves out the mid block's normalisation with scale_shift
         }
         attended = [width for width, a in zip(widths, has_attention, strict=True) if a] + widths[-1:]

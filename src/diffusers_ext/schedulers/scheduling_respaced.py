@@ -339,6 +339,7 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
             "ddim_deviation": variance.sqrt(),
             "is_noisy": torch.tensor([*[1.0] * (len(steps) - 1), 0.0]),
         }
+        self.respaced_betas = betas  # float64 (n,), in sampling order: those of a schedule of these steps alone
         self.timesteps = torch.tensor(steps, dtype=torch.int64, device=device)
         self._places = {t: place for place, t in enumerate(steps)}
         self._columns = list(columns)
