@@ -1,12 +1,18 @@
 """How far a reader walks: the house's functions and files that one prompt and one training batch pass.
 
     python benchmarks/reading_hops.py prompt      # from `__call__` to the image, two steps, each family
-    python benchmarks/reading_hops.py batch       # from one optimizer step to the next, two recipes
-    python benchmarks/reading_hops.py lines       # lines of code a folder; --root for another checkout
+    python benchmarks/reading_hops.py batch       # from the files on the disk to the optimizer step, two recipes
+    python benchmarks/reading_hops.py lines       # lines of code a folder
+    ... --root OLD                                # the same of another checkout
 
 Counted are distinct functions and files of this repository; what diffusers, transformers and torch do is not. `frames`
 are the house's functions on the stack from `__call__` to the one that calls the U-Net, both included. Lines of code
 are those that hold something else than blanks, comments and docstrings.
+
+A batch's way begins where the loader reads its rows and ends where the optimizer takes the step; the functions on the
+stack at both ends count. A component of a pipeline (network, scheduler) is one hop, whatever it is made of, and so is
+its file: a reader of the training need not open it further. A hook of a base class that nobody fills (a docstring, no
+line of code) is none, nor is what the import system calls.
 """
 
 import argparse
@@ -22,9 +28,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(sys.argv[sys.argv.index("--root") + 1] if "--root" in sys.argv else __file__.rpartition("benchmarks")[0])
+ROOT = ROOT.resolve()
 HOUSE = (str(ROOT / "src" / "diffusers_ext"), str(ROOT / "training"))
 MODELS = str(ROOT / "src" / "diffusers_ext" / "models")
+COMPONENTS = (MODELS, str(ROOT / "src" / "diffusers_ext" / "schedulers"))
 ENTRIES = (
     "_wrapped_call_impl",
     "forward_features",
@@ -63,7 +71,10 @@ class Walk:
 
 def is_house(code: CodeType) -> bool:
     # a comprehension or a lambda is a part of the function that holds it
-    return code.co_filename.startswith(HOUSE) and not code.co_name.startswith("<")
+    if not code.co_filename.startswith(HOUSE) or code.co_name.startswith("<") or code.co_name == "find_spec":
+        return False
+    is_empty = not code.co_names and len(code.co_consts) == 2 and isinstance(code.co_consts[0], str)
+    return not (is_empty and code.co_consts[1] is None and code.co_stacksize == 1)  # docstring, return None
 
 
 def stack(frame: FrameType | None) -> list[FrameType]:
@@ -114,31 +125,39 @@ def walk_prompt(folder: str) -> tuple[Walk, int]:
 
 
 def walk_batch(recipe: str, preset: str) -> Walk:
-    """The walk between the second optimizer step of a run and the third, with what stands on the stack."""
+    """The walk of the third batch of a run."""
     import importlib
 
     from torch.optim import adam, adamw
+    from torch.utils.data._utils import fetch
 
     from diffusers_ext.data.scenes import write_scenes
 
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     os.chdir(ROOT)
-    walk, steps = Walk(), 0
+    walk, steps, on_its_way = Walk(), 0, False
 
     def on_call(frame: FrameType) -> None:
-        nonlocal steps
-        if frame.f_code.co_name == "step" and frame.f_code.co_filename in (adam.__file__, adamw.__file__):
-            steps += 1
-            for one in stack(frame):
+        nonlocal steps, on_its_way
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        is_read, is_used = name == "fetch" and file == fetch.__file__, name == "step" and file in optimizers
+        if steps == 2 and (is_read or is_used):
+            on_its_way = is_read
+            for one in reversed(stack(frame)):
                 walk.note(one)
-        elif steps == 2 and not all(MODELS in one.f_code.co_filename for one in stack(frame)[:2]):
-            walk.note(frame)  # a network is one hop, whatever it is made of
+        elif on_its_way and not all(one.f_code.co_filename.startswith(COMPONENTS) for one in stack(frame)[:2]):
+            walk.note(frame)
+        steps += is_used
 
+    optimizers = (adam.__file__, adamw.__file__)
     with tempfile.TemporaryDirectory() as folder, profiled(on_call):
         write_scenes(Path(folder) / "pictures", 32, resolution=64)
-        words = [str(ROOT / "training" / "presets" / preset), "--train_data_dir", f"{folder}/pictures"]
-        words += ["--output_dir", f"{folder}/run", "--max_train_steps", "4", "--checkpointing_steps", "100"]
-        importlib.import_module(recipe).main([*words, "--logging_steps", "100"])
+        options = (ROOT / "training" / "presets" / preset).read_text(encoding="utf-8").splitlines(keepends=True)
+        own = Path(folder) / preset  # older recipes cannot replace a preset's data set
+        own.write_text("".join(line for line in options if not line.startswith("dataset_name")), encoding="utf-8")
+        words = [str(own), "--train_data_dir", f"{folder}/pictures", "--output_dir", f"{folder}/run"]
+        words += ["--max_train_steps", "4", "--checkpointing_steps", "100", "--logging_steps", "100"]
+        importlib.import_module(recipe).main(words)
     return walk
 
 
@@ -190,10 +209,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prompt", "batch", "lines"])
     parser.add_argument("--list", action="store_true", help="name the functions, in the order of their first call")
-    parser.add_argument("--root", type=Path, default=ROOT, help="of `lines`: the checkout to count")
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, in place of this one")
     args = parser.parse_args()
     if args.what == "lines":
-        return print_lines(args.root)
+        return print_lines(ROOT)
     print("| what | functions | files | frames |\n|---|---|---|---|")
     for name, source in (PROMPTS if args.what == "prompt" else BATCHES).items():
         if args.what == "prompt":

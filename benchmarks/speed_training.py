@@ -4,9 +4,9 @@
     python benchmarks/speed_training.py --root OLD      # OLD before this checkout: ratios above 1 are slower here
 
 Each pair trains the same preset once there and once here, in fresh processes that take turns, on one thread. What is
-measured is CPU time, which another process on the machine disturbs least. `step` is the mean time between two optimizer
-steps; `save` is how much longer one takes in which a checkpoint is written; `start` is everything up to the first step,
-and `end` from the last one on: checkpoint, validation pictures, result. Medians over the pairs.
+measured is CPU time, which other processes of the machine disturb least. `step` is the mean time between two optimizer
+steps; `save` is how much longer one takes in which a checkpoint is written; `start` is everything up to the first
+step, and `end` from the last one on: checkpoint, validation pictures, result. Medians over the pairs.
 """
 
 import argparse

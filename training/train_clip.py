@@ -20,11 +20,12 @@ from diffusers_ext.training.clip.args import ONE_PICTURE, ClipArgs
 from diffusers_ext.training.clip.data import check_captions, collate_samples, read_sample, text_columns
 from diffusers_ext.training.clip.networks import build_clip, build_processor, load_clip
 from diffusers_ext.training.clip.objective import ClipObjective
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.tokenizers import read_captions, train_clip_tokenizer
 from diffusers_ext.training_utils.validation import first_rows, mean_losses
 
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ClipArgs, DataArgs, Train
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     columns = text_columns(args, data)
     train_set, validation_set = load_pictures(data, text_columns=tuple(columns))
     captions = read_captions(train_set, data.caption_column)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = first_rows(validation_set, 256, read, train.seed, collate=collate, device=accelerator.device)
         return mean_losses(objective, rows, step)
 
-    finished = loop.fit(
+    finished = fit(
         accelerator, objective, train_set, train, transform=read, collate=collate,
         num_workers=data.dataloader_num_workers, on_validate=validate,
     )  # fmt: skip

@@ -26,12 +26,13 @@ from diffusers_ext.training.ldm.networks import (
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS
 from diffusers_ext.training.ldm.validation import Validation
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
-from diffusers_ext.training_utils.caching import check_cacheable
+from diffusers_ext.training_utils.cache import check_cacheable
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.schedules import ldm_ema
 from diffusers_ext.training_utils.tokenizers import read_captions
 
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[LDMArgs, DataArgs, TrainA
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     task = TASKS[args.task](args, data)
     train_set, validation_set = load_rows(task)
     captions = read_captions(train_set.dataset, data.caption_column) if args.task == "text" else ()
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_moments(pipe, train_set, task, accelerator, train.train_batch_size) if args.cache_dir else train_set
     )
 
-    finished = loop.fit(
+    finished = fit(
         accelerator, objective, samples, train, transform=partial(read_sample, task=task),
         num_workers=data.dataloader_num_workers, on_validate=Validation(objective, validation_set, train, accelerator),
         lr_multiplier=lr_multiplier(args, train), averaged=pipe.unet, make_ema=ldm_ema,

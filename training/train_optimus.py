@@ -18,11 +18,12 @@ from diffusers_ext.training.optimus.data import collate_samples, read_sample
 from diffusers_ext.training.optimus.networks import PARTS, build_model
 from diffusers_ext.training.optimus.objective import SentenceObjective
 from diffusers_ext.training.optimus.validation import reconstruct, write_pairs
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.plan import keyed_generator
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.validation import first_rows
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[OptimusArgs, DataArgs, Tr
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     train_set, validation_set = load_sentences(data)
     transform = partial(read_sample, column=data.caption_column, lower_case=args.lower_case)
     first = (transform(train_set[i], keyed_generator(i)) for i in range(min(len(train_set), 20_000)))
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         write_pairs(pairs, Path(train.output_dir, f"validation-{step}.jsonl"))
         return {f"validation_{name}": value for name, value in found.items()}
 
-    finished = loop.fit(
+    finished = fit(
         accelerator, SentenceObjective(model, args, make_annealing(args, train)), train_set, train,
         transform=transform, collate=collate, num_workers=data.dataloader_num_workers, on_validate=validate,
     )  # fmt: skip

@@ -25,11 +25,12 @@ from diffusers_ext.training.paella.data import (
 from diffusers_ext.training.paella.networks import build_pipeline, freeze
 from diffusers_ext.training.paella.objective import PaellaObjective
 from diffusers_ext.training.paella.validation import Sheet
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[PaellaArgs, DataArgs, Tra
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     column = condition_column(args, data)
     sets = load_pictures(data, columns=(column,))
     args.num_labels = count_labels(sets, args, data)
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     condition = make_condition(args, data, pipe, column)
     if args.cache_dir:
         train_set = cache_samples(args, condition, encoders, train_set, accelerator)
-    objective = PaellaObjective(pipe, condition, None if args.cache_dir else encoders, args)
-    finished = loop.fit(
+    objective = PaellaObjective(pipe, condition, encoders, args)
+    finished = fit(
         accelerator, objective, train_set, train,
         transform=condition.recall if args.cache_dir else condition.read, collate=condition.collate,
         num_workers=data.dataloader_num_workers, parameter_groups=groups,

@@ -31,12 +31,13 @@ from diffusers_ext.training.versatile.networks import (
 )
 from diffusers_ext.training.versatile.objective import FlowEncoders, FlowObjective
 from diffusers_ext.training.versatile.validation import draw_validation
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
-from diffusers_ext.training_utils.caching import check_cacheable
+from diffusers_ext.training_utils.cache import check_cacheable
 from diffusers_ext.training_utils.kernels import plain_attention
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.validation import first_rows, mean_losses
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[VersatileArgs, DataArgs, 
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     parts = load_parts(args)
     unet = load_unet(args, parts).float()  # weights to train, whatever the files hold
     check_resolution(data.resolution, args.flows, unet, parts)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_validation(unet, encoders, decoder, batches[0][0], args, Path(train.output_dir, f"validation-{step}"))
         return found
 
-    finished = loop.fit(
+    finished = fit(
         accelerator, objective, samples, train, transform=reader.read, collate=reader.collate,
         num_workers=data.dataloader_num_workers, on_validate=validate, parameter_groups=groups,
     )  # fmt: skip

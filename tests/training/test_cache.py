@@ -20,14 +20,13 @@ from diffusers_ext import PaellaPipeline
 from diffusers_ext.data.image_folder import load_image_dataset
 from diffusers_ext.data.scenes import load_scenes, write_scenes
 from diffusers_ext.training.paella.conditions import make_condition
-from diffusers_ext.training.paella.networks import build_pipeline, freeze
+from diffusers_ext.training.paella.networks import build_pipeline, freeze, in_batches
 from diffusers_ext.training_utils.cache import (
     CacheError,
     SampleCache,
     digest_network,
     digest_rows,
     digest_saved,
-    in_batches,
     open_cache,
 )
 
@@ -162,11 +161,9 @@ def test_bf16_training_sees_the_tokens_and_vectors_that_sampling_sees(tmp_path):
     encoders = freeze(pipe, torch.device("cpu"), 4)
     rows = [condition.read(row, torch.Generator()) for row in load_scenes(4)]
     texts, batch = [row["text"] for row in rows], condition.collate(rows)
-    encoded = condition.encode(encoders, batch)
-    tokens, vectors = encoded["tokens"], condition.tensor(encoded)
+    tokens, vectors = encoders.tokens(batch["image"]), condition.tensor(batch, encoders)
     with torch.autocast("cpu", torch.bfloat16):
-        encoded = condition.encode(encoders, batch)
-        autocast_tokens, autocast_vectors = encoded["tokens"], condition.tensor(encoded)
+        autocast_tokens, autocast_vectors = encoders.tokens(batch["image"]), condition.tensor(batch, encoders)
         lossy = pipe.text_encoder(batch["ids"]).text_embeds
     assert torch.equal(autocast_tokens, tokens) and torch.equal(autocast_vectors, vectors)
     assert (lossy - vectors).abs().max() > 1e-4  # autocast would have made a difference

@@ -8,10 +8,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.checkpoints import CheckpointError
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.plan import StepPlan, mix
+from diffusers_ext.training_utils.run import start
 
 SAMPLES = 22
 
@@ -59,9 +61,9 @@ class Denoising(Objective):
 
 def train(tmp_path, *, dropout: float = 0.0, workers: int = 0, kind=Denoising, **options) -> Objective:
     args = TrainArgs(output_dir=str(tmp_path), learning_rate=1e-2, logging_steps=1, **options)
-    accelerator = loop.start(args)
+    accelerator = start(args)
     objective = kind(dropout=dropout)
-    loop.fit(accelerator, objective, Numbers(), args, transform=augment, num_workers=workers)
+    fit(accelerator, objective, Numbers(), args, transform=augment, num_workers=workers)
     return objective
 
 
@@ -72,7 +74,7 @@ def weights(model: nn.Module) -> torch.Tensor:
 def test_an_epoch_shows_every_sample_once_and_weights_sum_to_one():
     for processes in (1, 2, 3):
         for batch, accumulation in ((4, 1), (3, 2), (5, 4)):
-            plans = [loop.StepPlan(SAMPLES, batch, accumulation, processes, rank) for rank in range(processes)]
+            plans = [StepPlan(SAMPLES, batch, accumulation, processes, rank) for rank in range(processes)]
             seen = []
             for step in range(plans[0].steps_per_epoch):
                 parts = [plan.micro_batches(step) for plan in plans]
@@ -83,13 +85,13 @@ def test_an_epoch_shows_every_sample_once_and_weights_sum_to_one():
 
 
 def test_order_differs_between_epochs_and_seeds_and_is_pinned():
-    plan = loop.StepPlan(SAMPLES, SAMPLES)
+    plan = StepPlan(SAMPLES, SAMPLES)
     first = [index for _, index in plan.micro_batches(0)[0][0]]
     second = [index for _, index in plan.micro_batches(1)[0][0]]
-    other = [index for _, index in loop.StepPlan(SAMPLES, SAMPLES, seed=1).micro_batches(0)[0][0]]
+    other = [index for _, index in StepPlan(SAMPLES, SAMPLES, seed=1).micro_batches(0)[0][0]]
     assert first != second and first != other
-    assert loop.mix(1, 2, 3) == loop.mix(1, 2, 3) != loop.mix(3, 2, 1)
-    assert 0 <= loop.mix(2**70, -5) < 2**63
+    assert mix(1, 2, 3) == mix(1, 2, 3) != mix(3, 2, 1)
+    assert 0 <= mix(2**70, -5) < 2**63
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6, 7])  # 6 steps an epoch: within, at the end, beyond
@@ -159,7 +161,7 @@ def test_validation_sees_the_average_and_leaves_the_live_weights_alone(tmp_path)
         seen.append((step, model.training, weights(model)))
         return {"value": 1.0}
 
-    loop.fit(loop.start(args), model, Numbers(), args, transform=augment, on_validate=validate)
+    fit(start(args), model, Numbers(), args, transform=augment, on_validate=validate)
     plain = train(tmp_path / "plain", max_train_steps=4, use_ema=True, train_batch_size=8)
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
     assert torch.equal(seen[-1][2], weights(model)) and torch.equal(weights(model), weights(plain))
@@ -187,7 +189,7 @@ def test_checkpoints_of_other_sizes_are_refused(tmp_path):
     train(tmp_path, train_batch_size=8, max_train_steps=1)
     args = TrainArgs(output_dir=str(tmp_path), train_batch_size=8, max_train_steps=2, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="model.safetensors does not fit, it was written with other options"):
-        loop.fit(loop.start(args), Denoising(nn.Linear(4, 4)), Numbers(), args, transform=augment)
+        fit(start(args), Denoising(nn.Linear(4, 4)), Numbers(), args, transform=augment)
 
 
 def test_an_older_run_is_not_mixed_with_a_new_one(tmp_path):
@@ -208,4 +210,4 @@ def test_a_log_line_that_was_cut_by_a_kill_does_not_stop_the_resume(tmp_path):
 
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="data set is empty"):
-        loop.StepPlan(0, 4)
+        StepPlan(0, 4)

@@ -19,8 +19,10 @@ from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.networks import new_autoencoder
 from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
 from diffusers_ext.training.ldm.tasks.table import TASKS
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import TrainArgs
+from diffusers_ext.training_utils.optimizers import build_optimizer
+from diffusers_ext.training_utils.plan import StepPlan
+from diffusers_ext.training_utils.run import start
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -120,7 +122,7 @@ def test_micro_steps_follow_from_the_total(processes, micro_steps):
     for _ in range(2):  # once more changes nothing
         args.resolve_batch(processes)
         assert args.gradient_accumulation_steps == micro_steps
-    plans = [loop.StepPlan(100, 6, micro_steps, processes, index) for index in range(processes)]
+    plans = [StepPlan(100, 6, micro_steps, processes, index) for index in range(processes)]
     keys = [key for plan in plans for batch, weight in plan.micro_batches(0) if weight for key in batch]
     assert len(set(keys)) == len(keys) == 48
 
@@ -182,7 +184,7 @@ def test_matrices_alone_can_be_decayed():
             network.load_state_dict(before)
             args = TrainArgs(weight_decay_matrices_only=alone, adam_weight_decay=0.5, learning_rate=0.1)
             group = {"params": list(network.parameters()), "lr": rate}
-            optimizer, _ = loop.build_optimizer(group["params"] if rate == args.learning_rate else [group], args)
+            optimizer, _ = build_optimizer(group["params"] if rate == args.learning_rate else [group], args)
             (network.norm(network.linear(images)) * network.scale).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -201,7 +203,7 @@ def test_checkpoints_with_and_without_fit_each_other(tmp_path, caplog):
 
     older = torch.optim.AdamW(Mixed().parameters())
     for alone in (False, True):
-        optimizer, _ = loop.build_optimizer(list(Mixed().parameters()), TrainArgs(weight_decay_matrices_only=alone))
+        optimizer, _ = build_optimizer(list(Mixed().parameters()), TrainArgs(weight_decay_matrices_only=alone))
         optimizer.load_state_dict(older.state_dict())  # one group in the network's order
     train(1)
     for steps, alone in ((2, "true"), (3, "false")):
@@ -236,14 +238,14 @@ def test_first_and_new_codes_leave_the_running_statistics_alone(tmp_path):
 
     autoencoder = new_autoencoder(PaellaVQModel, args, 32)
     objective = Quantized(autoencoder, args, train.max_train_steps, pictures=pictures).train()
-    accelerator = loop.start(TrainArgs(output_dir=str(tmp_path)))
+    accelerator = start(TrainArgs(output_dir=str(tmp_path)))
     before = {name: value.clone() for name, value in objective.named_buffers() if "running" in name}
-    start, codes = objective.first_step, [codebook_weight(objective.autoencoder).clone()]
-    for step in (start, start + args.restart_steps):
+    first, codes = objective.first_step, [codebook_weight(objective.autoencoder).clone()]
+    for step in (first, first + args.restart_steps):
         objective.usage.zero_()
         objective.before_step(images, 4, step, accelerator)
         codes.append(codebook_weight(objective.autoencoder).clone())
     assert before and all(torch.equal(dict(objective.named_buffers())[name], value) for name, value in before.items())
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
-    objective(images, [], start)  # a step of the training does move them
+    objective(images, [], first)  # a step of the training does move them
     assert not all(torch.equal(dict(objective.named_buffers())[name], value) for name, value in before.items())

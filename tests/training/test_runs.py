@@ -36,12 +36,15 @@ from diffusers_ext.training.clip.args import ClipArgs
 from diffusers_ext.training.clip.networks import build_clip
 from diffusers_ext.training.optimus.args import OptimusArgs
 from diffusers_ext.training.optimus.networks import build_model as build_optimus
-from diffusers_ext.training_utils import checkpoints, folders, loop
+from diffusers_ext.training_utils import checkpoints, folders
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import CheckpointError
 from diffusers_ext.training_utils.launch import SkippedSteps
+from diffusers_ext.training_utils.log import RunLog
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -520,7 +523,7 @@ def test_precision_is_the_command_lines_then_the_launchers_then_the_presets(
 
 def test_arguments_that_were_built_by_hand_follow_the_launcher_too(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        accelerator = loop.start(TrainArgs(output_dir=str(tmp_path), train_batch_size=4))
+        accelerator = start(TrainArgs(output_dir=str(tmp_path), train_batch_size=4))
     assert accelerator.mixed_precision == "bf16"
     assert "1 process x 4 samples x 1 micro-steps = 4 samples a step" in caplog.text
     assert "precision bf16 (from the launcher)" in caplog.text
@@ -543,8 +546,8 @@ def linear_run(tmp_path, **options) -> torch.Tensor:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     rows = [torch.full((3,), float(i)) for i in range(8)]
-    accelerator = loop.start(args)
-    loop.fit(
+    accelerator = start(args)
+    fit(
         accelerator, Line(model, lambda network, batch: network(batch).square().mean()), rows, args,
         transform=lambda row, generator: row,
     )  # fmt: skip
@@ -636,9 +639,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path, mon
     args = TrainArgs(output_dir=str(tmp_path / "bad"), max_train_steps=1, train_batch_size=2, learning_rate=3e37)
     model, rows = nn.Linear(3, 1), [torch.full((3,), float(i)) for i in range(8)]
     with pytest.raises(FloatingPointError, match="`network.weight` of model is not finite after step 1, so nothing"):
-        accelerator = loop.start(args)
+        accelerator = start(args)
         model.weight.data.fill_(-3e38)
-        loop.fit(
+        fit(
             accelerator, Line(model, lambda network, batch: network(batch * 1e-38).mean()), rows, args,
             transform=lambda row, generator: row,
         )  # fmt: skip
@@ -750,8 +753,8 @@ def test_a_network_that_is_not_whole_and_finite_is_refused(
 
 def test_logs_keep_significant_digits_and_means_of_what_was_logged(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    accelerator = loop.start(args := TrainArgs(output_dir=str(tmp_path)))
-    log = loop.RunLog(accelerator, args)
+    accelerator = start(args := TrainArgs(output_dir=str(tmp_path)))
+    log = RunLog(accelerator, args)
     log.begin(0)
     for step in range(4):
         values = {"loss": torch.tensor(1.5e-8)}

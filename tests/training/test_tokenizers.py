@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 
 from diffusers_ext.conversion.optimus import SPECIAL_TOKENS
-from diffusers_ext.training_utils.conditions import keep_condition
-from diffusers_ext.training_utils.loop import keyed_generator
+from diffusers_ext.training_utils.objective import keep_condition
+from diffusers_ext.training_utils.plan import keyed_generator
 from diffusers_ext.training_utils.tokenizers import (
     SMALLEST_VOCABULARY,
     read_captions,

@@ -21,7 +21,7 @@ from diffusers_ext.models.discriminator import PatchDiscriminator
 from diffusers_ext.training.autoencoder.data import read_picture
 from diffusers_ext.training.autoencoder.networks import build_autoencoder
 from diffusers_ext.training.autoencoder.objective import Quantized, check_sizes
-from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.plan import DATA_STREAM, LOSS_STREAM, StepPlan, keyed_generator
 from diffusers_ext.training_utils.validation import first_rows
 
 ROOT = Path(__file__).parents[2]
@@ -127,15 +127,15 @@ def test_one_step_by_hand(tmp_path, reduction):
     args, data, train = train_autoencoder.parse_args([*PLAIN, *words])
     set_seed(train.seed)
     vae, discriminator = build_autoencoder(args, 32), PatchDiscriminator(base_channels=8, num_layers=2)
-    ((keys, _),) = loop.StepPlan(4, 4, seed=train.seed).micro_batches(0)
+    ((keys, _),) = StepPlan(4, 4, seed=train.seed).micro_batches(0)
     train_set, _ = load_pictures(data)
     image = torch.stack([
         read_picture(
-            train_set[i], loop.keyed_generator(train.seed, epoch, i, loop.DATA_STREAM), data
+            train_set[i], keyed_generator(train.seed, epoch, i, DATA_STREAM), data
         ) for epoch, i in keys
     ])  # fmt: skip
     posterior = vae.encode(image).latent_dist
-    generators = [loop.keyed_generator(train.seed, epoch, i, loop.LOSS_STREAM) for epoch, i in keys]
+    generators = [keyed_generator(train.seed, epoch, i, LOSS_STREAM) for epoch, i in keys]
     noise = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generators])
     picture = vae.decode(posterior.mean + posterior.std * noise).sample
     s, difference = torch.tensor(0.3), picture - image

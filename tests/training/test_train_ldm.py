@@ -25,8 +25,8 @@ from diffusers_ext.training.ldm.data import load_rows, read_picture, read_sample
 from diffusers_ext.training.ldm.networks import build_pipeline
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS as KINDS
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.lora import LORA_FILE
+from diffusers_ext.training_utils.plan import LOSS_STREAM, keyed_generator
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "training" / "presets" / "ldm-smoke.yaml")
@@ -98,7 +98,7 @@ def parts(task: str, *more: str, data: tuple[str, ...] = ()):
 
 
 def read_batch(task, rows, count: int = 2) -> dict:
-    samples = [read_sample(rows[i], loop.keyed_generator(0, i), task) for i in range(count)]
+    samples = [read_sample(rows[i], keyed_generator(0, i), task) for i in range(count)]
     return torch.utils.data.default_collate(samples)
 
 
@@ -117,7 +117,7 @@ def load(task: str, folder: Path):
 
 
 def generators(count: int = 2) -> list[torch.Generator]:
-    return [loop.keyed_generator(0, i, loop.LOSS_STREAM) for i in range(count)]
+    return [keyed_generator(0, i, LOSS_STREAM) for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_what_an_inpainting_network_is_given():
         latents = pipe.vqvae.encode(hidden).latents  # not scaled
     torch.testing.assert_close(got[:, :8], latents)
     assert torch.equal(got[:, 8:], 2 * batch["mask"][:, :, ::4, ::4] - 1)
-    other = read_sample(rows[0], loop.keyed_generator(1, 0), task)
+    other = read_sample(rows[0], keyed_generator(1, 0), task)
     assert not torch.equal(other["mask"], batch["mask"][0])  # anew in every epoch
 
 
@@ -339,8 +339,8 @@ def test_layouts_follow_crop_and_flip():
     task, rows, pipe = parts("layout", "--crop_scale", "0.5", "0.5", "--random_flip")
     seen = set()
     for i in range(8):
-        sample = read_sample(rows[i], loop.keyed_generator(0, i), task)
-        row, draw = rows[i], loop.keyed_generator(0, i)
+        sample = read_sample(rows[i], keyed_generator(0, i), task)
+        row, draw = rows[i], keyed_generator(0, i)
         _, across, down, mirror = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
         crop = (int(across * 17) / 32, int(down * 17) / 32, 0.5, 0.5)
         objects = [
@@ -358,8 +358,8 @@ def test_layouts_follow_crop_and_flip():
 @pytest.mark.parametrize("degradation", ["bicubic", "bsr", "bsr_light"])
 def test_small_pictures_are_degraded_large_ones(degradation):
     task, rows, _ = parts("super_resolution", "--degradation", degradation)
-    sample = read_sample(rows[3], loop.keyed_generator(0, 3), task)
-    draw = loop.keyed_generator(0, 3)
+    sample = read_sample(rows[3], keyed_generator(0, 3), task)
+    draw = keyed_generator(0, 3)
     torch.rand(4, generator=draw, dtype=torch.float64)  # the crop's
     light = degradation == "bsr_light"
     image = sample["image"]
@@ -372,9 +372,9 @@ def test_reading_needs_no_networks_and_can_be_pickled():
         reading, rows, _ = parts(task)
         read = pickle.loads(pickle.dumps(partial(read_sample, task=reading)))
         again = pickle.loads(pickle.dumps(rows))
-        one, other = (read(source[1], loop.keyed_generator(0, 1)) for source in (rows, again))
+        one, other = (read(source[1], keyed_generator(0, 1)) for source in (rows, again))
         assert all(torch.equal(one[k], other[k]) if torch.is_tensor(one[k]) else one[k] == other[k] for k in one)
-        cut = read_picture(rows[1], loop.keyed_generator(0, 1), task=reading)
+        cut = read_picture(rows[1], keyed_generator(0, 1), task=reading)
         assert torch.equal(cut["image"], one["image"])  # what is cached is what is trained on
 
 
@@ -492,7 +492,7 @@ def test_wrong_data_name_the_file(task, more, change, message, scenes_folder, tm
         reading, rows, _ = parts(task, *more, data=source)
         reading.check_rows(rows)
         for i in range(len(rows)):
-            read_sample(rows[i], loop.keyed_generator(0, i), reading)
+            read_sample(rows[i], keyed_generator(0, i), reading)
 
     with pytest.raises(ValueError, match=message):
         read_all()

@@ -20,7 +20,7 @@ from diffusers_ext.losses.sentences import gaussian_kl
 from diffusers_ext.pipelines.versatile.optimus_text import read_sentences, sentence_ids
 from diffusers_ext.training.optimus.data import collate_samples, read_sample
 from diffusers_ext.training.optimus.networks import build_model
-from diffusers_ext.training_utils import loop
+from diffusers_ext.training_utils.plan import LOSS_STREAM, StepPlan, keyed_generator
 
 PRESETS = Path(__file__).parents[2] / "training" / "presets"
 SMOKE = str(PRESETS / "optimus-smoke.yaml")
@@ -91,9 +91,9 @@ def test_one_step_by_hand(tmp_path):
     set_seed(train.seed)
     train_set, _ = load_sentences(data)
     model, tokenizers = build_model(args, [row["text"] for row in train_set])
-    ((keys, _),) = loop.StepPlan(4, 4, seed=train.seed).micro_batches(0)
+    ((keys, _),) = StepPlan(4, 4, seed=train.seed).micro_batches(0)
     batch = collate_samples([{"sentence": train_set[i]["text"]} for _, i in keys], tokenizers, args)
-    generators = [loop.keyed_generator(train.seed, epoch, i, loop.LOSS_STREAM) for epoch, i in keys]
+    generators = [keyed_generator(train.seed, epoch, i, LOSS_STREAM) for epoch, i in keys]
     noise = torch.stack([torch.randn(16, generator=g) for g in generators])
     with torch.no_grad():
         posterior = model.encode(batch["input_ids"])

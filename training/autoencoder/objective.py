@@ -41,7 +41,7 @@ from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.training.autoencoder.args import AutoencoderArgs
 from diffusers_ext.training.autoencoder.networks import Autoencoder
 from diffusers_ext.training_utils.adversarial import AdversarialObjective
-from diffusers_ext.training_utils.conditions import draw_posterior
+from diffusers_ext.training_utils.objective import draw_posterior
 from diffusers_ext.training_utils.plan import keyed_generator
 from diffusers_ext.training_utils.run import evaluating
 

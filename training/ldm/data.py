@@ -12,9 +12,8 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.training.ldm.networks import encode_moments
 from diffusers_ext.training.ldm.tasks.base import Task
-from diffusers_ext.training_utils.cache import digest_network, digest_rows, open_cache
-from diffusers_ext.training_utils.caching import CachedRows
-from diffusers_ext.training_utils.conditions import draw_posterior
+from diffusers_ext.training_utils.cache import CachedRows, digest_network, digest_rows, open_cache
+from diffusers_ext.training_utils.objective import draw_posterior
 from diffusers_ext.training_utils.validation import first_rows
 
 SCALE_SAMPLES = 64  # pictures whose latents are measured

@@ -11,12 +11,11 @@ from torch import Generator, Tensor
 
 from diffusers_ext.losses.diffusion import latent_diffusion_loss, vlb_weights
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
-from diffusers_ext.pipelines.ldm.denoising import predict_noise
+from diffusers_ext.pipelines.ldm.denoising import call_unet
 from diffusers_ext.training.ldm.networks import encode_moments
 from diffusers_ext.training.ldm.tasks.base import Task
-from diffusers_ext.training_utils.conditions import draw_posterior, keep_condition
 from diffusers_ext.training_utils.kernels import plain_attention
-from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.objective import Objective, draw_posterior, keep_condition
 
 
 class LDMObjective(Objective):
@@ -80,16 +79,16 @@ class LDMObjective(Objective):
         # not the scheduler's add_noise: it scales in another order, and a run that is resumed must stay what it was
         noisy = signal.sqrt() * self.latent_scale * latents + (1 - signal).sqrt() * noise
         if condition is None:
-            return predict_noise(self.unet, noisy, timesteps)
+            return call_unet(self.unet, timesteps, noisy)
         if keep is not None and self.task.is_context:
             condition = torch.where(keep.view(-1, *[1] * (condition.ndim - 1)), condition, self.null_condition)
         encoded = condition if self.conditioner is None else self.conditioner(condition)
         encoded = encoded if isinstance(encoded, Tensor) else encoded[0]
         if self.task.is_context:
-            return predict_noise(self.unet, noisy, timesteps, context=encoded)
+            return call_unet(self.unet, timesteps, noisy, context=encoded.to(noisy))
         if keep is not None:
             encoded = encoded * keep.view(-1, 1, 1, 1).to(encoded)
-        return predict_noise(self.unet, noisy, timesteps, concat=[encoded])
+        return call_unet(self.unet, timesteps, noisy, maps=encoded.to(noisy))
 
     def checkpoint_gradients(self) -> None:
         """Trades compute for memory, in U-Net and transformer."""

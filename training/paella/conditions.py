@@ -1,9 +1,8 @@
 """What Paella is conditioned on, one class a kind: CLIP's vector of a caption or of the image, a class, a label map.
 
 A sample passes three methods. `read` and `collate` work in the loader's processes, to which the object is sent, so it
-holds no networks: they leave to the GPU what only the GPU can do. `encode` runs the frozen networks on a batch, and
-`tensor` makes of its result what the U-Net is given. A cache keeps what `encode` gives: a training from it reads with
-`recall` in place of `read`, and leaves `encode` out.
+holds no networks: they leave to the GPU what only the GPU can do. `tensor` makes of a batch what the U-Net is given. A
+cache keeps what frozen networks make of a sample: a training from it reads with `recall` in place of `read`.
 """
 
 import json
@@ -40,14 +39,13 @@ class Condition:
     data: DataArgs
     column: str
 
-    @property
-    def crop(self) -> dict[str, bool]:
-        return {"center_crop": self.data.center_crop, "random_flip": self.data.random_flip}
-
     def read(self, row: Sample, generator: Generator) -> Sample:
         """A sample: the cropped `image` (3, h, w) in [-1, 1], and what belongs to the condition."""
-        image = row[self.data.image_column]
-        return {"image": prepare_image(image, self.data.resolution, generator=generator, **self.crop)}
+        image = prepare_image(
+            row[self.data.image_column], self.data.resolution, generator=generator,
+            center_crop=self.data.center_crop, random_flip=self.data.random_flip,
+        )  # fmt: skip
+        return {"image": image}
 
     def read_all(self, row: Sample) -> Sample:
         """What a cache is made of: nothing is chosen at random."""
@@ -61,12 +59,8 @@ class Condition:
     def collate(self, samples: list[Sample]) -> Sample:
         return default_collate(samples)
 
-    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
-        """The batch with its `tokens` (b, h, w), and with the condition as far as frozen networks make it."""
-        return {**batch, "tokens": encoders.tokens(batch["image"])}
-
-    def tensor(self, encoded: Sample) -> Tensor:
-        """What the network is given for an encoded batch: (b, d), or (b, d, h, w) on the token grid."""
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        """What the network is given for a batch: (b, d), or (b, d, h, w) on the token grid."""
         raise NotImplementedError
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
@@ -103,21 +97,18 @@ class Captions(Condition):
         return {**sample, "vectors": vectors[int(torch.randint(len(vectors), (), generator=generator))]}
 
     def collate(self, samples: list[Sample]) -> Sample:
+        """With the captions' token ids (b, l) in place of the captions, if there are any."""
         batch = default_collate(samples)
-        return {**batch, "ids": self.token_ids(batch.pop("text"))} if "text" in batch else batch
+        if "text" in batch:
+            texts = batch.pop("text")
+            batch["ids"], _ = tokenize_texts(self.tokenizer, texts, self.window, pad_to_window=self.pad_to_window)
+        return batch
 
-    def token_ids(self, texts: list[str]) -> Tensor:
-        """The captions as the text tower reads them (b, l)."""
-        return tokenize_texts(self.tokenizer, texts, self.window, pad_to_window=self.pad_to_window)[0]
-
-    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
-        return {**super().encode(encoders, batch), "vectors": encoders.vectors(encoders.text_encoder, batch["ids"])}
-
-    def tensor(self, encoded: Sample) -> Tensor:
-        return encoded["vectors"]
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        return batch["vectors"] if "vectors" in batch else encoders.vectors(encoders.text_encoder, batch["ids"])
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
-        ids = self.token_ids([caption for sample in samples for caption in sample["text"]])
+        ids, _ = tokenize_texts(self.tokenizer, [text for sample in samples for text in sample["text"]], self.window)
         vectors = encoders.vectors(encoders.text_encoder, ids.to(encoders.device))
         return {**super().store(encoders, samples), "vectors": vectors.split([len(s["text"]) for s in samples])}
 
@@ -135,11 +126,8 @@ class TrainedCaptions(Captions):
         kept = Condition.recall(self, kept, generator)
         return {**kept, "text": choose_text(json.loads(bytes(kept["text"].tolist())), generator)}
 
-    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
-        return Condition.encode(self, encoders, batch)
-
-    def tensor(self, encoded: Sample) -> Tensor:
-        return encoded["ids"]
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        return batch["ids"]
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
         texts = [torch.tensor(list(json.dumps(sample["text"]).encode())) for sample in samples]
@@ -165,14 +153,8 @@ class Images(Condition):
     def recall(self, kept: Sample, generator: Generator) -> Sample:
         return {**super().recall(kept, generator), "vectors": kept["vectors"][0]}
 
-    def encode(self, encoders: Encoders, batch: Sample) -> Sample:
-        return {
-            **super().encode(encoders, batch),
-            "vectors": encoders.vectors(encoders.image_encoder, batch["pixels"]),
-        }
-
-    def tensor(self, encoded: Sample) -> Tensor:
-        return encoded["vectors"]
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        return batch["vectors"] if "vectors" in batch else encoders.vectors(encoders.image_encoder, batch["pixels"])
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
         pixels = torch.stack([sample["pixels"] for sample in samples]).to(encoders.device)
@@ -214,8 +196,8 @@ class Classes(Condition):
             )
         return labels
 
-    def tensor(self, encoded: Sample) -> Tensor:
-        return F.one_hot(encoded["label"], self.num_labels).float()
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        return F.one_hot(batch["label"], self.num_labels).float()
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
         return {**super().store(encoders, samples), "label": [sample["label"] for sample in samples]}
@@ -230,15 +212,18 @@ class LabelMaps(Classes):
     def read(self, row: Sample, generator: Generator) -> Sample:
         again = generator.clone_state()  # the same crop and flip as the image
         sample = Condition.read(self, row, generator)
-        labels = prepare_map(row[self.column], self.data.resolution, generator=again, **self.crop)
+        labels = prepare_map(
+            row[self.column], self.data.resolution, generator=again, center_crop=self.data.center_crop,
+            random_flip=self.data.random_flip,
+        )  # fmt: skip
         return {**sample, "map": self.known(labels)}
 
     def recall(self, kept: Sample, generator: Generator) -> Sample:
         self.known(kept["map"])
         return Condition.recall(self, kept, generator)
 
-    def tensor(self, encoded: Sample) -> Tensor:
-        one_hot = F.one_hot(encoded["map"], self.num_labels).float().permute(0, 3, 1, 2)
+    def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
+        one_hot = F.one_hot(batch["map"], self.num_labels).float().permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(one_hot, self.token_side)
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The networks around Paella's U-Net: the pipeline that is trained, and those of its parts that stay as they are."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from diffusers_ext.models.vq_paella import PaellaVQModel
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
 from diffusers_ext.training.paella.args import PaellaArgs
-from diffusers_ext.training_utils.cache import in_batches
 from diffusers_ext.training_utils.clip import CLIP_COMPONENTS, load_clip
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
@@ -49,6 +49,20 @@ class Encoders:
         with torch.autocast(inputs.device.type, enabled=False):
             size = 1 if inputs.device.type == "cpu" else self.batch_size
             return in_batches(lambda rows: tower(rows)[0], inputs, size)
+
+
+def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
+    """`function(inputs)`, computed on exactly `batch_size` rows at a time (the last ones are repeated to fill up).
+
+    The last bits of a result depend on the sizes of a call, for which a library picks its kernels, and on a CPU even
+    on a sample's place among the others (the rest of a vectorised loop rounds otherwise). One row at a time gives a
+    sample the same bits in any company; on a GPU, where this is slow, calls of one size come close to it.
+    """
+    results = []
+    for rows in inputs.split(batch_size):
+        filled = torch.cat([rows, rows[-1:].expand(batch_size - len(rows), *rows.shape[1:])])
+        results.append(function(filled)[: len(rows)])
+    return torch.cat(results)
 
 
 def freeze(pipe: PaellaPipeline, device: torch.device, batch_size: int) -> Encoders:

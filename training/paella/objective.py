@@ -13,18 +13,13 @@ from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.conditions import Condition
 from diffusers_ext.training.paella.networks import Encoders
-from diffusers_ext.training_utils.conditions import keep_condition
-from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.objective import Objective, keep_condition
 
 
 class PaellaObjective(Objective):
-    """The token predictor's loss, and with `--train_text_encoder` that of the tower before it.
+    """The token predictor's loss, and with `--train_text_encoder` that of the tower before it."""
 
-    Args:
-        encoders: `None` where batches come from a cache, which holds what they would make.
-    """
-
-    def __init__(self, pipe: PaellaPipeline, condition: Condition, encoders: Encoders | None, args: PaellaArgs):
+    def __init__(self, pipe: PaellaPipeline, condition: Condition, encoders: Encoders, args: PaellaArgs):
         super().__init__()
         self.unet, self.scheduler = pipe.unet, pipe.scheduler
         self.text_encoder = pipe.text_encoder if args.train_text_encoder else None
@@ -32,8 +27,8 @@ class PaellaObjective(Objective):
 
     def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
         """Draws per sample, in this order: dropped or not, time, then those of `scheduler.add_noise`."""
-        encoded = batch if self.encoders is None else self.condition.encode(self.encoders, batch)
-        tokens, condition = encoded["tokens"], self.condition.tensor(encoded)
+        tokens = batch["tokens"] if "tokens" in batch else self.encoders.tokens(batch["image"])  # a cache has them
+        condition = self.condition.tensor(batch, self.encoders)
         keep = keep_condition(generators, self.args.cond_dropout_prob).to(tokens.device)
         r = torch.stack([torch.rand((), generator=g) for g in generators]).to(tokens.device)
         noised = self.scheduler.add_noise(tokens, None, r, generator=generators)

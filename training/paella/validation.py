@@ -47,4 +47,4 @@ class Sheet:
         kind = self.condition.when_sampling()
         rows = first_rows(self.rows, 16, kind.read, self.train.seed, collate=kind.collate, device=self.encoders.device)
         batch, _ = next(rows)
-        return {"prompt_embeds": kind.tensor(kind.encode(self.encoders, batch))}
+        return {"prompt_embeds": kind.tensor(batch, self.encoders)}

@@ -22,8 +22,7 @@ from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_pi
 from diffusers_ext.training.versatile.args import VersatileArgs, parts_of
 from diffusers_ext.training.versatile.objective import FlowEncoders
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
-from diffusers_ext.training_utils.cache import digest_network, digest_rows, digest_saved, open_cache
-from diffusers_ext.training_utils.caching import CachedRows
+from diffusers_ext.training_utils.cache import CachedRows, digest_network, digest_rows, digest_saved, open_cache
 
 # What takes the place of a picture in a cached row: the posterior's parameters (2c, h, w), and the tokens (l, d).
 CACHED = ("moments", "image_tokens")

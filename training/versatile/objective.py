@@ -19,8 +19,7 @@ from diffusers_ext.pipelines.versatile.contexts import (
     text_context,
 )
 from diffusers_ext.training.versatile.args import parts_of
-from diffusers_ext.training_utils.conditions import draw_posterior, keep_condition
-from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.objective import Objective, draw_posterior, keep_condition
 
 
 @dataclass

@@ -20,7 +20,9 @@ def read_rgb(picture: Image.Image, name: str = "image") -> Image.Image:
     Raises:
         ValueError: A mode without a meaning as colours, or values whose range is not known.
     """
-    picture = ImageOps.exif_transpose(picture)
+    picture = ImageOps.exif_transpose(picture)  # a copy
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
     if is_deep(picture):
         return Image.fromarray(_deep_to_8_bits(picture, name)).convert("RGB")
     if is_transparent(picture):

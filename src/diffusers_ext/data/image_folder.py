@@ -77,15 +77,11 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
-        image = ImageOps.exif_transpose(image)
+        return read_rgb(image) if rgb else ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Cannot read the picture {name or '(bytes without a name)'}: {error}. Repair or remove it."
         ) from error
-    if not rgb:
-        return image
-    try:
-        return read_rgb(image)
     except ValueError as error:
         raise ValueError(f"Cannot read the picture {name or '(bytes without a name)'}: {error}") from error
 

@@ -37,10 +37,10 @@ def tokenize_texts(
         encoded = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
     rows, cut = [], []
     for ids, special in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True):
-        row, rest = _cut(list(ids), list(special), window, from_left=tokenizer.truncation_side == "left")
-        rows.append(row)
-        if rest:
-            cut.append(tokenizer.decode(rest))
+        rows.append(list(ids))
+        if len(ids) > window:
+            rows[-1], rest = _cut(list(ids), list(special), window, from_left=tokenizer.truncation_side == "left")
+            cut += [tokenizer.decode(rest)] if rest else []
     length = window if pad_to_window else max(map(len, rows))
     padding = tokenizer.pad_token_id
     if padding is None and any(len(row) < length for row in rows):
@@ -68,7 +68,7 @@ def _cut(ids: list[int], special: list[int], window: int, *, from_left: bool) ->
     Args:
         special: 1 for the tokens that the tokenizer put before and behind the text.
     """
-    if len(ids) <= window or 0 not in special:
+    if 0 not in special:
         return ids[:window], []
     start, end = special.index(0), len(special) - special[::-1].index(0)
     first, text, last = ids[:start], ids[start:end], ids[end:]

@@ -102,9 +102,8 @@ def fit_adversarial(
                             found["adaptive_weight"] = balance(found, objective.last_weight, rival.weight)
                             found["loss"] = found["loss"] + found["adaptive_weight"] * found["adversarial"]
                             disc.requires_grad_(True)
-                    run.backward(found["loss"], micro)
+                    run.backward(found, micro)
                 objective.record(found, micro.weight, accelerator)
-                run.add(found, micro)
             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             run.update(optimizer, schedule, norm, run.values["loss"])
             if rival is not None:
@@ -115,8 +114,7 @@ def fit_adversarial(
                             fake = objective.fake(batch, generators, step).float()  # the generators go on: new draws
                     real, fake = disc(found["real"]), disc(fake)
                     disc_loss = rival.loss(real.float(), fake.float())
-                run.backward(disc_loss, micro)
-                run.add({"disc_loss": disc_loss}, micro)
+                run.backward({"disc_loss": disc_loss}, micro, "disc_loss")
                 accelerator.unscale_gradients(disc_optimizer)
                 norm = torch.nn.utils.get_total_norm([p.grad for p in judges if p.grad is not None])
                 run.update(disc_optimizer, disc_schedule, norm, disc_loss, of="the discriminator")

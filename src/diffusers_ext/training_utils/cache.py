@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .args import DataArgs
+
 INDEX = "cache.json"
 SHARD_SIZE = 4096  # samples a file
 OFFSETS = ".offsets"  # suffix: where each sample's rows of a tensor begin and end
@@ -64,6 +66,43 @@ class SampleCache(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}}  # every loader process maps the files itself
+
+
+class CachedRows(Dataset):
+    """Rows whose pictures are replaced by what a cache holds of them; the other columns are read as before."""
+
+    def __init__(self, cache: Dataset, rows: Any, columns: Sequence[str]):
+        """`rows` has `select_columns`, as a data set of `datasets` or `NamedRows` have it."""
+        self.cache, self.size = cache, len(rows)
+        self.others = rows.select_columns(list(dict.fromkeys(columns))) if columns else None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        others = {} if self.others is None else self.others[index]
+        return {**others, **self.cache[index]}
+
+
+def check_cacheable(
+    cache_dir: str | None, data: DataArgs, kept: str, *, crop_scale: tuple[float, float] | None = None
+) -> None:
+    """Refuses a cache together with pictures that are another one in every epoch.
+
+    Args:
+        cache_dir: `--cache_dir`; nothing is refused without it.
+        kept: What it holds of a picture: "latents", "tokens".
+        crop_scale: Of a recipe that has the option.
+
+    Raises:
+        ValueError: there is augmentation; names the ways out.
+    """
+    options = "--random_flip" if crop_scale is None else "--random_flip and --crop_scale"
+    if cache_dir and (data.random_flip or not data.center_crop or crop_scale not in (None, (1.0, 1.0))):
+        raise ValueError(
+            f"--cache_dir keeps one set of {kept} a picture, which excludes augmentation: pass --center_crop and "
+            f"leave out {options}, or leave out --cache_dir."
+        )
 
 
 def open_cache(
@@ -135,20 +174,6 @@ def open_cache(
     bar.close()
     accelerator.wait_for_everyone()
     return cache
-
-
-def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
-    """`function(inputs)`, computed on exactly `batch_size` rows at a time (the last ones are repeated to fill up).
-
-    The last bits of a result depend on the sizes of a call, for which a library picks its kernels, and on a CPU even
-    on a sample's place among the others (the rest of a vectorised loop rounds otherwise). One row at a time gives a
-    sample the same bits in any company; on a GPU, where this is slow, calls of one size come close to it.
-    """
-    results = []
-    for rows in inputs.split(batch_size):
-        filled = torch.cat([rows, rows[-1:].expand(batch_size - len(rows), *rows.shape[1:])])
-        results.append(function(filled)[: len(rows)])
-    return torch.cat(results)
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -9,22 +9,9 @@ from torch import Generator, nn
 from torch.utils.data import default_collate
 
 from .args import TrainArgs
-from .log import RunLog  # noqa: F401
 from .objective import Objective
 from .optimizers import build_optimizer
-from .plan import (  # noqa: F401  # some recipes still look for these names here
-    DATA_STREAM,
-    DROPOUT_STREAM,
-    LOSS_STREAM,
-    ORDER_STREAM,
-    Key,
-    StepPlan,
-    Window,
-    keyed_generator,
-    mix,
-    windows,
-)  # fmt: skip
-from .run import Run, ema_weights, evaluating, send_to_device, start  # noqa: F401
+from .run import Run
 
 
 def fit(
@@ -75,9 +62,8 @@ def fit(
                 with run.micro_step(micro, prepared) as (batch, generators):
                     with accelerator.autocast():
                         found = prepared(batch, generators, step)
-                    run.backward(found["loss"], micro)
+                    run.backward(found, micro)
                 objective.record(found, micro.weight, accelerator)
-                run.add(found, micro)
             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             run.update(optimizer, schedule, norm, run.values["loss"])
             run.end_step()

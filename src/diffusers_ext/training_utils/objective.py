@@ -1,10 +1,17 @@
-"""What a recipe learns, as one module: `fit` and the adversarial loop call it, and know nothing else of the recipe."""
+"""What a recipe learns, as one module: `fit` and the adversarial loop call it, and know nothing else of the recipe.
 
-from collections.abc import Mapping
+Below it what objectives draw for each sample: whether it is trained without its condition, latents of its posterior.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
+
+from ..losses.kl import sample_posterior
 
 
 class Objective(nn.Module):
@@ -57,3 +64,20 @@ class Objective(nn.Module):
     def logged(self) -> dict[str, float]:
         """What the records amount to, for the log."""
         return {}
+
+
+def keep_condition(generators: Sequence[Generator], dropout_prob: float) -> Tensor:
+    """Which samples (b,) keep their condition: each with probability 1 - `dropout_prob`, one draw a sample."""
+    return torch.stack([torch.rand((), generator=g) for g in generators]) >= dropout_prob
+
+
+def draw_posterior(moments: Tensor, generators: Sequence[Generator]) -> Tensor:
+    """Latents of a Gaussian posterior, float32 (b, d, h, w), (d, h, w) draws a sample.
+
+    Args:
+        moments: (b, 2 d, h, w), as an `AutoencoderKL` gives them: mean, then log-variance.
+        generators: One a sample.
+    """
+    count, channels, *sides = moments.shape
+    noise = randn_tensor((count, channels // 2, *sides), generator=list(generators), device=moments.device)
+    return sample_posterior(moments, noise)

@@ -118,6 +118,7 @@ class MicroBatch:
     Args:
         batch: The collated samples, not yet on the device.
         keys: Of the samples.
+        own: How many of them, from the first on, are this process's own.
         weight: Their share of the step's samples; 0 on a process that has none of its own left.
         number: Of the micro-batch in its step.
         is_last: Of the step.
@@ -125,20 +126,16 @@ class MicroBatch:
 
     batch: Any
     keys: list[Key]
+    own: int
     weight: float
     number: int
     is_last: bool
-
-    @property
-    def own(self) -> int:
-        """How many samples, from the first on, are this process's own."""
-        return len(self.keys) if self.weight > 0 else 0
 
 
 Window = list[MicroBatch]  # of one optimizer step
 
 
-def windows(
+def load_micro_batches(
     dataset: Any,
     plan: StepPlan,
     steps: range,
@@ -147,8 +144,8 @@ def windows(
     num_workers: int = 0,
     collate: Callable = default_collate,
     pin_memory: bool = False,
-) -> Iterator[Window]:
-    """Yields the micro-batches of each optimizer step of `steps`.
+) -> DataLoader:
+    """The collated micro-batches of the optimizer steps `steps`, one after the other, as `plan` orders them.
 
     Args:
         dataset: Map-style; `transform(dataset[index], generator)` prepares one sample.
@@ -156,7 +153,7 @@ def windows(
         num_workers: Loader processes; the result does not depend on it.
         pin_memory: Makes copies to an accelerator that need not be waited for.
     """
-    loader = DataLoader(
+    return DataLoader(
         _KeyedDataset(dataset, transform, plan.seed),
         batch_sampler=_KeyBatches(plan, steps),
         num_workers=num_workers,
@@ -165,13 +162,6 @@ def windows(
         worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # the loader's own seed must not advance the default generator
     )
-    fetched = iter(loader)
-    for step in steps:
-        parts = plan.micro_batches(step)
-        yield [
-            MicroBatch(next(fetched), keys, weight, number, number == len(parts) - 1)
-            for number, (keys, weight) in enumerate(parts)
-        ]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

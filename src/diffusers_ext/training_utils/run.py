@@ -11,6 +11,7 @@ weights that nobody sees any more, and nothing of it gets out. On a CPU reading 
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -43,7 +44,7 @@ from .lock import FolderInUse, acquire
 from .log import RunLog
 from .objective import Objective
 from .optimizers import options_of_this_run
-from .plan import DROPOUT_STREAM, LOSS_STREAM, MicroBatch, StepPlan, Window, keyed_generator, mix, windows
+from .plan import DROPOUT_STREAM, LOSS_STREAM, MicroBatch, StepPlan, Window, keyed_generator, load_micro_batches, mix
 from .record import Record, check_same_run, make_record, save_learnt, write_options
 from .stopping import Reading, Stop
 
@@ -113,8 +114,7 @@ class Run:
                 for micro in window:
                     with run.micro_step(micro, prepared) as (batch, generators):
                         found = prepared(batch, generators, step)
-                        run.backward(found["loss"], micro)
-                    run.add(found, micro)
+                        run.backward(found, micro)
                 run.update(optimizer, schedule, norm_of_the_gradient, run.values["loss"])
                 run.end_step()
         run.end()
@@ -163,7 +163,7 @@ class Run:
         self.finished = self.first_step == args.max_train_steps
         if self.ema is not None:
             self.ema.to(accelerator.device)
-        plan = StepPlan(
+        self.plan = StepPlan(
             num_samples=len(dataset),
             batch_size=args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
@@ -171,13 +171,13 @@ class Run:
             process_index=accelerator.process_index,
             seed=args.seed,
         )
-        self.stream = windows(
-            dataset, plan, range(self.first_step, args.max_train_steps), transform=transform, collate=collate,
+        self.loader = load_micro_batches(
+            dataset, self.plan, range(self.first_step, args.max_train_steps), transform=transform, collate=collate,
             num_workers=num_workers, pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
         self.stop = Stop(accelerator, args.max_train_minutes)
         self.skipped: dict[str, SkippedSteps] = {}
-        self.unread: deque[Norm] = deque()
+        self.unread: deque[GradientNorm] = deque()
         self.step, self.window, self.values, self.ended = self.first_step, [], {}, False
 
     def __enter__(self) -> "Run":
@@ -192,8 +192,14 @@ class Run:
     def steps(self) -> Iterator[tuple[int, Window]]:
         """Yields the number of each step with this process's micro-batches, until the last one or a stop."""
         self.objective.train()
+        batches = iter(self.loader)
         for step in range(self.first_step, self.args.max_train_steps):
-            self.step, self.window, self.values = step, next(self.stream), {}
+            parts = self.plan.micro_batches(step)
+            self.step, self.values = step, {}
+            self.window = [
+                MicroBatch(next(batches), keys, len(keys) if weight else 0, weight, number, number == len(parts) - 1)
+                for number, (keys, weight) in enumerate(parts)
+            ]
             yield step, self.window
             if self.ended:
                 return
@@ -210,12 +216,12 @@ class Run:
         with nullcontext() if micro.is_last else accelerator.no_sync(prepared):
             yield batch, [keyed_generator(seed, epoch, index, LOSS_STREAM) for epoch, index in micro.keys]
 
-    def backward(self, loss: Tensor, micro: MicroBatch) -> None:
-        """DDP averages over the processes, each of which holds its share of the step's samples."""
-        self.accelerator.backward(loss * (micro.weight * self.accelerator.num_processes))
+    def backward(self, found: Mapping[str, Tensor], micro: MicroBatch, loss: str = "loss") -> None:
+        """Adds the gradients of `found[loss]` to the step's, and all single numbers to its values for the log.
 
-    def add(self, found: Mapping[str, Tensor], micro: MicroBatch) -> None:
-        """Adds the single numbers of a micro-batch to those of the step, for the log."""
+        DDP averages over the processes, each of which holds its share of the step's samples.
+        """
+        self.accelerator.backward(found[loss] * (micro.weight * self.accelerator.num_processes))
         for name, value in found.items():
             if value.ndim == 0:
                 self.values[name] = self.values.get(name, 0) + value.detach() * micro.weight
@@ -233,9 +239,10 @@ class Run:
                 scaler has skipped too many steps.
         """
         if norm is not None and self.accelerator.scaler is None:  # the scaler skips such steps itself
-            samples = [index for micro in self.window for _, index in micro.keys]
-            self.unread.append(Norm(Reading(norm), loss.detach(), self.step, samples, of))
-            self.check_finite(up_to=self.step - (self.accelerator.device.type != "cpu"))
+            on_cpu = norm.device.type == "cpu"
+            value = norm.detach() if on_cpu else Reading(norm)
+            self.unread.append(GradientNorm(value, loss.detach(), self.step, self.window, of))
+            self.check_finite(up_to=self.step if on_cpu else self.step - 1)
         optimizer.step()
         skipped = self.skipped.setdefault(of, SkippedSteps(f"gradient of {of}" if of else "gradient"))
         skipped.add(optimizer.step_was_skipped, self.step, loss.detach())
@@ -249,7 +256,14 @@ class Run:
             FloatingPointError: one is not finite.
         """
         while self.unread and self.unread[0].step <= up_to:
-            self.unread.popleft().check()
+            one = self.unread.popleft()
+            if not math.isfinite(norm := one.value.tolist()):
+                samples = [index for micro in one.window for _, index in micro.keys]
+                raise FloatingPointError(
+                    f"The gradient of {f'{one.of} in ' if one.of else ''}step {one.step} is not finite (norm {norm}, "
+                    f"loss {float(one.loss)}; samples {samples[:32]}). Nothing of it is saved, and the last "
+                    "checkpoint is untouched; lower --learning_rate or look at these samples."
+                )
 
     def end_step(self) -> None:
         """Averages, logs, saves, validates, and says whether to stop: as often as the arguments ask for it."""
@@ -291,24 +305,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Norm:
+class GradientNorm:
     """The norm of a step's gradient, and what a message says about it."""
 
-    value: Reading
+    value: Tensor | Reading
     loss: Tensor
     step: int
-    samples: list[int]
+    window: Window
     of: str
-
-    def check(self) -> None:
-        """Raises FloatingPointError if it is not finite."""
-        norm = torch.tensor(self.value.tolist())
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"The gradient of {f'{self.of} in ' if self.of else ''}step {self.step} is not finite (norm "
-                f"{float(norm)}, loss {float(self.loss)}; samples {self.samples[:32]}). Nothing of it is saved, and "
-                "the last checkpoint is untouched; lower --learning_rate or look at these samples."
-            )
 
 
 @contextmanager

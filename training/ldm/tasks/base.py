@@ -46,14 +46,10 @@ class Task:
     factor: int = 1
     num_labels: int | None = None
 
-    @property
-    def is_context(self) -> bool:
-        return self.args.task in CONTEXT_TASKS
-
-    @property
-    def resampling(self) -> Resampling:
-        """How pictures are resized."""
-        return "bicubic"
+    def __post_init__(self) -> None:
+        self.is_context = self.args.task in CONTEXT_TASKS
+        self.crop_scale = self.args.resolved_crop_scale
+        self.resampling: Resampling = "bicubic"  # how pictures are resized
 
     # ---- data
 
@@ -92,7 +88,7 @@ class Task:
     def crop(self, size: tuple[int, int], generator: Generator) -> Crop:
         """Where a picture of this (width, height) is cut; four draws."""
         return draw_crop(
-            size, self.data.resolution, generator, scale=self.args.resolved_crop_scale,
+            size, self.data.resolution, generator, scale=self.crop_scale,
             center_crop=self.data.center_crop, random_flip=self.data.random_flip,
         )  # fmt: skip
 

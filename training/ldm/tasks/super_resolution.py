@@ -6,7 +6,7 @@ from typing import Any
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from diffusers_ext.data.crops import Crop, Resampling, draw_patch
+from diffusers_ext.data.crops import Crop, draw_patch
 from diffusers_ext.degradations.bsr import degrade_bicubic, degrade_bsr
 from diffusers_ext.pipelines.ldm.pipeline_ldm_upscale import LDMUpscalePipeline
 from diffusers_ext.training.ldm.args import LDMArgs
@@ -22,9 +22,9 @@ class SuperResolution(Task):
     stock = "LDMSuperResolutionPipeline"
     has_one_answer = True
 
-    @property
-    def resampling(self) -> Resampling:
-        return "bicubic" if self.args.low_column else "area"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.resampling = "bicubic" if self.args.low_column else "area"
 
     def columns(self) -> tuple[str, ...]:
         return (self.args.low_column,) if self.args.low_column else ()
