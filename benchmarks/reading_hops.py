@@ -5,9 +5,11 @@
     python benchmarks/reading_hops.py lines       # lines of code a folder
     ... --root OLD                                # the same of another checkout
 
-Counted are distinct functions and files of this repository; what diffusers, transformers and torch do is not. `frames`
-are the house's functions on the stack from `__call__` to the one that calls the U-Net, both included. Lines of code
-are those that hold something else than blanks, comments and docstrings.
+Counted are distinct functions and files of this repository; what diffusers, transformers and torch do is not. A
+network is one hop, whatever it is made of: a function of `models/` counts where something else than `models/` calls
+it. Of a prompt, the files of such functions are in the number of files, and once more in a column of their own.
+`frames` are the house's functions on the stack from `__call__` to the one that calls the U-Net, both included. Lines
+of code are those that hold something else than blanks, comments and docstrings.
 
 A batch's way begins where the loader reads its rows and ends where the optimizer takes the step; the functions on the
 stack at both ends count. A component of a pipeline (network, scheduler) is one hop, whatever it is made of, and so is
@@ -28,15 +30,13 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ROOT = Path(sys.argv[sys.argv.index("--root") + 1] if "--root" in sys.argv else __file__.rpartition("benchmarks")[0])
-ROOT = ROOT.resolve()
+HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(sys.argv[sys.argv.index("--root") + 1]).resolve() if "--root" in sys.argv[:-1] else HERE
 HOUSE = (str(ROOT / "src" / "diffusers_ext"), str(ROOT / "training"))
 MODELS = str(ROOT / "src" / "diffusers_ext" / "models")
 COMPONENTS = (MODELS, str(ROOT / "src" / "diffusers_ext" / "schedulers"))
-ENTRIES = (
-    "_wrapped_call_impl",
-    "forward_features",
-)  # how a pipeline enters a U-Net: torch's call, Paella's first half
+# how a pipeline enters a U-Net: torch's call, Paella's first half
+ENTRIES = ("_wrapped_call_impl", "forward_features")
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "training")]
 
 PROMPTS = {
@@ -56,13 +56,18 @@ class Walk:
     def __init__(self) -> None:
         self.functions: dict[CodeType, None] = {}
 
-    def note(self, frame: FrameType | None) -> None:
-        if frame is not None and is_house(frame.f_code):
+    def note(self, frame: FrameType) -> None:
+        inside = is_house(frame.f_code) and all(MODELS in one.f_code.co_filename for one in stack(frame)[:2])
+        if is_house(frame.f_code) and not inside:  # a network is one hop
             self.functions.setdefault(frame.f_code)
 
     @property
-    def files(self) -> list[str]:
-        return list(dict.fromkeys(code.co_filename for code in self.functions))
+    def files(self) -> set[str]:
+        return {code.co_filename for code in self.functions}
+
+    @property
+    def network_files(self) -> set[str]:
+        return {name for name in self.files if name.startswith(MODELS)}
 
     def lines(self) -> Iterator[str]:
         for code in self.functions:
@@ -107,7 +112,7 @@ def walk_prompt(folder: str) -> tuple[Walk, int]:
 
     import diffusers_ext  # noqa: F401  # its pipelines become known to diffusers
 
-    pipe = DiffusionPipeline.from_pretrained(ROOT / folder)
+    pipe = DiffusionPipeline.from_pretrained(HERE / folder)
     pipe.set_progress_bar_config(disable=True)
     walk, frames = Walk(), 0
 
@@ -209,17 +214,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["prompt", "batch", "lines"])
     parser.add_argument("--list", action="store_true", help="name the functions, in the order of their first call")
-    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout, in place of this one")
+    parser.add_argument("--root", type=Path, default=HERE, help="another checkout, in place of this one")
     args = parser.parse_args()
     if args.what == "lines":
         return print_lines(ROOT)
-    print("| what | functions | files | frames |\n|---|---|---|---|")
+    print("| what | functions | files | of these, networks | frames |\n|---|---|---|---|---|")
     for name, source in (PROMPTS if args.what == "prompt" else BATCHES).items():
         if args.what == "prompt":
             walk, frames = walk_prompt(source)
         else:
             walk, frames = walk_batch(name, source), "-"
-        print(f"| {name} | {len(walk.functions)} | {len(walk.files)} | {frames} |")
+        print(f"| {name} | {len(walk.functions)} | {len(walk.files)} | {len(walk.network_files)} | {frames} |")
         if args.list:
             print("\n".join(walk.lines()))
 

@@ -29,8 +29,7 @@ from torch import Tensor
 from diffusers_ext.conversion.paella import convert_paella_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
-from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
-from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler, RenoisingDraws
 from diffusers_ext.schedulers.token_sampling import discrete_renoising_step, sample_tokens
 
 SCALE, TEMPERATURE, MASS = 5.0, 1.0, 0.2

@@ -39,10 +39,31 @@ def both_branches(
         return run(*cond), None
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 0:
         return None, run(*uncond)
-    if not all(_stackable(no, yes) for no, yes in zip(uncond, cond, strict=True)):
+    doubled = _stacked(uncond, cond)
+    if doubled is None:
         return run(*cond), run(*uncond)
-    halves = run(*(_stack(no, yes) for no, yes in zip(uncond, cond, strict=True))).chunk(2)
+    halves = run(*doubled).chunk(2)
     return halves[1], halves[0]
+
+
+def _stacked(first: Inputs, second: Inputs) -> list[Any] | None:
+    """Both batches as one, input by input. None where their shapes do not agree."""
+    if len(first) != len(second):
+        return None
+    stacked: list[Any] = []
+    for one, other in zip(first, second, strict=True):
+        if one is None and other is None:
+            stacked.append(None)
+            continue
+        both = None
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            both = torch.cat([one, other]) if one.shape == other.shape else None
+        elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            both = _stacked(one, other)
+        if both is None:
+            return None
+        stacked.append(both)
+    return stacked
 
 
 def guide(
@@ -70,21 +91,6 @@ def guide(
     if channels is None:
         return mix(cond, uncond, guidance_scale)
     return torch.cat([mix(cond[:, :channels], uncond[:, :channels], guidance_scale), cond[:, channels:]], dim=1)
-
-
-def _stackable(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_stackable, one, other))
-    return one is other  # None on both sides
-
-
-def _stack(one: Any, other: Any) -> Any:
-    """Both batches as one, or lists of them."""
-    if isinstance(one, Tensor):
-        return torch.cat([one, other])
-    return None if one is None else list(map(_stack, one, other))
 
 
 def classifier_free_guidance(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:

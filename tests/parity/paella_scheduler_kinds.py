@@ -9,8 +9,11 @@ from torch import Tensor
 from diffusers_ext.conversion.paella import convert_paella_unet
 from diffusers_ext.guidance import classifier_free_guidance
 from diffusers_ext.losses.discrete import loss_weight, token_cross_entropy, weighted_mean
-from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
-from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler, typical_filter
+from diffusers_ext.schedulers.scheduling_discrete_renoising import (
+    DiscreteRenoisingScheduler,
+    RenoisingDraws,
+    typical_filter,
+)
 from diffusers_ext.schedulers.token_sampling import sample_tokens
 
 

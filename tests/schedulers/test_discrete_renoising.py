@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from diffusers_ext.guidance import classifier_free_guidance
-from diffusers_ext.schedulers.renoising_draws import RenoisingDraws
 from diffusers_ext.schedulers.scheduling_discrete_renoising import (
     DiscreteRenoisingScheduler,
     DiscreteRenoisingSchedulerOutput,
+    RenoisingDraws,
 )
 
 many = settings(max_examples=200, deadline=None)

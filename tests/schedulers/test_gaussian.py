@@ -8,8 +8,8 @@ import torch
 from diffusers.utils.dummy_pt_objects import DummyObject
 
 import diffusers_ext
+from diffusers_ext.pipelines.checks import check_timesteps
 from diffusers_ext.schedulers.gaussian import (
-    check_falling,
     check_gaussian_scheduler,
     guided_step,
     ldm_scheduler,
@@ -50,7 +50,7 @@ def test_schedulers_are_refused_or_lead_to_the_picture(name):
     try:
         check_gaussian_scheduler(scheduler, "APipeline")
         scheduler.set_timesteps(25)
-        check_falling(scheduler)
+        check_timesteps(scheduler, 25)
     except ValueError as error:
         assert name not in SOUND and name in str(error) and "from_pretrained(<checkpoint>" in str(error)
         return

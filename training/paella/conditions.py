@@ -16,9 +16,9 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
 from diffusers_ext.models.token_codec import downsample_factor
-from diffusers_ext.pipelines.clip_vectors import prepare_pictures, text_window
+from diffusers_ext.pipelines.clip_vectors import prepare_pictures
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
-from diffusers_ext.pipelines.tokenization import tokenize_texts
+from diffusers_ext.pipelines.tokenization import text_window, tokenize_texts
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.networks import Encoders
 from diffusers_ext.training_utils.args import DataArgs

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.data.captions import clean_caption
 from diffusers_ext.data.preprocessing import choose_text, prepare_image
-from diffusers_ext.pipelines.clip_vectors import text_ids
+from diffusers_ext.pipelines.tokenization import text_ids
 from diffusers_ext.pipelines.versatile.contexts import prepare_pictures
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_piece_window
 from diffusers_ext.training.versatile.args import VersatileArgs, parts_of
@@ -103,9 +103,9 @@ class FlowRows:
         sentences, sources = batch.pop("sentence"), batch.pop("source")
         flows, (_, made) = self.args.flows, types_of(self.args.flows)
         if "text-to-image" in flows:
-            batch["prompt_ids"] = text_ids(self.tokenizer, self.text_reader, batch["prompt"])[0]
+            batch["prompt_ids"] = text_ids(self.tokenizer, self.text_reader, batch["prompt"])
         if "text-to-text" in flows:
-            batch["source_ids"] = text_ids(self.tokenizer, self.text_reader, sources)[0]
+            batch["source_ids"] = text_ids(self.tokenizer, self.text_reader, sources)
         if "text" in made:
             batch["sentence_ids"] = sentence_ids(
                 self.encoder_tokenizer, sentences, max_word_pieces=self.sentence_window

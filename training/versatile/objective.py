@@ -11,7 +11,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from diffusers_ext.losses.diffusion import noise_error
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
-from diffusers_ext.pipelines.clip_vectors import text_ids
+from diffusers_ext.pipelines.tokenization import text_ids
 from diffusers_ext.pipelines.versatile.contexts import (
     image_context,
     null_picture,
@@ -80,7 +80,7 @@ class FlowEncoders:
         if (context_type, data_type) not in self._nothing:
             with torch.no_grad(), torch.autocast(self.vae.device.type, enabled=False):
                 if context_type == "text":
-                    found = self._text_context(text_ids(self.tokenizer, self.text_encoder, [""])[0])
+                    found = self._text_context(text_ids(self.tokenizer, self.text_encoder, [""]))
                 else:
                     side: Any = self.image_encoder.config.image_size
                     found = self.image_tokens(

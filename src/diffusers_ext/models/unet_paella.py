@@ -23,8 +23,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from .blocks.wrappers import with_forward_hooks
-
 
 @dataclass
 class PaellaUNetOutput(BaseOutput):
@@ -254,7 +252,6 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return (logits,)
         return PaellaUNetOutput(sample=logits)
 
-    @with_forward_hooks
     def forward_features(self, sample: Tensor, timestep: Tensor | float, condition_embeds: Tensor) -> Tensor:
         """Everything before the head: arguments as in `forward`, features (batch, height, width, channels).
 
@@ -272,7 +269,6 @@ class PaellaUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states = level(hidden_states, conds.pop(), skips.pop())
         return hidden_states
 
-    @with_forward_hooks
     def head(self, features: Tensor) -> Tensor:
         """Features (batch, height, width, channels) to logits (batch, num_vq_embeddings, height, width)."""
         return self.proj_out(features).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """What all pipelines of the house have in common: a run, its defaults and its end; loading, sharing and saving."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..models.blocks.wrappers import unwrap
 from .adapters import AdapterMixin
+from .callbacks import Callback, callback_tensor_names
 from .cards import CardMixin, pipeline_card
-from .checks import check_decoded
-from .listed_options import sample_sides
+from .checks import check_callback_tensors, check_decoded, sample_sides
 from .recognition import check_component, check_folder
 from .saving import check_saveable
 
@@ -39,6 +39,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     image_processor: Any
     scheduler: Any
 
+    has_null_condition: Any = True  # whether the network can be guided: it was also trained without its condition
     _usual_guidance_scale: float = 1.0  # the authors', where neither the call nor the checkpoint names one
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
@@ -62,10 +63,15 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         return self._interrupt
 
     def resolve_scale(self, guidance_scale: Any) -> Any:
-        """The guidance scale of the call, else the checkpoint's, else the authors'. Checks nothing."""
+        """The guidance scale of the call, else the checkpoint's, else the authors', or 1 where nothing can guide.
+
+        Checks nothing.
+        """
+        if guidance_scale is not None:
+            return guidance_scale
+        usual = self._usual_guidance_scale if self.has_null_condition else 1.0
         default = self.config.get("default_guidance_scale")
-        default = self._usual_guidance_scale if default is None else default
-        return default if guidance_scale is None else guidance_scale
+        return usual if default is None else default
 
     def resolve_size(self, height: Any, width: Any, latents: Any = None) -> tuple[Any, Any]:
         """Height and width in pixels. What the call left out is the size of `latents`, else the checkpoint's.
@@ -76,11 +82,10 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         if height is not None and width is not None:
             return height, width
         sides = self.config.get("default_sample_size")
-        sides = (
-            getattr(unwrap(getattr(self, "unet", None)), "config", {}).get("sample_size") if sides is None else sides
-        )
         if isinstance(latents, Tensor) and latents.ndim >= 3:  # (b, h, w) tokens or (b, c, h, w)
             sides = tuple(latents.shape[-2:])
+        elif sides is None:
+            sides = getattr(getattr(self, "unet", None), "config", {}).get("sample_size")
         if sides is None:
             raise ValueError(
                 "`height` and `width` are needed: neither the pipeline's `default_sample_size` nor"
@@ -89,6 +94,13 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         rows, columns = sample_sides("default_sample_size", sides)
         factor = self.vae_scale_factor
         return rows * factor if height is None else height, columns * factor if width is None else width
+
+    def callback_names(self, callback: Callback | None, names: Sequence[str] | None) -> list[str]:
+        """The names of the tensors that a callback gets, see `callback_tensor_names`. They are checked without one."""
+        if callback is not None:
+            return callback_tensor_names(self, callback, names)
+        check_callback_tensors(names, self._callback_tensor_inputs)
+        return list(names or ())
 
     def start_run(self, timesteps: Tensor, guidance_scale: float) -> None:
         """Resets the state for a run of these timesteps."""
@@ -188,17 +200,19 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         )
 
     def register_modules(self, **kwargs: Any) -> None:
-        super().register_modules(**{name: self._fitting_component(name, part) for name, part in kwargs.items()})
+        fitting = {
+            name: self._fitting_network(name, part) if isinstance(part, nn.Module) else part
+            for name, part in kwargs.items()
+        }
+        super().register_modules(**fitting)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._fitting_component(name, value))
+        super().__setattr__(name, self._fitting_network(name, value) if isinstance(value, nn.Module) else value)
 
-    def _fitting_component(self, name: str, value: Any) -> Any:
-        if not isinstance(value, nn.Module):
-            return value
-        value = _visible_component(name, value)
-        check_component(type(self), name, value, _family())
-        return value
+    def _fitting_network(self, name: str, network: nn.Module) -> nn.Module:
+        network = _visible_component(name, network)
+        check_component(type(self), name, network, _family())
+        return network
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

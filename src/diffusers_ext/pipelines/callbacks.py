@@ -22,14 +22,14 @@ Callback = Callable[[Any, int, Tensor, dict], dict | None] | PipelineCallback | 
 READ_ONLY = ("pred_original_sample",)
 
 
-def callback_tensor_names(pipe: Any, callback: Callback | None, names: Sequence[str] | None) -> list[str]:
+def callback_tensor_names(pipe: Any, callback: Callback, names: Sequence[str] | None) -> list[str]:
     """The names of the tensors that a callback gets: those that it asks for itself, else `names`, else the latents.
 
     Raises:
         TypeError, ValueError: For a callback that cannot be called, names that the pipeline does not offer, and
             callbacks of diffusers for other pipelines.
     """
-    if callback is not None and not callable(callback):
+    if not callable(callback):
         raise TypeError(
             f"`callback_on_step_end` must be a function or a PipelineCallback, received {type(callback).__name__}."
         )

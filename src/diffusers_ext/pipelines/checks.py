@@ -5,13 +5,13 @@ What is common to several pipelines stands here; what concerns one pipeline's co
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..schedulers.gaussian import check_falling, scheduler_setting
+from ..schedulers.gaussian import WAY_OUT, scheduler_setting
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -180,10 +180,6 @@ def check_fraction(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1], received {value}: {meaning}.")
 
 
-def check_eta(eta: Any) -> None:
-    check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
-
-
 def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
     """A number of steps that the scheduler's training steps allow for."""
     check_integer("num_inference_steps", num_inference_steps, 1)
@@ -195,10 +191,17 @@ def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
 
 
 def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
-    """What a scheduler made of the steps lies within the training: spacing "leading" with an offset may leave it."""
-    check_falling(scheduler)
-    highest = float(scheduler.timesteps.max())
-    last = int(scheduler_setting(scheduler, "num_train_timesteps")) - 1
+    """What a scheduler made of the steps leads from noise to a picture, and lies within the training.
+
+    The spacing "leading" with an offset may leave the training.
+    """
+    timesteps: Tensor = scheduler.timesteps
+    if len(timesteps) > 1 and float(timesteps[0]) < float(timesteps[-1]):
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, which goes from timestep {float(timesteps[0]):g} up to"
+            f" {float(timesteps[-1]):g}: it makes noise of a picture. {WAY_OUT}"
+        )
+    highest, last = float(timesteps.max()), int(scheduler_setting(scheduler, "num_train_timesteps")) - 1
     if highest > last:
         raise ValueError(
             f"`num_inference_steps`={num_inference_steps} makes {type(scheduler).__name__} start at timestep"
@@ -219,6 +222,21 @@ def check_noise(latents: Any, shape: tuple[int, ...]) -> None:
         )
     if not bool(torch.isfinite(latents).all()):
         raise ValueError("`latents` holds values that are not finite.")
+
+
+def sample_sides(name: str, value: Any) -> tuple[int, int]:
+    """Rows and columns of a size that is one side or a pair, also as a config holds pairs.
+
+    Raises:
+        ValueError: For anything but one or two positive integers.
+    """
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    if isinstance(value, Mapping):  # {"height": 16, "width": 24}, or {"0": 16, "1": 24} of a `model_index.json`
+        sides = [value.get(key) for key in (("height", "width") if "height" in value else ("0", "1"))]
+    whole = [isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0 for side in sides]
+    if whole != [True, True]:
+        raise ValueError(f"`{name}` must be one side or (height, width), positive integers; received {value!r}.")
+    return int(sides[0]), int(sides[1])
 
 
 def check_pair(name: str, value: Any) -> tuple[int, int]:

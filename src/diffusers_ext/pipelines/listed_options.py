@@ -5,11 +5,11 @@ class. So a list is recorded as a dict from its places, as in `DiTPipeline`: `{"
 from before that hold lists, which load from disk; both are read here.
 """
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from ..models.blocks.wrappers import unwrap
+from .checks import sample_sides
 
 
 def record_option(name: str, value: Any) -> Any:
@@ -36,21 +36,6 @@ def read_option(value: Any) -> Any:
     if isinstance(value, Mapping):
         return [value[str(place)] for place in range(len(value))]
     return list(value) if isinstance(value, tuple) else value
-
-
-def sample_sides(name: str, value: Any) -> tuple[int, int]:
-    """Rows and columns of a size that is one side or a pair, whichever way it was recorded.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    pair = isinstance(value, Mapping) and {"height", "width"} == set(value)
-    sides = [value["height"], value["width"]] if pair else read_option(value)
-    sides = list(sides) if isinstance(sides, (list, tuple)) else [sides, sides]
-    whole = [side for side in sides if isinstance(side, numbers.Integral) and not isinstance(side, bool)]
-    if len(sides) != 2 or len(whole) != 2 or min(map(int, whole)) <= 0:
-        raise ValueError(f"`{name}` must be one side or (height, width), positive integers; received {value!r}.")
-    return int(sides[0]), int(sides[1])
 
 
 def record_sample_size(value: Any, unet: Any, otherwise: int | None) -> Any:

@@ -15,6 +15,42 @@ from torch import Tensor
 
 # A tokenizer that was saved with padding loses that setting in its first call, which no other thread may interrupt.
 _FIRST_CALL = threading.Lock()
+_LEGACY_EOS = 2  # a CLIP config with this end-of-text id pools at the highest id instead of at the end-of-text token
+
+
+def text_window(tokenizer: Any, text_encoder: Any) -> int:
+    """How many tokens the text encoder reads, the first and the last included."""
+    # a tokenizer saved without model_max_length reports 1e30, BERT's own 512
+    return min(int(tokenizer.model_max_length), text_encoder.config.max_position_embeddings)
+
+
+def text_ids(tokenizer: Any, text_encoder: Any, texts: Sequence[str], *, pipe: Any = None) -> Tensor:
+    """Tokens of texts (n, l), padded and cut to what the text encoder reads.
+
+    Args:
+        pipe: The pipeline that warns of what is cut off. None cuts without a word, as in training.
+
+    Raises:
+        ValueError: The tokenizer is not the one that the text encoder was trained with.
+    """
+    window, config = text_window(tokenizer, text_encoder), text_encoder.config
+    ids, cut = tokenize_texts(tokenizer, texts, window)
+    if pipe is not None:
+        warn_of_cuts(pipe, cut, window)
+    if int(ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer gives token {int(ids.max())}, the text encoder knows 0 to {config.vocab_size - 1}. Use"
+            " the tokenizer that the text encoder was trained with."
+        )
+    eos = getattr(config, "eos_token_id", None)  # LDMBert, which does not pool, has none
+    if eos not in (None, _LEGACY_EOS) and not bool((ids == eos).any(dim=1).all()):
+        # transformers would pool at position 0: the same vector for every text, silently
+        raise ValueError(
+            f"The tokenizer ends no text with token {eos}, at which the text encoder pools"
+            f" (text_encoder.config.eos_token_id); tokenizer.eos_token_id is {tokenizer.eos_token_id}."
+            " Use the tokenizer that the text encoder was trained with."
+        )
+    return ids
 
 
 def tokenize_texts(

@@ -171,16 +171,6 @@ def check_gaussian_scheduler(scheduler: Any, pipeline_name: str) -> None:
         raise ValueError(f"{name}, whose step needs {', '.join(needed)}, which {pipeline_name} has not. {WAY_OUT}")
 
 
-def check_falling(scheduler: Any) -> None:
-    """After `set_timesteps`: the steps lead from noise to a picture."""
-    timesteps: Tensor = scheduler.timesteps
-    if len(timesteps) > 1 and float(timesteps[0]) < float(timesteps[-1]):
-        raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, which goes from timestep {float(timesteps[0]):g} up to"
-            f" {float(timesteps[-1]):g}: it makes noise of a picture. {WAY_OUT}"
-        )
-
-
 def ldm_scheduler(
     beta_start: float = 0.0015, beta_end: float = 0.0195, *, num_train_timesteps: int = 1000
 ) -> DDIMScheduler:

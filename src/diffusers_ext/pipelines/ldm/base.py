@@ -26,11 +26,10 @@ from ...guidance import both_branches
 from ...models.blocks.wrappers import unwrap
 from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, split_prediction, step_arguments
 from ..base import HousePipeline
-from ..callbacks import Callback, callback_tensor_names, report_step
+from ..callbacks import Callback, report_step
 from ..checks import (
     as_generators,
-    check_callback_tensors,
-    check_eta,
+    check_fraction,
     check_generator,
     check_guidance_scale,
     check_noise,
@@ -92,9 +91,11 @@ class LDMBasePipeline(HousePipeline):
     def latent_scale(self) -> float:
         """By what latents are multiplied before diffusion."""
         given = self.config["latent_scale"]
-        if given is None:
+        if given is not None:
+            return float(given)
+        if self.vqvae is None:
             check_parts(self, "the scale of the latents", "vqvae")
-        return latent_scale(self.vqvae) if given is None else float(given)
+        return latent_scale(self.vqvae)
 
     @property
     def size_multiple(self) -> int:
@@ -127,13 +128,6 @@ class LDMBasePipeline(HousePipeline):
     def concat_channels(self) -> int:
         """How many channels of the condition lie behind the latents."""
         return 0
-
-    def resolve_scale(self, guidance_scale: Any) -> Any:
-        """The guidance scale of the call, else the checkpoint's, else the authors', or 1 where nothing can guide."""
-        if guidance_scale is None and not self.has_null_condition:
-            default = self.config.get("default_guidance_scale")
-            return 1.0 if default is None else default
-        return super().resolve_scale(guidance_scale)
 
     def check_components(self) -> None:
         """All components are there, and the U-Net takes what the first stage and the conditioner give it.
@@ -190,7 +184,6 @@ class LDMBasePipeline(HousePipeline):
         tile_size: int | tuple[int, int] | None = None,
         tile_stride: int | tuple[int, int] | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
         can_guide: bool | None = None,
         size_names: tuple[str, str] = ("height", "width"),
     ) -> None:
@@ -208,10 +201,8 @@ class LDMBasePipeline(HousePipeline):
         check_guidance_scale(guidance_scale)
         if guidance_scale != 1.0 and not (self.has_null_condition if can_guide is None else can_guide):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but {self.no_guidance_because}.")
-        check_eta(eta)
+        check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
-        if callback_on_step_end_tensor_inputs is not None:
-            check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         factor, multiple = self.vae_scale_factor, self.size_multiple
         because = f"first stage {factor} x network {multiple // factor}"
         for name, side in zip(size_names, (height, width), strict=True):
@@ -316,9 +307,7 @@ class LDMBasePipeline(HousePipeline):
         there is one, and those of `scheduler.step`.
         """
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
-        names = callback_on_step_end_tensor_inputs
-        if callback_on_step_end is not None:
-            names = callback_tensor_names(self, callback_on_step_end, names)
+        names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         start_scale: float = self.resolve_scale(guidance_scale)
         can_guide = self.has_null_condition if can_guide is None else can_guide
         self.check_inputs(
@@ -332,7 +321,6 @@ class LDMBasePipeline(HousePipeline):
             tile_size=tile_size,
             tile_stride=tile_stride,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=names,
             can_guide=can_guide,
             size_names=size_names,
         )
@@ -363,11 +351,11 @@ class LDMBasePipeline(HousePipeline):
                 noise = randn_tensor(noisy.shape, generator=generator, device=device, dtype=noisy.dtype)
                 noisy = region.put_back_noisy(noisy, noise, self.scheduler, t)
             scaled = self.scheduler.scale_model_input(noisy, t)
-            scale = self.guidance_scale
+            scale = self._guidance_scale
             cond, uncond = both_branches(partial(network, t), *condition.branches(scaled), scale)
             noisy, prediction = guided_step(self.scheduler, cond, uncond, scale, t, noisy, **arguments)
             finite.append(torch.isfinite(prediction).all())
-            if callback_on_step_end is not None and names is not None:
+            if callback_on_step_end is not None:
                 tensors = self._callback_tensors(names, noisy, condition, prediction, scaled, t)
                 changed = report_step(self, callback_on_step_end, names, index, t, tensors)
                 noisy = changed.get("latents", noisy)

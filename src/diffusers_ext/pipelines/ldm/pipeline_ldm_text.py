@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..callbacks import Callback
 from ..checks import as_texts, check_integer, check_parts
-from ..clip_vectors import text_window
 from ..listed_options import record_sample_size
-from ..tokenization import tokenize_texts, warn_of_cuts
+from ..tokenization import text_ids, text_window
 from .base import Generators, LDMBasePipeline
 from .denoising import LDMCondition
 from .tiling import Tiles
@@ -225,15 +224,8 @@ class LDMTextPipeline(LDMBasePipeline):
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """(n, l, d); padding is attended to, as in the training."""
-        tokens, cut = tokenize_texts(self.tokenizer, texts, self.text_window)
-        warn_of_cuts(self, cut, self.text_window)
-        vocab_size = self.bert.config.vocab_size
-        if int(tokens.max()) >= vocab_size:
-            raise ValueError(
-                f"The tokenizer gives token {int(tokens.max())}, the text encoder knows 0 to {vocab_size - 1}. Use the"
-                " tokenizer that the text encoder was trained with."
-            )
-        return self.bert(tokens.to(device))[0]
+        check_parts(self, "a text", "tokenizer", "bert")
+        return self.bert(text_ids(self.tokenizer, self.bert, texts, pipe=self).to(device))[0]
 
     def _check_prompts(self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_embeds: Any) -> int:
         """The number of prompts, if both branches are well formed."""

@@ -33,16 +33,15 @@ from ..base import HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
     as_texts,
-    check_callback_tensors,
     check_generator,
     check_guidance_scale,
     check_integer,
     check_output_type,
     check_side,
 )
-from ..clip_vectors import image_vectors, text_ids
+from ..clip_vectors import image_vectors
 from ..listed_options import read_option, record_option, record_sample_size
-from ..tokenization import warn_of_cuts
+from ..tokenization import text_ids
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -128,7 +127,6 @@ class PaellaBasePipeline(HousePipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> int:
         """Raises `ValueError` or `TypeError` for everything that can be known to be wrong before a model runs.
 
@@ -142,8 +140,6 @@ class PaellaBasePipeline(HousePipeline):
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         check_guidance_scale(guidance_scale)
         check_output_type(output_type)
-        if callback_on_step_end_tensor_inputs is not None:
-            check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         grid = self.check_size(height, width)
         num_prompts = self.check_conditions(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, grid)
         batch_size = num_prompts * num_images_per_prompt
@@ -454,7 +450,7 @@ class PaellaBasePipeline(HousePipeline):
 
     def _predict(self, tokens: Tensor, t: Tensor, cond: Tensor, null: Tensor) -> Tensor:
         """Guided logits `(b, v, h, w)`, mixed in float32."""
-        unet, scale = self.unet, self.guidance_scale
+        unet, scale = self.unet, self._guidance_scale
         inputs = (tokens, cond), (tokens, null)
         if not _runs_plain_forward(unet):
             logits = both_branches(lambda x, c: unet(x, t, c, return_dict=False)[0].float(), *inputs, scale)
@@ -465,8 +461,7 @@ class PaellaBasePipeline(HousePipeline):
 
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """`(n, d)` projected, un-normalised text vectors."""
-        ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
-        warn_of_cuts(self, cut, ids.shape[1])
+        ids = text_ids(self.tokenizer, self.text_encoder, texts, pipe=self)
         return self.text_encoder(ids.to(device)).text_embeds
 
 

@@ -24,7 +24,7 @@ from ...conditions.regions import (
     region_weights,
 )
 from ...models.token_codec import decode_indices
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import check_integer
 from .base import (
     Generators,
@@ -123,7 +123,7 @@ class PaellaPipeline(PaellaBasePipeline):
 
         Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.resolve_scale(guidance_scale)
         size = self.resolve_size(height, width, latents)
 

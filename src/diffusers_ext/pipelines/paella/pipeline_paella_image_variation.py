@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...conditions.images import image_list
 from ...models.token_codec import decode_indices
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from .base import Generators, PaellaBasePipeline
 
 
@@ -95,7 +95,7 @@ image = pipe(load_image("picture.png")).images[0]"""
 
         Order of the draws of each generator: initial tokens; then for each step those of `scheduler.step`.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.resolve_scale(guidance_scale)
         size = self.resolve_size(height, width, latents)
 

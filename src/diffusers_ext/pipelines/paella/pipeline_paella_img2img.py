@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...conditions.images import resize_images
 from ...models.token_codec import decode_indices
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from .base import Generators
 from .editing import PaellaEditBasePipeline
 
@@ -111,7 +111,7 @@ image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0
         Order of the draws of each generator: the image's tokens if sampled; uniforms, then tokens, of
         `scheduler.add_noise` (with strength 1: initial tokens only); then for each step those of `scheduler.step`.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...conditions.inpainting import continue_pixels
 from ...conditions.masks import mask_batch, mask_to_tokens
 from ...models.token_codec import decode_indices
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import check_integer, check_side
 from .base import Generators
 from .editing import PaellaEditBasePipeline
@@ -130,7 +130,7 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         Order of the draws of each generator: the image's tokens if sampled; initial tokens (with a `strength` below
         1: uniforms, then tokens, of `scheduler.add_noise`); then for each step those of `scheduler.step`.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         scale = self.resolve_scale(guidance_scale)
 
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet

@@ -36,7 +36,7 @@ from ..checks import (
     as_generators,
     as_texts,
     check_choice,
-    check_eta,
+    check_fraction,
     check_guidance_scale,
     check_integer,
     check_output_type,
@@ -45,9 +45,8 @@ from ..checks import (
     check_steps,
     check_timesteps,
 )
-from ..clip_vectors import text_ids
 from ..listed_options import record_sample_size, sample_sides
-from ..tokenization import warn_of_cuts
+from ..tokenization import text_ids
 from .conditions import Conditions, read_conditions
 from .contexts import (
     NULL_PICTURES,
@@ -236,7 +235,7 @@ class VersatileBasePipeline(HousePipeline):
         check_steps(self.scheduler, num_inference_steps)
         check_guidance_scale(guidance_scale)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        check_eta(eta)
+        check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
 
     def check_flow(self, data_type: str, context_types: Sequence[str], given: Sequence[str] = ()) -> None:
@@ -503,10 +502,12 @@ class VersatileBasePipeline(HousePipeline):
                 t,
                 contexts,
                 data_type=data_type,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self._guidance_scale,
                 layer_choices=None if mixing == "attention" else self._draw_layer_choices(contexts, generator),
             )
-            latents, noise = guided_step(self.scheduler, cond, uncond, self.guidance_scale, t, latents, **step_options)
+            latents, noise = guided_step(
+                self.scheduler, cond, uncond, self._guidance_scale, t, latents, **step_options
+            )
             finite.append(torch.isfinite(noise).all())
             if callback is not None:
                 tensors = {"latents": latents, **named_contexts(contexts)}
@@ -570,8 +571,7 @@ class VersatileBasePipeline(HousePipeline):
             )
         contexts = []
         for texts in ([text for sample in conditions.texts for text in sample], negatives)[: 1 + guided]:
-            ids, cut = text_ids(self.tokenizer, self.text_encoder, texts)
-            warn_of_cuts(self, cut, ids.shape[1])
+            ids = text_ids(self.tokenizer, self.text_encoder, texts, pipe=self)
             contexts.append(text_context(self.text_encoder, ids.to(device)))
         weights = torch.tensor(conditions.text_weights * samples, device=device, dtype=contexts[0].dtype)
         embeds = contexts[0] * weights[:, None, None]

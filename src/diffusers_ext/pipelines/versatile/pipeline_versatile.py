@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...schedulers.gaussian import scheduler_attribute, start_level
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..cards import PROMPT
 from ..checks import (
     as_generators,
@@ -157,7 +157,7 @@ class VersatilePipeline(VersatileBasePipeline):
         Returns:
             `images` or `texts`, all results of the first sample first.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = as_generators(generator)
         scale = self.resolve_scale(guidance_scale)
         size: tuple[int, int] = self.resolve_size(height, width, latents)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...conditions.focus import select_ranks
-from ..callbacks import Callback, callback_tensor_names
+from ..callbacks import Callback
 from ..checks import as_generators, check_choice, check_fraction, check_generator, check_temperature
 from .base import NULL_IMAGES, Generators, VersatileBasePipeline, VersatilePipelineOutput
 from .conditions import read_conditions
@@ -92,7 +92,7 @@ class VersatileEditPipeline(VersatileBasePipeline):
         Returns:
             `images`, and as `texts` the captions that they were made from.
         """
-        callback_names = callback_tensor_names(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = as_generators(generator)
         scale = self.resolve_scale(guidance_scale)
         height, width = self.resolve_size(height, width)
