@@ -15,7 +15,7 @@ from diffusers_ext.losses.diffusion import noise_error
 from diffusers_ext.models.blocks.versatile import FCLinear, FCResBlock, VersatileHead
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.versatile.color_matching import match_color_distribution, match_color_statistics
-from diffusers_ext.pipelines.versatile.contexts import image_context, mask_to_token_weights, text_context
+from diffusers_ext.pipelines.versatile.conditions import image_context, mask_to_token_weights, text_context
 from diffusers_ext.pipelines.versatile.denoising import FlowContext, predict_flow_noise, versatile_scheduler
 from diffusers_ext.pipelines.versatile.repeated_words import merge_repeated_words
 from diffusers_ext.schedulers.gaussian import set_original_timesteps

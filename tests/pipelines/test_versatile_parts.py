@@ -10,7 +10,7 @@ from diffusers_ext.pipelines.versatile.color_matching import (
     match_color_distribution,
     match_color_statistics,
 )
-from diffusers_ext.pipelines.versatile.contexts import mask_to_token_weights
+from diffusers_ext.pipelines.versatile.conditions import mask_to_token_weights
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 from diffusers_ext.pipelines.versatile.repeated_words import merge_repeated_words
 from diffusers_ext.schedulers.gaussian import start_level

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_flows import tiny_encoders, tiny_unet
 
-from diffusers_ext.pipelines.versatile.contexts import image_context, text_context
+from diffusers_ext.pipelines.versatile.conditions import image_context, text_context
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids
 from diffusers_ext.training.versatile.args import VersatileArgs

@@ -12,7 +12,7 @@ from diffusers_ext.losses.diffusion import noise_error
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.models.unet_versatile import VersatileUNet
 from diffusers_ext.pipelines.tokenization import text_ids
-from diffusers_ext.pipelines.versatile.contexts import (
+from diffusers_ext.pipelines.versatile.conditions import (
     image_context,
     null_picture,
     prepare_pictures,

@@ -99,8 +99,10 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         """The names of the tensors that a callback gets, see `callback_tensor_names`. They are checked without one."""
         if callback is not None:
             return callback_tensor_names(self, callback, names)
+        if names is None:
+            return []
         check_callback_tensors(names, self._callback_tensor_inputs)
-        return list(names or ())
+        return list(names)
 
     def start_run(self, timesteps: Tensor, guidance_scale: float) -> None:
         """Resets the state for a run of these timesteps."""

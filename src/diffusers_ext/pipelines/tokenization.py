@@ -35,7 +35,7 @@ def text_ids(tokenizer: Any, text_encoder: Any, texts: Sequence[str], *, pipe: A
     """
     window, config = text_window(tokenizer, text_encoder), text_encoder.config
     ids, cut = tokenize_texts(tokenizer, texts, window)
-    if pipe is not None:
+    if cut and pipe is not None:
         warn_of_cuts(pipe, cut, window)
     if int(ids.max()) >= config.vocab_size:
         raise ValueError(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -102,7 +101,7 @@ class LDMBasePipeline(HousePipeline):
         """Valid sides are multiples of this many pixels."""
         check_parts(self, "the size of pictures", "unet")
         # a U-Net with cross-attention resizes on its way up to what it met on its way down
-        resizes = isinstance(unwrap(self.unet), UNet2DConditionModel)
+        resizes = "cross_attention_dim" in self.unet.config
         halvings = 0 if resizes else len(self.unet.config["block_out_channels"]) - 1
         return self.vae_scale_factor * 2**halvings
 
@@ -141,12 +140,12 @@ class LDMBasePipeline(HousePipeline):
         if missing:
             raise ValueError(f"The pipeline was built without {', '.join(missing)}; sampling needs them.")
         check_gaussian_scheduler(self.scheduler, type(self).__name__)
-        unet, width = unwrap(self.unet), self.context_width
-        if isinstance(unet, UNet2DConditionModel) != (width is not None):
+        width = self.context_width
+        if ("cross_attention_dim" in self.unet.config) != (width is not None):
             wanted = "a UNet2DModel" if width is None else "a UNet2DConditionModel, for its cross-attention"
             raise ValueError(
-                f"`unet` is a {type(unet).__name__}, {type(self).__name__} needs {wanted}: the checkpoint is that of"
-                " another task, load it with that task's pipeline."
+                f"`unet` is a {type(unwrap(self.unet)).__name__}, {type(self).__name__} needs {wanted}: the checkpoint"
+                " is that of another task, load it with that task's pipeline."
             )
         channels, config = first_stage_channels(self.vqvae), self.unet.config
         if config["out_channels"] != channels:
@@ -394,7 +393,7 @@ class LDMBasePipeline(HousePipeline):
     ) -> LDMCondition:
         """The condition after a callback, with a null branch if the callback turned guidance on."""
         condition = condition.replace_embeds(changed.get("prompt_embeds"), changed.get("negative_prompt_embeds"))
-        if not self.do_classifier_free_guidance or condition.has_null:
+        if not self.do_classifier_free_guidance or condition.null_embeds is not None:
             return condition
         if not can_guide:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, but {self.no_guidance_because}.")

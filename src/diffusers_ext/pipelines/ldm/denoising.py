@@ -34,10 +34,6 @@ class LDMCondition:
     concat: Tensor | None = None
     null_concat: Tensor | None = None
 
-    @property
-    def has_null(self) -> bool:
-        return self.null_context is not None or self.null_concat is not None
-
     def branches(self, latents: Tensor) -> tuple[Inputs, Inputs | None]:
         """The inputs (latents, maps, context) of the conditional and of the null branch, for `both_branches`."""
         maps = None if self.concat is None else self.concat.to(latents)
@@ -46,7 +42,7 @@ class LDMCondition:
             context = [tile.to(latents) for tile in self.context]
         elif self.context is not None:
             context = self.context.to(latents)
-        if not self.has_null:
+        if self.null_context is None and self.null_concat is None:
             return (latents, maps, context), None
         null_maps = maps if self.null_concat is None else self.null_concat.to(latents)
         null_context = context

@@ -47,13 +47,14 @@ from ..checks import (
 )
 from ..listed_options import record_sample_size, sample_sides
 from ..tokenization import text_ids
-from .conditions import Conditions, read_conditions
-from .contexts import (
+from .conditions import (
     NULL_PICTURES,
+    Conditions,
     image_context,
     mask_to_token_weights,
     null_picture,
     prepare_pictures,
+    read_conditions,
     text_context,
 )
 from .denoising import EMBEDS_NAMES, FlowContext, changed_contexts, named_contexts, predict_branches
@@ -296,8 +297,6 @@ class VersatileBasePipeline(HousePipeline):
 
     def check_embeds(self, conditions: Conditions, guidance_scale: float) -> None:
         """Context tokens (b, l, d) that take the place of texts or images have the width of the network."""
-        if not conditions.embeds:
-            return
         for kind, (embeds, negative) in conditions.embeds.items():
             name, other = EMBEDS_NAMES[kind], {"text": "prompt", "image": "image"}[kind]
             if embeds is None:
@@ -564,7 +563,7 @@ class VersatileBasePipeline(HousePipeline):
         self.require("a text", "tokenizer", "text_encoder")
         device = device if device is not None else self._execution_device
         samples, several = len(conditions.texts), len(conditions.text_weights)
-        negatives = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        negatives = [""] if negative_prompt is None else as_texts("negative_prompt", negative_prompt)
         if len(negatives) not in (1, samples):
             raise ValueError(
                 f"`negative_prompt` holds {len(negatives)} texts for {samples} samples; pass one for all or one each."

@@ -28,8 +28,7 @@ from ..checks import (
 )
 from .base import NULL_IMAGES, Generators, VersatileBasePipeline, VersatilePipelineOutput
 from .color_matching import adjust_colors
-from .conditions import Conditions, read_conditions
-from .contexts import stretch_picture
+from .conditions import Conditions, read_conditions, stretch_picture
 
 COLOR_ADJUSTMENTS = ("simple", "histogram")
 MIXINGS = ("attention", "layer")
@@ -188,8 +187,10 @@ class VersatilePipeline(VersatileBasePipeline):
         check_fraction("text_ratio", text_ratio, "0 reads the images only, 1 the texts only")
         check_choice("mixing", mixing, MIXINGS)
         check_choice("null_image", null_image, NULL_IMAGES)
-        check_temperature(temperature)
-        self.check_embeds(conditions, scale)
+        if data_type == "text":
+            check_temperature(temperature)
+        if conditions.embeds:
+            self.check_embeds(conditions, scale)
         shares = conditions.shares(text_ratio)
         self.check_flow(data_type, list(shares), given=list(conditions.embeds))
         _check_start(conditions, data_type, strength, exact_start, color_adjust)
@@ -223,7 +224,7 @@ class VersatilePipeline(VersatileBasePipeline):
             total,
             negative_prompt=negative_prompt,
             null_image=null_image,
-            guided=self.do_classifier_free_guidance or callback_on_step_end is not None,  # it may turn guidance on
+            guided=scale != 1 or callback_on_step_end is not None,  # it may turn guidance on
         )
         sources = None
         if strength < 1 or color_adjust is not None:
