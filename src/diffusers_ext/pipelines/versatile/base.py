@@ -279,9 +279,11 @@ class VersatileBasePipeline(HousePipeline):
     def check_size(self, height: Any, width: Any) -> None:
         """The images that are made have sides that the networks take, and there is what decodes them."""
         self.require("a picture to be made", "vae")
-        because = f"autoencoder {self.vae_scale_factor} x network {self.unet.downsample_factor}"
+        factor, levels = self.vae_scale_factor, self.unet.downsample_factor
         for name, side in (("height", height), ("width", width)):
-            check_side(name, side, self.size_multiple, self.size_multiple, because=because)
+            check_side(
+                name, side, factor * levels, factor * levels, because=f"autoencoder {factor} x network {levels}"
+            )
 
     def check_text_length(self, max_text_length: Any) -> None:
         """The text decoder is there, and can write so many tokens; None stands for its own choice."""

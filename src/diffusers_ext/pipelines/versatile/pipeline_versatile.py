@@ -187,8 +187,7 @@ class VersatilePipeline(VersatileBasePipeline):
         check_fraction("text_ratio", text_ratio, "0 reads the images only, 1 the texts only")
         check_choice("mixing", mixing, MIXINGS)
         check_choice("null_image", null_image, NULL_IMAGES)
-        if data_type == "text":
-            check_temperature(temperature)
+        check_temperature(temperature)
         if conditions.embeds:
             self.check_embeds(conditions, scale)
         shares = conditions.shares(text_ratio)
