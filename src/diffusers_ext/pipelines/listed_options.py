@@ -2,7 +2,7 @@
 
 diffusers takes every list there for `[library, class]` of a component, on the Hub even before it looks at the pipeline
 class. So a list is recorded as a dict from its places, as in `DiTPipeline`: `{"0": "circle", "1": "square"}`. Folders
-from before that hold lists, which load from disk; both are read here.
+from before that hold lists, which load from disk; both are read.
 """
 
 from collections.abc import Mapping

@@ -386,17 +386,16 @@ class PaellaBasePipeline(HousePipeline):
         grid = height // self.vae_scale_factor, width // self.vae_scale_factor
         return self.scheduler.random_tokens((batch_size, *grid), device, generator=generator)
 
-    def _begin_run(
+    def prepare_timesteps(
         self,
         num_inference_steps: int,
-        guidance_scale: float,
         temperature: float | tuple[float, float] | None,
         renoise_steps: int | None,
         *,
         strength: float = 1.0,
         renoise_mode: str | None = None,
     ) -> Tensor:
-        """Lays out the schedule and returns the time of each step; with a small `strength` there may be none."""
+        """Sets the scheduler to so many steps and returns the time of each. A small `strength` may leave none."""
         if isinstance(temperature, (int, float)):
             temperature = (float(temperature), float(temperature))
         steps = int(num_inference_steps)
@@ -409,9 +408,7 @@ class PaellaBasePipeline(HousePipeline):
             renoise_steps=renoise_steps,
             renoise_mode=renoise_mode,
         )
-        timesteps = self.scheduler.timesteps[: steps - start_index]
-        self.start_run(timesteps, guidance_scale)
-        return timesteps
+        return self.scheduler.timesteps[: steps - start_index]
 
     def _sample(
         self,
@@ -435,11 +432,11 @@ class PaellaBasePipeline(HousePipeline):
             mask: Bool `(b, h, w)`. Where it is False, the token stays what it is in `tokens`.
         """
         cond, null = cond.to(self.unet.dtype), null.to(self.unet.dtype)
-        draw = {"initial_noise": tokens, "mask": mask, "generator": generator, "return_dict": False}
+        step_options = {"initial_noise": tokens, "mask": mask, "generator": generator, "return_dict": False}
         unchecked: list[tuple[int, Tensor]] = []  # whether logits could be sampled, read once after the loop
         for i, t in self.steps(timesteps):
             logits = self._predict(tokens, t, cond, null).float()
-            tokens, clean = self.scheduler.step(logits, t, tokens, step_index=i, unchecked=unchecked, **draw)
+            tokens, clean = self.scheduler.step(logits, t, tokens, step_index=i, unchecked=unchecked, **step_options)
             if callback is not None:
                 tensors = {"latents": tokens, "prompt_embeds": cond, "negative_prompt_embeds": null}
                 tensors["pred_original_sample"] = clean

@@ -149,7 +149,8 @@ class PaellaPipeline(PaellaBasePipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
         )
-        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
+        timesteps = self.prepare_timesteps(num_inference_steps, temperature, renoise_steps)
+        self.start_run(timesteps, scale)
 
         # 2. Conditions and initial tokens
         if regions is not None:
@@ -276,7 +277,7 @@ class PaellaPipeline(PaellaBasePipeline):
             prompt_embeds=torch.empty(1, self.unet.config["condition_dim"], device="meta"),  # of the frames' shape
             output_type=output_type,
         )
-        self._begin_run(num_inference_steps, scale, temperature, renoise_steps)  # refuses a bad schedule
+        self.prepare_timesteps(num_inference_steps, temperature, renoise_steps)  # refuses a bad schedule
 
         vectors = self.encode_prompt(prompt, do_classifier_free_guidance=False, prompt_embeds=prompt_embeds)[0]
         frames = interpolate_vectors(vectors, num_frames, interpolation)

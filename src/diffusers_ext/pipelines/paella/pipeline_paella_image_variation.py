@@ -125,7 +125,8 @@ image = pipe(load_image("picture.png")).images[0]"""
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
         )
-        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps)
+        timesteps = self.prepare_timesteps(num_inference_steps, temperature, renoise_steps)
+        self.start_run(timesteps, scale)
 
         # 2. Conditions and initial tokens
         cond, null = self.encode_prompt(

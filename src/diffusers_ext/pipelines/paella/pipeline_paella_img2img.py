@@ -133,9 +133,10 @@ image = pipe("{prompt}", image=load_image("picture.png"), strength=0.5).images[0
             output_type=output_type,
         )
         self.check_count("image", len(source), num_prompts)
-        timesteps = self._begin_run(
-            num_inference_steps, scale, temperature, renoise_steps, strength=strength, renoise_mode=renoise_mode
+        timesteps = self.prepare_timesteps(
+            num_inference_steps, temperature, renoise_steps, strength=strength, renoise_mode=renoise_mode
         )
+        self.start_run(timesteps, scale)
 
         # 2. Conditions; the picture's tokens, noised
         cond, null = self.encode_prompt(

@@ -155,7 +155,8 @@ image = pipe("{prompt}", image=picture, mask_image=mask).images[0]"""
         )
         self.check_count("image", len(source), num_prompts)
         self.check_count("mask_image", len(mask), num_prompts)
-        timesteps = self._begin_run(num_inference_steps, scale, temperature, renoise_steps, strength=strength)
+        timesteps = self.prepare_timesteps(num_inference_steps, temperature, renoise_steps, strength=strength)
+        self.start_run(timesteps, scale)
 
         # 2. Conditions; the canvas in tokens, in which the hole is noise
         cond, null = self.encode_prompt(
