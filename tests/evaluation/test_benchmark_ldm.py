@@ -23,7 +23,7 @@ def test_the_tables_compare_like_with_like(script, tmp_path, capsys):
         assert float(row["difference"]) < 1e-5 and row["ratio"] > 0
     printed = capsys.readouterr().out
     assert "| latents / pixels |" in printed and "| ours / diffusers |" in printed
-    assert printed.count("| >= 2.7 |") == printed.count("| <= 1.0 |") == 2
+    assert "eager and compiled" not in tables and "compiled" not in printed
 
 
 def test_sizes_follow_the_device_unless_given(script):

@@ -56,11 +56,9 @@ def test_both_sides_make_the_same(script, folder, flow):
 
 def test_every_row_of_a_flow(script, folder):
     rows = list(script.flow_rows("text-to-image", folder, script.parse_args(SMALL)))
-    assert [(row["case"], row["wanted"]) for row in rows] == [
-        ("text-to-image: loading", "<= 0.7"),
-        ("text-to-image: network, one guided step", "<= 1.0"),
-        ("text-to-image: sampling, 2 steps", "<= 1.0"),
-    ]
+    assert [row["case"].removeprefix("text-to-image: ") for row in rows] == [
+        "loading", "network, one guided step", "sampling, 2 steps"
+    ]  # fmt: skip
     assert all(row["ratio"] > 0 for row in rows)
     assert all(float(row["difference"]) < 1e-4 for row in rows[1:])
 

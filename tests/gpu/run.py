@@ -159,6 +159,15 @@ def unpack_missing(wheels: Iterable[Path], wanted: Iterable[str], target: Path) 
     return [f"{wheel.name.split('-')[0]} {wheel.name.split('-')[1]}" for _, wheel in sorted(taken.items())]
 
 
+def link_package(site: Path) -> None:
+    """Our package as the wheel has it: `training/` is `diffusers_ext.training`."""
+    package = site / "diffusers_ext"
+    package.mkdir()
+    for entry in (ROOT / "src" / "diffusers_ext").iterdir():
+        (package / entry.name).symlink_to(entry)
+    (package / "training").symlink_to(ROOT / "training")
+
+
 PROBE = f"""
 import importlib.util, json, platform, sys
 told = {{"python": platform.python_version(), "absent": [name for name, module in {PACKAGES!r}.items()
@@ -216,8 +225,9 @@ def run_part(part: Part, environment: Mapping[str, str], folder: Path, until: fl
 
 
 def last_line(log: str) -> str:
-    lines = [line for line in log.splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else "it said nothing"
+    """pytest's last error, else the last line, which names the exception of a program that broke."""
+    lines = re.findall(r"^E  +(\S.*)$", log, flags=re.M) or [line for line in log.splitlines() if line.strip()]
+    return one_line(lines[-1]) if lines else "it said nothing"
 
 
 def read_rows(part: Part, file: Path, log: str) -> list[dict]:
@@ -295,7 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     with tempfile.TemporaryDirectory() as site:
         unpacked = unpack_missing(sorted(WHEELS.glob("*.whl")), wanted, Path(site))
-        paths = [str(ROOT / "src"), site, os.environ.get("PYTHONPATH", "")]
+        link_package(Path(site))
+        paths = [site, os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         machine = probe(environment)
         if "torch" not in machine:
