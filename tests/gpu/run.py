@@ -163,9 +163,9 @@ def link_package(site: Path) -> None:
     """Our package as the wheel has it: `training/` is `diffusers_ext.training`."""
     package = site / "diffusers_ext"
     package.mkdir()
-    for entry in (ROOT / "src" / "diffusers_ext").iterdir():
-        (package / entry.name).symlink_to(entry)
-    (package / "training").symlink_to(ROOT / "training")
+    entries = {entry.name: entry for entry in (ROOT / "src" / "diffusers_ext").iterdir()}
+    for name, entry in {**entries, "training": ROOT / "training"}.items():
+        (package / name).symlink_to(entry)
 
 
 PROBE = f"""
@@ -303,10 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", default="runs/gpu.json", help="file for everything that was found")
     args = parser.parse_args(arguments)
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    with tempfile.TemporaryDirectory() as site:
-        unpacked = unpack_missing(sorted(WHEELS.glob("*.whl")), wanted, Path(site))
-        link_package(Path(site))
-        paths = [site, os.environ.get("PYTHONPATH", "")]
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder, "site-packages")  # so named, or dill takes what lies there for the user's own modules
+        site.mkdir()
+        unpacked = unpack_missing(sorted(WHEELS.glob("*.whl")), wanted, site)
+        link_package(site)
+        paths = [str(site), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         machine = probe(environment)
         if "torch" not in machine:
