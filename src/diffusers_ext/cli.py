@@ -211,7 +211,7 @@ def check_trained(folder: str) -> None:
     """
     if Path(folder).exists():
         return
-    from .training_utils.args import installed_presets
+    from .training_utils.presets import installed_presets
 
     for preset in installed_presets().values():
         if re.search(

@@ -89,6 +89,15 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
     assert adaptive_weight(reconstruction, 1e-12 * adversarial, last).item() == 1e4  # clamped
 
 
+def test_adaptive_weight_scales_gradients_that_vanish_in_half_precision():
+    last = torch.nn.Parameter(torch.ones(4))
+    half = last.half().float()  # on the way back a gradient is rounded to half precision
+    reconstruction, adversarial = 2e-8 * half.sum(), 1e-8 * half.sum()
+    assert adaptive_weight(reconstruction, adversarial, last).item() == 0
+    scaled = adaptive_weight(reconstruction, adversarial, last, torch.tensor(2.0**16))
+    assert scaled.item() == pytest.approx(4e-8 / (2e-8 + 1e-4), rel=1e-2)
+
+
 def test_a_discriminator_that_marks_the_generated_is_fooled_by_low_logits():
     """PITI's form: D says how generated an image looks, its generator lowers log D."""
     real, fake = torch.tensor([-3.0, -2.0]), torch.tensor([3.0, 2.0], requires_grad=True)

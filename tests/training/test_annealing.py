@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusers_ext.training_utils.annealing import CyclicalAnnealing
+from diffusers_ext.training_utils.schedules import CyclicalAnnealing
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from diffusers_ext.training_utils.annealing import CyclicalAnnealing
 from diffusers_ext.training_utils.args import TrainArgs, between, positive
+from diffusers_ext.training_utils.schedules import CyclicalAnnealing
 from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
 

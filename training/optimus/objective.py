@@ -8,8 +8,8 @@ from torch import Generator, Tensor
 from diffusers_ext.losses.sentences import free_bits, gaussian_kl, sentence_nll
 from diffusers_ext.models.autoencoder_optimus import AutoencoderOptimus
 from diffusers_ext.training.optimus.args import OptimusArgs
-from diffusers_ext.training_utils.annealing import CyclicalAnnealing
 from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.schedules import CyclicalAnnealing
 
 
 class SentenceObjective(Objective):

@@ -71,8 +71,14 @@ def delayed_factor(step: int, start: int, factor: float = 1.0) -> float:
     return factor if step >= start else 0.0
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """Balances the two losses by their gradients at the decoder's last layer (eq. 7), clamped to [0, 1e4]."""
-    reconstruction_grad = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
-    adversarial_grad = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0]
+def adaptive_weight(
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, scale: Tensor | float = 1.0
+) -> Tensor:
+    """Balances the two losses by their gradients at the decoder's last layer (eq. 7), clamped to [0, 1e4].
+
+    Args:
+        scale: Of fp16's losses: on their way back gradients are so much larger, and do not vanish.
+    """
+    reconstruction_grad = torch.autograd.grad(reconstruction_loss * scale, last_layer, retain_graph=True)[0] / scale
+    adversarial_grad = torch.autograd.grad(adversarial_loss * scale, last_layer, retain_graph=True)[0] / scale
     return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()

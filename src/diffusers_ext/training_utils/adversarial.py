@@ -99,7 +99,9 @@ def fit_adversarial(
                         if rival is not None:
                             disc.requires_grad_(False)  # its gradients belong to its own step
                             found["adversarial"] = generator_loss(disc(found["fake"]).float())
-                            found["adaptive_weight"] = balance(found, objective.last_weight, rival.weight)
+                            found["adaptive_weight"] = balance(
+                                found, objective.last_weight, rival.weight, accelerator.scaler
+                            )
                             found["loss"] = found["loss"] + found["adaptive_weight"] * found["adversarial"]
                             disc.requires_grad_(True)
                     run.backward(found, micro)
@@ -122,8 +124,13 @@ def fit_adversarial(
     return run.end()
 
 
-def balance(found: Mapping[str, Tensor], last_weight: Tensor | None, weight: float) -> Tensor:
-    """What the adversarial term is multiplied by."""
+def balance(
+    found: Mapping[str, Tensor], last_weight: Tensor | None, weight: float, scaler: torch.amp.GradScaler | None = None
+) -> Tensor:
+    """What the adversarial term is multiplied by; in fp16 both terms are scaled as the loss will be."""
+    adversarial = found["adversarial"]
     if last_weight is None:
-        return torch.full_like(found["adversarial"].detach(), weight)
-    return weight * adaptive_weight(found["reconstruction"], found["adversarial"], last_weight)
+        return torch.full_like(adversarial.detach(), weight)
+    # scaling a 1 reads the scale without waiting for the device
+    scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=adversarial.device))
+    return weight * adaptive_weight(found["reconstruction"], adversarial, last_weight, scale)

@@ -155,6 +155,7 @@ class Run:
         self.accelerator, self.args, self.on_validate = accelerator, args, on_validate
         self.objective: Objective = next(iter(parts.values()))
         self.averaged = self.objective if averaged is None else averaged
+        # without `foreach`: diffusers' rounds otherwise (2.4e-7 after 50 steps), so old runs would resume otherwise
         self.ema = make_ema(self.averaged.parameters(), decay=args.ema_decay) if args.use_ema else None
         self.log = RunLog(accelerator, args)
         own = {"log": self.log, "ema": self.ema, "scaler": accelerator.scaler}
