@@ -23,6 +23,7 @@ PACKAGE = ROOT / "src" / "diffusers_ext"
 PUBLIC = [
     "AutoencoderOptimus",
     "CascadedBasePipeline",
+    "CascadedDiffusionPipeline",
     "CascadedUNet",
     "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hub_double import HubDouble
 from huggingface_hub import constants, hf_api
-from pipelines.contract import CASES, ONE_EACH, assert_alike, sample
+from pipelines.contract import CASES, ONE_EACH, assert_alike, networks, sample
 from pipelines.tiny_ldm import tiny_mask, tiny_picture
 from safetensors.torch import load_file
 
@@ -34,7 +34,12 @@ def keep(route, repo, pipe):
     pipe.set_progress_bar_config(disable=True)
     call = calls[repo][1]
     outcome = pipe(**call, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-    results[route, repo] = type(pipe).__name__, outcome, pipe.unet.state_dict()
+    results[route, repo] = type(pipe).__name__, outcome, weights(pipe)
+def weights(pipe):
+    if hasattr(pipe, "unet"):
+        return pipe.unet.state_dict()
+    stages = {name: stage for name, stage in pipe.components.items() if stage is not None}  # of a cascade
+    return {f"{name}.{key}": value for name, stage in stages.items() for key, value in weights(stage).items()}
 def fingerprint(route, repo, model):
     results[route, repo] = type(model).__name__, None, model.state_dict()
 """
@@ -81,7 +86,10 @@ def pushed(online, tmp_path_factory) -> dict[str, tuple]:
         pipe.save_pretrained(folder / name)
         export_self_contained(folder / name, folder / f"{name}-exported", hub_model_id=f"user/{name}-exported")
         assert push_folder(folder / f"{name}-exported", f"user/{name}-exported")
-        result = sample(pipe, name), pipe.unet.state_dict()
+        unets = {part: network.state_dict() for part, network in networks(pipe).items() if part.endswith("unet")}
+        weights = {f"{part}.{key}"[5:] if part == "unet" else f"{part[:-5]}.{key}": value
+                   for part, state in unets.items() for key, value in state.items()}  # fmt: skip
+        result = sample(pipe, name), weights
         for repo in (f"user/{name}", f"user/{name}-exported"):
             repositories[repo] = (CASES[name].pipeline, call_of(name), *result)
     return repositories

@@ -22,6 +22,7 @@ from .models.unet_paella import PaellaUNet
 from .models.unet_versatile import VersatileUNet
 from .models.vq_gumbel import GumbelVQModel
 from .models.vq_paella import PaellaVQModel
+from .pipelines.cascaded.pipeline_cascaded import CascadedDiffusionPipeline
 from .pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
 from .pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
 from .pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderOptimus",
     "CascadedBasePipeline",
+    "CascadedDiffusionPipeline",
     "CascadedUNet",
     "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",

@@ -37,6 +37,7 @@ AUTO_PIPELINES = {
         "paella": "PaellaImg2ImgPipeline",
         "paella-variation": "PaellaImageVariationPipeline",
         "ldm-upscale": "LDMUpscalePipeline",
+        "cascaded-upscale": "CascadedUpscalePipeline",
         "versatile": "VersatilePipeline",
         "versatile-edit": "VersatileEditPipeline",
     },

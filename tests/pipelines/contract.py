@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from pipelines.tiny_paella import quiet
 
 import diffusers_ext
@@ -160,10 +161,32 @@ CASES: dict[str, Case] = {
         lambda: {"image": tiny_cascaded.small_picture(), "class_labels": "star"},
         GUIDED,
     ),
+    "cascaded": Case(
+        "CascadedDiffusionPipeline", lambda: tiny_cascaded.tiny_cascade(2), lambda: {"class_labels": "star"}, GUIDED
+    ),
 }
 # One case a class where one is enough: loading, saving, signatures.
 ONE_EACH = list({case.pipeline: name for name, case in reversed(CASES.items())}.values())[::-1]
+# Pipelines of networks: a cascade consists of pipelines, whose own cases are here too.
+ONE_NETWORK = [name for name in ONE_EACH if name != "cascaded"]
 GUIDED_CASES = [name for name, case in CASES.items() if case.guided]
+
+
+def networks(pipe: Any) -> dict[str, torch.nn.Module]:
+    """All networks by name; those of the stages of a cascade as `stage.name`."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            found[name] = part
+        elif isinstance(part, DiffusionPipeline):
+            found |= {f"{name}.{inner}": network for inner, network in networks(part).items()}
+    return found
+
+
+def owner_of(pipe: Any, name: str) -> tuple[Any, str]:
+    """The pipeline that a network of `networks` belongs to, and its name there."""
+    *stage, name = name.split(".")
+    return (getattr(pipe, stage[0]) if stage else pipe), name
 
 
 def sample(pipe: Any, name: str, seed: int = 0, **options: Any) -> Result:

@@ -22,7 +22,18 @@ from diffusers.callbacks import (
     SDXLCFGCutoffCallback,
 )
 from PIL import Image
-from pipelines.contract import CASES, GUIDED_CASES, ONE_EACH, Result, assert_alike, equal, sample
+from pipelines.contract import (
+    CASES,
+    GUIDED_CASES,
+    ONE_EACH,
+    ONE_NETWORK,
+    Result,
+    assert_alike,
+    equal,
+    networks,
+    owner_of,
+    sample,
+)
 from pipelines.tiny_ldm import tiny_mask, tiny_unet
 from pipelines.tiny_paella import quiet, tiny_picture
 from safetensors.torch import load_file
@@ -54,10 +65,6 @@ def test_same_seed_same_result(name):
 # --- wrapped components: torch.compile, DDP, unknown wrappers
 
 
-def networks(pipe) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
 WRAPPERS = {
     "compile": torch.compile,
     "parallel": lambda part: torch.compile(torch.nn.DataParallel(torch.compile(part))),
@@ -78,7 +85,7 @@ def test_wrapped_components_change_no_result(name, wrapper):
     pipe = CASES[name].build()
     expected = sample(pipe, name)
     for part, network in networks(pipe).items():
-        setattr(pipe, part, WRAPPERS[wrapper](network))
+        setattr(*owner_of(pipe, part), WRAPPERS[wrapper](network))
     assert_alike(sample(pipe, name), expected)
 
 
@@ -87,7 +94,9 @@ def test_wrapped_components_change_no_result(name, wrapper):
 def test_pipeline_with_wrapped_components_is_saved_like_the_bare_one(name, tmp_path):
     pipe = CASES[name].build()
     expected = sample(pipe, name)
-    pipe.register_modules(**{part: WRAPPERS["parallel"](network) for part, network in networks(pipe).items()})
+    for part, network in networks(pipe).items():
+        owner, name_there = owner_of(pipe, part)
+        owner.register_modules(**{name_there: WRAPPERS["parallel"](network)})
     pipe.save_pretrained(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -109,11 +118,12 @@ class Shell(torch.nn.Module):
 def test_unknown_wrapper_is_refused_by_name(name):
     pipe = CASES[name].build()
     for part, network in networks(pipe).items():
+        owner, part = owner_of(pipe, part)
         with pytest.raises(TypeError, match=rf"`{part}` is a Shell, which has no `config`.*Assign the network"):
-            setattr(pipe, part, Shell(network))
+            setattr(owner, part, Shell(network))
         with pytest.raises(TypeError, match=rf"`{part}` is a Shell"):
-            pipe.register_modules(**{part: Shell(network)})
-        assert getattr(pipe, part) is network
+            owner.register_modules(**{part: Shell(network)})
+        assert getattr(owner, part) is network
 
 
 # --- offloading, group offloading, layerwise casting
@@ -126,7 +136,7 @@ def test_sequential_offload_changes_no_result(name):
     expected = sample(pipe, name)
     for network in networks(pipe).values():
         accelerate.cpu_offload(network, torch.device("cpu"), offload_buffers=len(network._parameters) > 0)
-    assert next(pipe.unet.parameters()).is_meta
+    assert all(next(network.parameters()).is_meta for part, network in networks(pipe).items() if "unet" in part)
     assert_alike(sample(pipe, name), expected)
 
 
@@ -147,18 +157,20 @@ def test_group_offload_changes_no_result(name, level, tmp_path):
     expected = sample(pipe, name)
     # diffusers' VQModel declares that it cannot, as its own pipelines find
     unfit = [part for part, network in networks(pipe).items() if not getattr(network, "_supports_group_offloading", 1)]
-    assert all(type(getattr(pipe, part)) is diffusers.VQModel for part in unfit)
+    assert all(type(networks(pipe)[part]) is diffusers.VQModel for part in unfit)
     for part in networks(pipe):  # a folder each: files are named after the places in a network
-        others = [other for other in networks(pipe) if other != part]
+        owner, name_there = owner_of(pipe, part)
+        others = [other for other in networks(owner) if other != name_there]
         if part not in unfit:
-            pipe.enable_group_offload(
+            owner.enable_group_offload(
                 onload_device=torch.device("cpu"),
                 offload_type=level,
                 num_blocks_per_group=1,
                 offload_to_disk_path=str(tmp_path / part),
                 exclude_modules=others,
             )
-    assert any(weight.isnan().any() for weight in pipe.unet.parameters())
+    unets = [network for part, network in networks(pipe).items() if "unet" in part]
+    assert all(any(weight.isnan().any() for weight in unet.parameters()) for unet in unets)
     assert_alike(sample(pipe, name), expected)
 
 
@@ -220,9 +232,10 @@ def test_layerwise_casting_is_the_pipeline_with_rounded_weights(name):
             network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
             for key, weight in network.named_parameters():
                 if weight.dtype == torch.float8_e4m3fn:
-                    other = getattr(rounded, part).get_parameter(key)
+                    other = networks(rounded)[part].get_parameter(key)
                     other.data = other.data.to(torch.float8_e4m3fn).to(torch.float32)
-    assert next(weight for weight in pipe.unet.parameters() if weight.dtype == torch.float8_e4m3fn) is not None
+    for part in (part for part in networks(pipe) if "unet" in part):
+        assert any(weight.dtype == torch.float8_e4m3fn for weight in networks(pipe)[part].parameters())
     assert_alike(sample(pipe, name), sample(rounded, name))
 
 
@@ -299,7 +312,7 @@ def test_argument_zero_still_ignores_the_condition(name):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 5.0), (5.0, 1.0), (5.0, 2.0)])
-@GUIDED
+@pytest.mark.parametrize("name", [name for name in GUIDED_ONCE if name != "cascaded"])  # whose latents change size
 def test_scale_set_in_a_run_is_followed(name, before, after):
     pipe = CASES[name].build()
     first = {}
@@ -478,6 +491,9 @@ def test_image_depends_on_its_own_generator_alone(name, extra):
 
 def _sharing(pipe):
     """A pipeline with a scheduler of its own on the networks of another."""
+    if isinstance(pipe, diffusers_ext.CascadedDiffusionPipeline):
+        stages = {name: stage for name, stage in pipe.components.items() if stage is not None}
+        return quiet(type(pipe)(**{name: _sharing(stage) for name, stage in stages.items()}))
     return quiet(type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config)))
 
 
@@ -537,7 +553,7 @@ def test_prompts_of_threads_are_encoded_apart(name, caplog):
 # --- adapters, saving
 
 
-ONE = pytest.mark.parametrize("name", ONE_EACH)
+ONE = pytest.mark.parametrize("name", ONE_NETWORK)
 
 
 def save_random_lora(name, folder, seed=0) -> Result:
@@ -738,10 +754,10 @@ def test_a_brush_on_nothing_is_the_mask_it_shows(name):
 # --- schedulers: wrong kinds, adapters
 
 
-GAUSSIAN = [name for name in ONE_EACH if not name.startswith("paella")]
+GAUSSIAN = [name for name in ONE_NETWORK if not name.startswith("paella")]
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", ONE_NETWORK)
 def test_schedulers_of_other_kinds_are_refused(name):
     pipe = CASES[name].build()
     kinds = [
@@ -832,7 +848,7 @@ def test_schedule_is_checked_before_a_network_runs(name):
 # --- parts that are missing or of a wrong kind
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in CASES if name != "cascaded"])  # which is shorter without a stage
 def test_missing_parts_are_named(name):
     whole = CASES[name].build()
     wanted, parts = sample(whole, name), whole.components
@@ -853,9 +869,6 @@ def _arguments(pipe):
     """Everything that its constructor takes, as it was given."""
     options = inspect.signature(type(pipe).__init__).parameters.keys() & pipe.config.keys()
     return {**{name: pipe.config[name] for name in options}, **pipe.components}
-
-
-ONE = pytest.mark.parametrize("name", ONE_EACH)
 
 
 @ONE
@@ -928,14 +941,15 @@ def test_not_a_number_is_an_error(name):
         broken = copy.deepcopy(network)
         for parameter in broken.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
-        pipe.register_modules(**{part: broken})
+        owner, name_there = owner_of(pipe, part)
+        owner.register_modules(**{name_there: broken})
         try:
             assert equal(sample(pipe, name), wanted)  # the call has no need of it
         except ValueError as error:
             assert "finite" in str(error), (part, error)
         else:
-            assert part != "unet"
-        pipe.register_modules(**{part: network})
+            assert name_there != "unet"
+        owner.register_modules(**{name_there: network})
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_EACH if not CASES[name].returns_texts])
@@ -1006,7 +1020,7 @@ def folders(tmp_path_factory):
     return saved
 
 
-@ONE
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_without_a_dtype_all_parts_are_float32_and_with_one_they_have_it(name, folders):
     cls = getattr(diffusers_ext, CASES[name].pipeline)
     for options, wanted in (
@@ -1015,8 +1029,8 @@ def test_without_a_dtype_all_parts_are_float32_and_with_one_they_have_it(name, f
         ({"dtype": {"unet": torch.float16}}, lambda part: torch.float16 if part == "unet" else torch.float32),
     ):
         pipe = cls.from_pretrained(folders[name], **options)
-        found = {key: part.dtype for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-        assert found == {key: wanted(key) for key in found}
+        found = {key: part.dtype for key, part in networks(pipe).items()}
+        assert found == {key: wanted(key.split(".")[-1]) for key in found}
 
 
 # pipelines that load the same checkpoints

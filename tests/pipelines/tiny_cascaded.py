@@ -69,3 +69,8 @@ def tiny_upscale(stage: int = 1, *, classes: bool = True, unet: dict[str, Any] |
 
 def small_picture(side: int = 8, seed: int = 1) -> Any:
     return tiny_picture(seed, side, side)
+
+
+def tiny_cascade(stages: int = 3, *, classes: bool = True) -> Any:
+    uppers = {f"upscale_{stage}": tiny_upscale(stage, classes=classes) for stage in range(1, stages)}
+    return quiet(diffusers_ext.CascadedDiffusionPipeline(base=tiny_base(classes=classes), **uppers))

@@ -42,7 +42,7 @@ class CascadedBasePipeline(CascadedStage):
         scheduler: Any,
         class_names: list[str] | dict[str, str] | None = None,
         min_timestep: int = 0,
-        default_guidance_scale: float | None = None,
+        default_guidance_scale: int | float | None = None,
     ):
         super().__init__(unet, scheduler)
         check_integer("min_timestep", min_timestep, 0)

@@ -60,9 +60,9 @@ class CascadedUpscalePipeline(CascadedStage):
         class_names: list[str] | dict[str, str] | None = None,
         low_res_size: int | None = None,
         augmentation: str = "none",
-        truncation_level: float | None = None,
-        default_noise_level: float | None = None,
-        default_guidance_scale: float | None = None,
+        truncation_level: int | float | None = None,
+        default_noise_level: int | float | None = None,
+        default_guidance_scale: int | float | None = None,
     ):
         super().__init__(unet, scheduler)
         self.register_modules(conditioning_scheduler=conditioning_scheduler)

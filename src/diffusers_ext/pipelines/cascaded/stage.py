@@ -333,14 +333,16 @@ class CascadedStage(HousePipeline):
         images: Any = [self.finish(one, output_type, False, lambda images: images)[0] for one in samples]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def set_timesteps(self, num_inference_steps: int, stop_level: StopLevel) -> tuple[Any, list[float]]:
+    def set_timesteps(
+        self, num_inference_steps: int, stop_level: StopLevel, *, device: torch.device | str | None = None
+    ) -> tuple[Any, list[float]]:
         """The scheduler with its steps set: one that stops, if there is something to stop at; and the levels.
 
         Raises:
             ValueError: For levels at which the scheduler does not stop, and steps that leave the training.
         """
-        levels, device = self.check_stop_level(stop_level), self._execution_device
-        scheduler = self.scheduler
+        levels, scheduler = self.check_stop_level(stop_level), self.scheduler
+        device = self._execution_device if device is None else device
         if scheduler_attribute(scheduler, "corrupt") is not None:
             scheduler.set_timesteps(int(num_inference_steps), device=device, stop_level=levels)
         elif isinstance(stop_level, (list, tuple)) or levels[0] != 0:
