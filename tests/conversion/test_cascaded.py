@@ -5,8 +5,9 @@ import torch
 from conversion.ldm_originals import random_weights, unet_shapes
 from diffusers import UNet2DModel
 
-from diffusers_ext.conversion.adm_releases import RELEASES
-from diffusers_ext.conversion.cascaded import convert_adm_unet
+from diffusers_ext import CascadedBasePipeline, CascadedUpscalePipeline
+from diffusers_ext.conversion.adm_releases import RELEASES, adm_settings
+from diffusers_ext.conversion.cascaded import convert_adm_pipeline, convert_adm_unet
 from diffusers_ext.models.unet_cascaded import CascadedUNet
 
 _ADM = {"film": True, "updown": True, "out_channels": 6, "labels": 1000, "layers": 2}
@@ -125,6 +126,39 @@ def test_an_upsampler_may_get_a_level_and_computes_the_same():
     assert not levelled.training
 
 
+@pytest.mark.parametrize("release", ["64x64_diffusion", "64_256_upsampler"])
+def test_a_release_becomes_a_stage_with_its_sampler(release, tmp_path):
+    settings = RELEASES[release]
+    weights = random_weights(unet_shapes(**{**SIZES[release], "ch": 64, "layers": 1, "labels": 10}))
+    pipe = convert_adm_pipeline(weights, release=release)
+    pipe.save_pretrained(tmp_path)
+    kind = CascadedBasePipeline if settings.small_resolution is None else CascadedUpscalePipeline
+    loaded = kind.from_pretrained(tmp_path)
+    assert type(pipe) is kind and loaded.unet.config["sample_size"] == settings.resolution
+    assert (loaded.unet.config["num_heads"], loaded.unet.config["num_head_channels"]) == (
+        settings.num_heads,
+        settings.num_head_channels,
+    )
+    scheduler = loaded.scheduler
+    scheduler.set_timesteps()
+    assert len(scheduler.timesteps) == 250 and scheduler.config["variance_type"] == "learned_range"
+    assert (scheduler.config["beta_schedule"] == "linear") == ("upsampler" in release)
+    if kind is CascadedUpscalePipeline:
+        assert loaded.config["low_res_size"] == 64
+
+
+def test_a_model_without_learned_variance_and_of_ones_own():
+    weights = random_weights(unet_shapes(**{**TINY, "out_channels": 3}))
+    pipe = convert_adm_pipeline(
+        weights, resolution=16, num_head_channels=16, num_train_timesteps=4000, beta_schedule="cosine",
+        timestep_respacing="ddim25",
+    )  # fmt: skip
+    assert pipe.scheduler.config["variance_type"] == "fixed_large" and len(pipe.scheduler) == 4000
+    images = pipe(num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (1, 3, 16, 16) and images.isfinite().all()
+    assert adm_settings("64_256_upsampler", num_head_channels=32).num_heads is None
+
+
 WEIGHTS = random_weights(unet_shapes(**TINY))
 REFUSED = {
     r"`num_heads` is None and `num_head_channels` None: pass the one": lambda: convert_adm_unet(WEIGHTS),
@@ -138,6 +172,11 @@ REFUSED = {
     r"The levels hold \[.*\] residual blocks; ADM": lambda: convert_adm_unet(
         {**WEIGHTS, **random_weights(unet_shapes(**{**TINY, "layers": 2}))}, num_heads=2
     ),
+    r"`release` is '64x64': it must be one of 64x64_diffusion": lambda: adm_settings("64x64"),
+    r"`release` is None: name one of .*or give `resolution` and one of": lambda: convert_adm_pipeline(
+        WEIGHTS, resolution=16
+    ),
+    r"`beta_schedule` is 'sine'": lambda: adm_settings("64x64_diffusion", beta_schedule="sine"),
     r"from 3 to 16 channels and the first level has 32": lambda: convert_adm_unet(
         random_weights(unet_shapes(**TINY, start=16)), num_heads=2
     ),

@@ -35,6 +35,7 @@ FILES = [
     ("paella-vqgan", lambda: recorded("paella/v1_vqgan_gumbel_f8"), {}),
     ("paella-vqgan-f4", lambda: recorded("paella/v3_vqgan_f4"), {}),
     ("open-clip", open_clip, {"vision_heads": 2, "text_heads": 3}),
+    ("adm", lambda: recorded("cdm/unet_iddpm_style_uncond"), {"resolution": 16, "num_heads": 2}),
     ("ldm", lambda: whole_ldm("cin256-v2"), {"release": "cin256-v2", "use_ema": False}),
     ("ldm", lambda: whole_ldm("layout2img-openimages256"), {"release": "layout2img-openimages256", "use_ema": False}),
     ("ldm", lambda: whole_ldm("semantic_synthesis256"), {"release": "semantic_synthesis256", "use_ema": False}),

@@ -1,18 +1,59 @@
-"""ADM's U-Nets and upsamplers to `CascadedUNet`, whose stages they can be.
+"""ADM's U-Nets and upsamplers as stages of a cascade.
 
-Dhariwal and Nichol, arXiv 2105.05233; openai/guided-diffusion@22e0df8:guided_diffusion/unet.py (code and weights MIT);
-also the networks of openai/improved-diffusion@1bc7bbb, which have the same keys. Cascaded Diffusion's own weights
-were not released.
+Dhariwal and Nichol, arXiv 2105.05233; openai/guided-diffusion@22e0df8:guided_diffusion/unet.py (code and weights MIT).
+Cascaded Diffusion's own weights were not released. What the weights do not tell is in `adm_releases.py`.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..models.unet_cascaded import CascadedUNet
+from ..pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
+from ..pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
+from ..schedulers.scheduling_respaced import adm_scheduler
 from .adm import adm_rules, adm_sizes, split_qkv
+from .adm_releases import adm_settings
 from .keys import ATTENTION, build_empty, count_heads, load_strict, rename_keys, unwrap_state_dict
 
 _ORDERS = {"legacy": "interleaved", "new": "blocked"}  # ADM's word -> that of `split_heads`
+
+
+def convert_adm_pipeline(
+    state_dict: Mapping[str, Any], *, release: str | None = None, **settings: Any
+) -> CascadedBasePipeline | CascadedUpscalePipeline:
+    """Converts a checkpoint of ADM to a stage of a cascade: its network, with the sampler that its README names.
+
+    Args:
+        state_dict: Original weights.
+        release: The name of the file without its ending, such as "64x64_diffusion", or None for a model of one's own.
+        settings: See `adm_settings`. A `small_resolution` makes it an upsampler.
+
+    Returns:
+        A `CascadedBasePipeline`, or for an upsampler a `CascadedUpscalePipeline`.
+
+    Raises:
+        ValueError: As `adm_settings` and `convert_adm_unet`.
+    """
+    chosen = adm_settings(release, **settings)
+    unet = convert_adm_unet(
+        state_dict,
+        num_heads=chosen.num_heads,
+        num_head_channels=chosen.num_head_channels,
+        attention_order=chosen.attention_order,  # type: ignore[arg-type]
+        is_upscaler=chosen.small_resolution is not None,
+        sample_size=chosen.resolution,
+        dropout=chosen.dropout,
+    )
+    is_learned = unet.config["out_channels"] == 2 * unet.config["in_channels"]
+    scheduler = adm_scheduler(
+        chosen.beta_schedule,  # type: ignore[arg-type]
+        num_train_timesteps=chosen.num_train_timesteps,
+        timestep_respacing=chosen.timestep_respacing,
+        variance_type="learned_range" if is_learned else "fixed_large",
+    )
+    if chosen.small_resolution is None:
+        return CascadedBasePipeline(unet, scheduler)
+    return CascadedUpscalePipeline(unet, scheduler, low_res_size=chosen.small_resolution)
 
 
 def convert_adm_unet(

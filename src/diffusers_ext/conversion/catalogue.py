@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import adm_releases
 from .ldm_releases import RELEASES, TASKS
 
 
@@ -54,6 +55,12 @@ def open_clip(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any
 
     model = convert_open_clip(weights, **options)
     return [("", part) for part in (model, *build_open_clip_processors(model))]
+
+
+def adm(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
+    from .cascaded import convert_adm_pipeline
+
+    return [("", convert_adm_pipeline(weights, **options))]
 
 
 def ldm(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
@@ -131,6 +138,28 @@ KINDS = {
                 "default": None,
                 "help": "for OpenAI's weights and open_clip's ...-quickgelu",
             },
+        },
+    ),
+    "adm": Kind(
+        "a U-Net or upsampler of ADM, which becomes a stage of a cascade",
+        adm,
+        {
+            "release": {
+                "choices": adm_releases.RELEASES,
+                "metavar": "NAME",
+                "help": f"a released file: {', '.join(adm_releases.RELEASES)}",
+            },
+            "resolution": {"type": int, "help": "side of the images in pixels, of a model that is not released"},
+            "small_resolution": {"type": int, "help": "side of an upsampler's input; without it the model is none"},
+            "num_heads": {"type": int, "help": "number of attention heads in the model's flags; or ..."},
+            "num_head_channels": {"type": int, "help": "... the width of each head, whichever the flags set"},
+            "attention_order": {
+                "choices": adm_releases.ATTENTION_ORDERS,
+                "help": "new for models with use_new_attention_order, otherwise legacy",
+            },
+            "beta_schedule": {"choices": adm_releases.BETA_SCHEDULES, "help": "of the training, if not linear"},
+            "num_train_timesteps": {"type": int, "help": "of the training, if not 1000"},
+            "timestep_respacing": {"help": "steps to sample with, if not 250"},
         },
     ),
     "ldm": Kind(
