@@ -74,6 +74,7 @@ LAW = {
     "registration": set(),
 }
 CONTAINS = {
+    ("cascaded", "adm_releases"),
     *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
     ("piti", "glide"),  # its decoder is GLIDE's U-Net
 }  # (module of a system, module of a part of it), both of conversion/
