@@ -23,7 +23,7 @@ from diffusers_ext.training_utils.saved_folders import read_saved
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = sorted(path.name for path in (ROOT / "checkpoints").iterdir())
-RECIPES = ("autoencoder", "clip", "paella", "ldm", "optimus", "versatile")
+RECIPES = ("autoencoder", "cascaded", "clip", "paella", "ldm", "optimus", "versatile")
 
 # What every fresh process begins with. `calls`: repository -> (class, arguments of a call, or None for a model).
 LOADING = """

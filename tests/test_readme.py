@@ -82,6 +82,14 @@ PAPER_PARAMETERS = {
     "ldm-paper-super-resolution-bsr.yaml": {"build_unet": 113_622_563},
     "ldm-paper-inpainting-big.yaml": {"build_unet": 387_245_827},
     "ldm-paper-inpainting.yaml": {"build_unet": 215_230_467},
+    # ADM's base and upsampler as released; the stages of Cascaded Diffusion as our network has them, unverified.
+    "cascaded-paper-adm-64.yaml": {"build_unet": 295_904_454},
+    "cascaded-paper-adm-64-256.yaml": {"build_unet": 311_795_910},
+    "cascaded-paper-32.yaml": {"build_unet": 825_505_542},
+    "cascaded-paper-32-64.yaml": {"build_unet": 751_690_758},
+    "cascaded-paper-64-128.yaml": {"build_unet": 575_283_203},
+    "cascaded-paper-64-256.yaml": {"build_unet": 634_046_467},
+    "cascaded-paper-lsun-64-128.yaml": {"build_unet": 575_099_907},
     "paella-paper-v1.yaml": {"build_unet": 577_995_184},
     # Versatile Diffusion: one flow, two (a context more), all four.
     "versatile-paper-single-256.yaml": {"build_unet": 859_520_964},

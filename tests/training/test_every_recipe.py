@@ -26,6 +26,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 # a phase of the first stages a step: k-means and PatchGAN at once, then unused codes
 PHASES = ("--plain_fraction", "0", "--restart_steps", "1", "--disc_start", "0", "--validation_samples", "2")
 SHORT = {
+    "cascaded": ("--num_inference_steps", "1", "--num_validation_images", "2"),
     "autoencoder": (*PHASES, "--kmeans_samples", "4", "--scale_samples", "4"),
     "ldm": ("--num_inference_steps", "1", "--num_validation_images", "2"),
     "paella": ("--num_inference_steps", "1", "--max_train_samples", "24"),
@@ -37,6 +38,11 @@ JOBS["autoencoder-paella"] = (
     "autoencoder",
     [str(PRESETS / "autoencoder-smoke.yaml"), "--model", "paella_vq", "--block_out_channels", "8", "16"]
     + ["--bottleneck_blocks", "1"],
+)
+JOBS["cascaded-blur"] = (
+    "cascaded",
+    [str(PRESETS / "cascaded-upscale-smoke.yaml"), "--augmentation", "blur", "--condition", "unconditional"]
+    + ["--loss_type", "mse"],
 )
 JOBS = {name: (recipe, [*words, *SHORT.get(recipe, ())]) for name, (recipe, words) in JOBS.items()}
 
@@ -100,7 +106,7 @@ EQUAL = {
     "optimus-smoke": ("--dropout", "0"),
     "paella-smoke": (),
     "versatile-smoke": (),
-    **{name: () for name in JOBS if name.startswith("ldm-")},
+    **{name: () for name in JOBS if name.startswith(("cascaded-", "ldm-"))},
 }
 # Adam with its own epsilon makes whole steps of what is only rounding in the smallest gradients.
 CUT = ("--max_train_samples", "10", "--adam_epsilon", "1e-3")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import train_autoencoder
+import train_cascaded
 import train_clip
 import train_ldm
 import train_optimus
@@ -91,7 +92,7 @@ def shrunk(preset: Path, predecessors: dict[str, str]) -> list[str]:
         if name.startswith("pretrained_") and str(value).startswith("runs/"):
             goes_on = "pretrained_model_name_or_path" in options  # with a CLIP of the width that it knows
             words += [f"--{name}", whole[family] if goes_on or name not in PARTS else predecessors[PARTS[name]]]
-    if family != "optimus":
+    if family not in ("cascaded", "optimus"):  # the sides of a cascade's stages belong together
         words += ["--resolution", "64" if str(options.get("pretrained_model_name_or_path")) != "None" else "32"]
     if family in ("autoencoder", "clip") and "pretrained_model_name_or_path" in options:
         words[-1] = "32"  # as the tiny ones
@@ -131,7 +132,15 @@ def test_every_preset_starts_on_an_own_folder(preset, pictures, predecessors, tm
 def test_recipes_are_all_there():
     assert {preset.stem.split("-")[0] for preset in OWN} == {
         module.__name__.removeprefix("train_")
-        for module in (train_autoencoder, train_clip, train_ldm, train_optimus, train_paella, train_versatile)
+        for module in (
+            train_autoencoder,
+            train_cascaded,
+            train_clip,
+            train_ldm,
+            train_optimus,
+            train_paella,
+            train_versatile,
+        )
     }
 
 

@@ -2,7 +2,8 @@
 
 The numbers are typed from the sources, not from the presets: arXiv 2112.10752 (tables 12 and 15) and the
 configurations of CompVis/latent-diffusion@a506df5; arXiv 2211.07292 and dome272/Paella@b1f88ef; arXiv 2211.08332,
-section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe. A batch is that of a step, all processes together.
+section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe; openai/guided-diffusion@22e0df8:README.md. The other numbers
+of Cascaded Diffusion (arXiv 2106.15282, no code) are as the project's fact sheet has them, unverified. A batch is that of a step, all processes together.
 """
 
 import importlib
@@ -69,12 +70,44 @@ OTHERS = {
 }
 
 
+# Cascaded Diffusion: batch, rate, steps; levels, schedule, loss; widths, blocks, sides with attention, heads (their
+# number, or the width of one), dropout; side of the small images and what is done to them.
+CASCADED = {
+    "cascaded-adm-64": (
+        (2048, 3e-4, 540_000), (1000, "cosine", "hybrid"), ([192, 384, 576, 768], 3, {32, 16, 8}, (None, 64), 0.1), None
+    ),
+    "cascaded-adm-64-256": (
+        (256, 1e-4, 500_000), (1000, "linear", "hybrid"),
+        ([192, 192, 384, 384, 768, 768], 2, {32, 16, 8}, (4, None), 0.0), (64, "none"),
+    ),
+    "cascaded-32": (
+        (2048, 1e-4, 700_000), (4000, "cosine", "hybrid"), ([256, 512, 768, 1024], 6, {16, 8}, (4, None), 0.1), None
+    ),
+    "cascaded-32-64": (
+        (2048, 1e-4, 400_000), (4000, "cosine", "hybrid"), ([256, 512, 768, 1024], 5, {16, 8}, (4, None), 0.1),
+        (32, "truncated"),
+    ),
+    "cascaded-64-128": (
+        (1024, 1e-4, 500_000), (2000, "cosine", "mse"), ([128, 256, 512, 1024, 1024], 3, {16}, (1, None), 0.0),
+        (64, "blur"),
+    ),
+    "cascaded-64-256": (
+        (1024, 1e-4, 500_000), (2000, "cosine", "mse"), ([128, 256, 512, 512, 1024, 1024], 3, {16}, (1, None), 0.0),
+        (64, "blur"),
+    ),
+    "cascaded-lsun-64-128": (
+        (1024, 1e-4, 500_000), (2000, "cosine", "mse"), ([128, 256, 512, 1024, 1024], 3, {16}, (1, None), 0.0),
+        (64, "truncated"),
+    ),
+}  # fmt: skip
+
+
 def parse(name: str):
     return importlib.import_module(f"train_{name.split('-')[0]}").parse_args([str(PAPER[name])])
 
 
 def test_every_paper_preset_is_in_a_table():
-    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *OTHERS}
+    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *CASCADED, *OTHERS}
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
@@ -120,6 +153,27 @@ def test_paella_versatile_diffusion_and_optimus(name):
     assert (train.total_batch_size, train.learning_rate, train.max_train_steps) == (batch, rate, steps)
     assert (train.adam_beta1, train.adam_beta2, train.adam_weight_decay) == (0.9, 0.999, decay)
     assert train.max_grad_norm == norm and not train.use_ema
+
+
+@pytest.mark.parametrize("name", CASCADED)
+def test_cascaded_diffusion(name):
+    args, data, train = parse(name)
+    training, noise, (widths, blocks, attended, heads, dropout), small = CASCADED[name]
+    assert (train.total_batch_size, train.learning_rate, train.max_train_steps) == training
+    assert (args.num_train_timesteps, args.beta_schedule, args.loss_type) == noise
+    assert (args.block_out_channels, args.layers_per_block, args.dropout) == (widths, blocks, dropout)
+    assert {data.resolution >> level for level in args.attention_levels} == attended
+    assert (args.num_heads, args.num_head_channels) == heads
+    assert args.upscales == (small is not None)
+    if small is not None:
+        assert (args.low_side(data.resolution), args.augmentation) == small and args.downsampling == "area"
+        assert (args.blur_prob, args.blur_sigma, args.truncation_level) == (0.5, [0.4, 0.6], None)
+    assert (args.condition, args.num_labels) == (("unconditional", None) if "lsun" in name else ("class", 1000))
+    assert data.random_flip and args.dropout_of_condition == 0
+    assert (train.adam_beta1, train.adam_beta2, train.adam_weight_decay) == (0.9, 0.999, 0.0)
+    assert train.use_ema and train.ema_decay == 0.9999 and train.lr_scheduler == "constant"
+    header = [line for line in PAPER[name].read_text().splitlines() if line.startswith("#")]
+    assert "ettings unverified" in " ".join(header)  # no source of the training's numbers could be read
 
 
 def test_paellas_schedule():

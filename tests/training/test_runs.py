@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_autoencoder
+import train_cascaded
 import train_clip
 import train_ldm
 import train_optimus
@@ -67,6 +68,18 @@ RECIPES = {
         "--kl_weight 1e-06 -> 0.1",
     ),
     "gumbel": (train_autoencoder, [PRESETS / "autoencoder-gumbel-smoke.yaml"], ["--resolution", "16"], "--resolution"),
+    "cascaded": (
+        train_cascaded,
+        [PRESETS / "cascaded-smoke.yaml", "--num_inference_steps", "1"],
+        ["--min_timestep", "5"],
+        "--min_timestep 0 -> 5",
+    ),
+    "cascaded-upscale": (
+        train_cascaded,
+        [PRESETS / "cascaded-upscale-smoke.yaml", "--num_inference_steps", "1"],
+        ["--clean_prob", "0.5"],
+        "--clean_prob 0.05 -> 0.5",
+    ),
     "clip": (train_clip, [PRESETS / "clip-smoke.yaml"], ["--patch_weight", "1"], "--patch_weight 0.0 -> 1.0"),
     "paella": (
         train_paella,
