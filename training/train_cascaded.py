@@ -1,4 +1,4 @@
-"""Trains (or fine-tunes) one stage of Cascaded Diffusion: images of a class or of nothing, or large images of small ones.
+"""Trains (or fine-tunes) one stage of Cascaded Diffusion: images of a class or of nothing, or large of small ones.
 
     accelerate launch training/train_cascaded.py training/presets/cascaded-scenes-16.yaml
     accelerate launch training/train_cascaded.py training/presets/cascaded-scenes-16-32.yaml
@@ -12,8 +12,6 @@ that guidance is possible; some small images stay clean (`--clean_prob`), so tha
 import logging
 from functools import partial
 
-import torch
-
 from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader, check_rows, count_classes, load_rows
 from diffusers_ext.training.cascaded.networks import (
@@ -22,12 +20,13 @@ from diffusers_ext.training.cascaded.networks import (
 )
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training.cascaded.validation import Validation
-from diffusers_ext.training_utils import loop
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.kernels import plain_attention
+from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
 from diffusers_ext.training_utils.results import finish
+from diffusers_ext.training_utils.run import start
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[CascadedArgs, DataArgs, T
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
-    accelerator = loop.start(train)
+    accelerator = start(train)
     sets = load_rows(args, data)
     classes = count_classes(sets, args, data)
     pipe = build_pipeline(args, data.resolution, classes)
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     logger.info("%d pictures, %d trained parameters", len(sets[0]), trained)
 
-    finished = loop.fit(
+    finished = fit(
         accelerator,
         objective,
         sets[0],

@@ -2,8 +2,9 @@
 
 The numbers are typed from the sources, not from the presets: arXiv 2112.10752 (tables 12 and 15) and the
 configurations of CompVis/latent-diffusion@a506df5; arXiv 2211.07292 and dome272/Paella@b1f88ef; arXiv 2211.08332,
-section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe; openai/guided-diffusion@22e0df8:README.md. The other numbers
-of Cascaded Diffusion (arXiv 2106.15282, no code) are as the project's fact sheet has them, unverified. A batch is that of a step, all processes together.
+section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe; openai/guided-diffusion@22e0df8:README.md. The other
+numbers of Cascaded Diffusion (arXiv 2106.15282, no code) are as the project's fact sheet has them, unverified. A batch
+is that of a step, all processes together.
 """
 
 import importlib
@@ -74,7 +75,8 @@ OTHERS = {
 # number, or the width of one), dropout; side of the small images and what is done to them.
 CASCADED = {
     "cascaded-adm-64": (
-        (2048, 3e-4, 540_000), (1000, "cosine", "hybrid"), ([192, 384, 576, 768], 3, {32, 16, 8}, (None, 64), 0.1), None
+        (2048, 3e-4, 540_000), (1000, "cosine", "hybrid"), ([192, 384, 576, 768], 3, {32, 16, 8}, (None, 64), 0.1),
+        None,
     ),
     "cascaded-adm-64-256": (
         (256, 1e-4, 500_000), (1000, "linear", "hybrid"),

@@ -33,6 +33,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTraine
 from diffusers_ext import PaellaPipeline
 from diffusers_ext.losses.adversarial import hinge_discriminator_loss
 from diffusers_ext.training.autoencoder.networks import DISCRIMINATOR_LOSSES
+from diffusers_ext.training.cascaded.data import Classes
+from diffusers_ext.training.cascaded.networks import build_pipeline as build_stage
 from diffusers_ext.training.clip.args import ClipArgs
 from diffusers_ext.training.clip.networks import build_clip
 from diffusers_ext.training.optimus.args import OptimusArgs
@@ -71,8 +73,8 @@ RECIPES = {
     "cascaded": (
         train_cascaded,
         [PRESETS / "cascaded-smoke.yaml", "--num_inference_steps", "1"],
-        ["--min_timestep", "5"],
-        "--min_timestep 0 -> 5",
+        ["--cond_dropout_prob", "0.5"],
+        "--cond_dropout_prob None -> 0.5",
     ),
     "cascaded-upscale": (
         train_cascaded,
@@ -700,8 +702,11 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     words = train_clip_tokenizer(["a red ring"], clip.vocab_size, clip.max_length)
     build_clip(clip, words, 32).save_pretrained(base / "clip")
     words.save_pretrained(base / "clip")
+    stage, data, _ = train_cascaded.parse_args([str(PRESETS / "cascaded-smoke.yaml")])
+    build_stage(stage, data.resolution, Classes(48)).save_pretrained(base / "cascaded")
     checkpoints_dir, fixtures = ROOT / "checkpoints", ROOT / "tests" / "fixtures" / "pipelines"
     return {
+        "cascaded": base / "cascaded",
         "optimus": base / "optimus", "bert": base / "bert", "gpt2": base / "gpt2", "vq": base / "vq",
         "clip": base / "clip", "versatile-unet": fixtures / "versatile-text-to-image" / "unet",
         "paella": checkpoints_dir / "paella-scenes-64", "kl-f4": checkpoints_dir / "kl-f4-scenes-64",
@@ -734,6 +739,8 @@ LOADED = [
     ("versatile", "pretrained_model_name_or_path", "versatile", "unet", []),
     ("versatile", "pretrained_unet_name_or_path", "versatile-unet", ".", []),
     ("clip", "pretrained_model_name_or_path", "clip", ".", []),
+    ("cascaded", "pretrained_model_name_or_path", "cascaded", "unet", []),
+    ("cascaded", "pretrained_unet_name_or_path", "cascaded", "unet", ["--unet_subfolder", "unet"]),
 ]  # fmt: skip
 
 

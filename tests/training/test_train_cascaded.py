@@ -1,6 +1,5 @@
 """train_cascaded.py: each stage alone, its augmentations, its networks, and the chain that validation draws."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import train_cascaded
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from diffusers_ext import CascadedBasePipeline, CascadedUNet, CascadedUpscalePipeline
+from diffusers_ext import CascadedUNet, CascadedUpscalePipeline
 from diffusers_ext.data.annotations import NamedRows
 from diffusers_ext.degradations.resizing import resize
 from diffusers_ext.losses.diffusion import VariationalLoss
@@ -19,7 +18,6 @@ from diffusers_ext.training.cascaded.data import Classes, Reader, load_rows
 from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import DataArgs
-from diffusers_ext.training_utils.lora import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -48,10 +46,10 @@ def upscaling(**options) -> CascadedArgs:
     return CascadedArgs(stage="super_resolution", **{**SMALL, **options})
 
 
-def objective_of(args: CascadedArgs, classes: Classes | None = Classes(5)) -> CascadedObjective:
+def objective_of(args: CascadedArgs) -> CascadedObjective:
     """With weights that are no longer zero, so that everything that the network is told counts."""
     torch.manual_seed(0)
-    pipe = build_pipeline(args, 16, classes if args.condition == "class" else None)
+    pipe = build_pipeline(args, 16, Classes(5) if args.condition == "class" else None)
     for parameter in pipe.unet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return CascadedObjective(pipe, args).eval()
@@ -83,7 +81,9 @@ def test_the_small_picture_has_the_crop_and_the_flip_of_the_large_one(downsampli
     args = upscaling(downsampling=downsampling)
     data = DataArgs(dataset_name="scenes", resolution=32, random_flip=True)
     found = [Reader(args, data)(row, one) for one in generators(8)]
-    assert all(torch.equal(one["low"], resize(one["image"], 16, 16, _method(downsampling)).clamp(-1, 1)) for one in found)
+    assert all(
+        torch.equal(one["low"], resize(one["image"], 16, 16, _method(downsampling)).clamp(-1, 1)) for one in found
+    )
     assert len({one["image"].sum().item() for one in found}) == 8 and all(int(one["label"]) == 3 for one in found)
     plain = [Reader(args, DataArgs(dataset_name="scenes", resolution=32))(row, one) for one in generators(8)]
     flipped = [torch.equal(one["image"], other["image"].flip(2)) for one, other in zip(found, plain, strict=True)]
@@ -236,7 +236,12 @@ def test_an_upsampler_is_trained_further_with_a_level(tmp_path):
     pipe = build_pipeline(args, 32, Classes(48))
     assert pipe.unet.config["aug_cond_type"] == "timestep" and pipe.config["augmentation"] == "truncated"
     before = CascadedUNet.from_pretrained(folder, subfolder="unet").eval()
-    image, low, label, t = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 16, 16), torch.tensor([0, 47]), torch.tensor([3, 9])
+    image, low, label, t = (
+        torch.rand(2, 3, 32, 32),
+        torch.rand(2, 3, 16, 16),
+        torch.tensor([0, 47]),
+        torch.tensor([3, 9]),
+    )
     with torch.no_grad():
         wanted = before(image, t, label, low).sample
         for level in (0, 50):
@@ -320,5 +325,7 @@ def test_options_of_an_upscaler_that_do_not_fit_are_refused(words, message):
 
 
 def test_a_size_that_the_network_cannot_halve_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--resolution=18 is no multiple of 4, as the U-Net halves it 2 times; the ne"):
+    with pytest.raises(
+        ValueError, match="--resolution=18 is no multiple of 4, as the U-Net halves it 2 times; the ne"
+    ):
         train(BASE, tmp_path, "--resolution", "18", "--block_out_channels", "8", "8", "8")

@@ -61,9 +61,7 @@ def build_scheduler(args: CascadedArgs) -> RespacedScheduler:
 def build_conditioning_scheduler(args: CascadedArgs) -> TruncatedConditioningScheduler:
     """The noise levels of the small images: those of the stage before."""
     schedule = args.conditioning_schedule or args.beta_schedule
-    return TruncatedConditioningScheduler(
-        adm_scheduler(schedule, num_train_timesteps=args.num_conditioning_timesteps)
-    )
+    return TruncatedConditioningScheduler(adm_scheduler(schedule, num_train_timesteps=args.num_conditioning_timesteps))
 
 
 def build_pipeline(args: CascadedArgs, resolution: int, classes: Classes | None) -> StagePipeline:
@@ -155,9 +153,7 @@ def fit_unet(unet: CascadedUNet, args: CascadedArgs, classes: Classes | None) ->
         if classes.count > count:
             raise ValueError(f"{name} knows {count} classes, but the data have {classes.count}.")
         if args.dropout_of_condition and null is None:
-            raise ValueError(
-                f"{name} has no null class that stands for a dropped one: pass --cond_dropout_prob 0."
-            )
+            raise ValueError(f"{name} has no null class that stands for a dropped one: pass --cond_dropout_prob 0.")
     if args.tells_level and config["aug_cond_type"] is None:
         unet.add_augmentation_level(args.aug_cond_type)
     elif config["aug_cond_type"] is not None and not args.tells_level:

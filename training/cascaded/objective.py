@@ -12,8 +12,7 @@ from torch import Generator, Tensor
 from diffusers_ext.degradations.blur import blur_augmentation
 from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training_utils.conditions import keep_condition
-from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.objective import Objective, keep_condition
 
 
 class CascadedObjective(Objective):
