@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +389,6 @@ def save_checkpoint(
             save_state(staging, parts)
             save_learnt(args, staging)
 
-        publish(folder, write, {"step": step, "seed": args.seed, "torch": torch.__version__, **asdict(record)})
+        publish(folder, write, {"step": step, "seed": args.seed, "torch": torch.__version__, **vars(record)})
         rotate(folder.parent, args.checkpoints_total_limit, newest=folder)
     accelerator.wait_for_everyone()
