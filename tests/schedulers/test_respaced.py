@@ -1,11 +1,14 @@
 """ADM's sampler; the recorded traces of the original are in tests/parity (cdm)."""
 
 import json
+import re
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import load_file
 
 from diffusers_ext import RespacedScheduler
 from diffusers_ext.schedulers.scheduling_respaced import adm_scheduler, respaced_timesteps
@@ -240,3 +243,34 @@ REFUSED = {
 def test_refuses(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+TRACES = sorted((Path(__file__).parents[1] / "parity" / "cases" / "piti").glob("trace_*"))
+
+
+@pytest.mark.parametrize("folder", TRACES, ids=[folder.name for folder in TRACES])
+def test_steps_recorded_from_glide_and_piti(folder):
+    facts, recorded = json.loads((folder / "case.json").read_text()), load_file(folder / "io.safetensors")
+    scheduler = adm_scheduler(
+        "linear" if facts["noise_schedule"] == "linear" else "cosine",
+        timestep_respacing=facts["timestep_respacing"],
+        variance_type="learned_range",
+    )
+    scheduler.set_timesteps()
+    assert scheduler.timesteps.flip(0).tolist() == recorded["timestep_map"].tolist()
+    torch.testing.assert_close(scheduler.respaced_betas.flip(0), recorded["betas"], rtol=1e-12, atol=1e-15)
+    for k, t in enumerate(scheduler.timesteps if "model_out" in recorded else []):
+        output, before = recorded["model_out"][k], recorded["x_t"][k]
+        found = scheduler.step(output, t, before, variance_noise=recorded["noise"][k])
+        torch.testing.assert_close(found.prev_sample, recorded["x_prev"][k], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found.pred_original_sample, recorded["pred_xstart"][k], atol=1e-6, rtol=1e-6)
+
+
+def test_the_page_of_the_family_runs():
+    """The lines of docs/cascaded_diffusion.md."""
+    page = (Path(__file__).parents[2] / "docs" / "cascaded_diffusion.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    names: dict = {}
+    for block in blocks[:2]:
+        exec(compile(block, "cascaded_diffusion.md", "exec"), names)
+    assert names["output"].shape == (2, 6, 32, 32) and names["scheduler"].timesteps.tolist() == [900, 600, 599, 20]
