@@ -187,6 +187,17 @@ def test_half_precision_and_forms_of_timestep():
     )
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+def test_a_step_asks_no_device_for_a_value(sampler):
+    """On the meta device every such question is an error."""
+    scheduler = adm_scheduler("cosine", sampler=sampler, variance_type="learned_range")
+    scheduler.set_timesteps(5, device="meta")
+    sample = SAMPLE.to("meta")
+    for t in scheduler.timesteps:
+        sample = scheduler.step(torch.cat([sample, sample], 1), t, sample, eta=0.5).prev_sample
+    assert sample.is_meta and sample.shape == SAMPLE.shape
+
+
 def test_saving_and_compatibles(tmp_path):
     scheduler = adm_scheduler(
         "linear", num_train_timesteps=4000, timestep_respacing="fast27", variance_type="learned_range", sampler="ddim"

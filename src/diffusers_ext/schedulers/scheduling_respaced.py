@@ -221,21 +221,7 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
 
         Arguments and errors are those of `step`.
         """
-        row = self._row(timestep, sample)
-        prediction, variance = self._split(model_output, sample)
-        clean = self._clean(prediction, row, sample.float())
-        mean = row["mean_from_clean"] * clean + row["mean_from_sample"] * sample.float()
-        kind = self.config["variance_type"]
-        if kind == "learned":
-            assert variance is not None
-            log_variance = variance
-        elif kind == "learned_range":
-            assert variance is not None
-            fraction = (variance + 1) / 2
-            log_variance = fraction * row["log_beta"] + (1 - fraction) * row["log_fixed_small"]
-        else:
-            log_variance = row[f"log_{kind}"].expand_as(mean)
-        return ReverseStep(mean, log_variance, clean)
+        return self._reverse(model_output, self._row(timestep, sample), sample)
 
     def step(
         self,
@@ -282,7 +268,7 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
                 )
             noise = row["is_noisy"] * variance_noise.float()
         if is_ancestral:
-            reverse = self.reverse_step(model_output, timestep, sample)
+            reverse = self._reverse(model_output, row, sample)
             clean = reverse.pred_original_sample
             previous = reverse.mean + (0.5 * reverse.log_variance).exp() * noise
         else:
@@ -348,7 +334,8 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
     def _row(self, timestep: Tensor | float | int, sample: Tensor) -> dict[str, Tensor]:
         """The numbers of a step, each in a shape that spreads over `sample`. Nothing waits for a device."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-            place: Any = (self.timesteps.to(timestep.device) == timestep.reshape(-1)[0]).int().argmax()
+            found = (self.timesteps.to(timestep.device) == timestep.reshape(-1)[:1]).int().argmax(0, keepdim=True)
+            row = self._table.to(sample.device).index_select(0, found.to(sample.device))[0]
         else:
             wanted = timestep.reshape(-1)[0].item() if isinstance(timestep, Tensor) else timestep
             place = self._places.get(wanted)  # type: ignore[arg-type] # 3.0 is 3
@@ -357,8 +344,24 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
                     f"`timestep` is {wanted}, which is not one of the {len(self._places)} steps that `set_timesteps` "
                     f"chose: {_short(list(self._places))}."
                 )
-        row = self._table.to(sample.device)[place]
+            row = self._table[place].to(sample.device)
         return {name: row[k].view([1] * sample.ndim) for k, name in enumerate(self._columns)}
+
+    def _reverse(self, model_output: Tensor, row: dict[str, Tensor], sample: Tensor) -> ReverseStep:
+        prediction, variance = self._split(model_output, sample)
+        clean = self._clean(prediction, row, sample.float())
+        mean = row["mean_from_clean"] * clean + row["mean_from_sample"] * sample.float()
+        kind = self.config["variance_type"]
+        if kind == "learned":
+            assert variance is not None
+            log_variance = variance
+        elif kind == "learned_range":
+            assert variance is not None
+            fraction = (variance + 1) / 2
+            log_variance = fraction * row["log_beta"] + (1 - fraction) * row["log_fixed_small"]
+        else:
+            log_variance = row[f"log_{kind}"].expand_as(mean)
+        return ReverseStep(mean, log_variance, clean)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """Prediction and variance of the output, float32."""
