@@ -40,6 +40,7 @@ DOCUMENTS = [
     for name in (
         "README.md",
         "training/README.md",
+        "benchmarks/README.md",
         "CONTRIBUTING.md",
         "docs/gallery.md",
         "docs/paella_sampling.md",

@@ -28,3 +28,20 @@ def test_an_old_name_runs_the_new_one(repo_root):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert result.stderr.startswith("versatile_parameters.py is now benchmarks/claims_versatile_parameters.py")
     assert result.stdout.startswith("usage: claims_versatile_parameters.py")
+
+
+def test_every_command_is_in_the_table_once(repo_root):
+    """The README names the question and the minutes of each; its lines are tried by tests/test_readme.py's rule."""
+    folder = repo_root / "benchmarks"
+    text = (folder / "README.md").read_text()
+    rows = [
+        line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ") and "benchmarks/" in line
+    ]
+    assert all(len(row) == 3 for row in rows)
+    listed = [re.search(r"benchmarks/(\w+)\.py", command)[1] for _, command, _ in rows]
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.name.startswith(ANSWERS))
+    for _, command, minutes in rows:
+        name, options = re.search(r"benchmarks/(\w+\.py)", command)[1], re.findall(r" (--\w+)", command)
+        source = (folder / name).read_text() + "".join(path.read_text() for path in (folder / "parts").glob("*.py"))
+        assert all(f'"{option}"' in source for option in options), (name, options)
+        assert re.search(r"\d", minutes), (name, minutes)
