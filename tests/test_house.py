@@ -27,6 +27,7 @@ PUBLIC = [
     "CascadedUNet",
     "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",
+    "GlidePipeline",
     "GlideTextEncoder",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",
@@ -40,8 +41,10 @@ PUBLIC = [
     "LDMUNet",
     "LDMUnconditionalPipeline",
     "LDMUpscalePipeline",
+    "NormalizedCFGScheduler",
     "NormalizedClassifierFreeGuidance",
     "PITIEncoder",
+    "PITIPipeline",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",
@@ -78,6 +81,7 @@ CONTAINS = {
     *(("ldm_pipeline", part) for part in ("ldm", "ldm_autoencoder", "ldm_encoders", "ldm_releases", "ldm_unet")),
     ("piti", "glide"),  # its decoder is GLIDE's U-Net
 }  # (module of a system, module of a part of it), both of conversion/
+BUILDS_ON = {("piti", "glide")}  # (family, the one that its paper builds on), folders of pipelines/
 FAMILIES = {path.name for path in (PACKAGE / "pipelines").iterdir() if (path / "__init__.py").is_file()}
 PARENTS = {
     *(("token_codec", tokenizer) for tokenizer in ("vq_gumbel", "vq_paella")),
@@ -147,8 +151,8 @@ def breaches(path: Path) -> list[str]:
             shared = {"keys", "adm", "taming"}
             allowed = not rest or rest[0] in shared or inner == ["catalogue"] or (inner[0], rest[0]) in CONTAINS
         elif unit == "pipelines" and rest and rest[0] in FAMILIES:
-            # a family uses what all share, and no other family's folder
-            allowed = inner[0] == rest[0]
+            # a family uses what all share, and another family's folder only where its paper builds on it
+            allowed = inner[0] == rest[0] or (inner[0], rest[0]) in BUILDS_ON
         else:
             allowed = True
         if not allowed:

@@ -25,6 +25,7 @@ from .models.vq_paella import PaellaVQModel
 from .pipelines.cascaded.pipeline_cascaded import CascadedDiffusionPipeline
 from .pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
 from .pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
+from .pipelines.glide.pipeline_glide import GlidePipeline
 from .pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
 from .pipelines.ldm.pipeline_ldm_inpaint import LDMInpaintPipeline
 from .pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline
@@ -36,10 +37,12 @@ from .pipelines.paella.pipeline_paella import PaellaPipeline
 from .pipelines.paella.pipeline_paella_image_variation import PaellaImageVariationPipeline
 from .pipelines.paella.pipeline_paella_img2img import PaellaImg2ImgPipeline
 from .pipelines.paella.pipeline_paella_inpaint import PaellaInpaintPipeline
+from .pipelines.piti.pipeline_piti import PITIPipeline
 from .pipelines.versatile.pipeline_versatile import VersatilePipeline
 from .pipelines.versatile.pipeline_versatile_edit import VersatileEditPipeline
 from .registration import register
 from .schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
+from .schedulers.scheduling_normalized_cfg import NormalizedCFGScheduler
 from .schedulers.scheduling_respaced import RespacedScheduler
 from .schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
 
@@ -52,6 +55,7 @@ __all__ = [
     "CascadedUNet",
     "CascadedUpscalePipeline",
     "DiscreteRenoisingScheduler",
+    "GlidePipeline",
     "GlideTextEncoder",
     "GumbelVQModel",
     "LDMClassConditionalPipeline",
@@ -65,8 +69,10 @@ __all__ = [
     "LDMUNet",
     "LDMUnconditionalPipeline",
     "LDMUpscalePipeline",
+    "NormalizedCFGScheduler",
     "NormalizedClassifierFreeGuidance",
     "PITIEncoder",
+    "PITIPipeline",
     "PaellaImageVariationPipeline",
     "PaellaImg2ImgPipeline",
     "PaellaInpaintPipeline",

@@ -1,5 +1,9 @@
 """The recorded networks, conditions and losses of GLIDE and PITI, through the converters."""
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
@@ -12,10 +16,16 @@ from diffusers_ext.conditions.sketches import distance_map
 from diffusers_ext.conversion.glide import convert_glide_text_encoder, convert_glide_unet
 from diffusers_ext.conversion.piti import convert_piti
 from diffusers_ext.degradations.l0 import l0_smooth
-from diffusers_ext.guidance import classifier_free_guidance, normalized_guidance
+from diffusers_ext.guidance import both_branches, classifier_free_guidance, guide, normalized_guidance
 from diffusers_ext.losses.adversarial import generator_loss, gradient_penalty, wasserstein_discriminator_loss
+from diffusers_ext.losses.diffusion import VariationalLoss
 from diffusers_ext.losses.perceptual import VGGDistance
 from diffusers_ext.models.discriminator import PatchDiscriminator
+from diffusers_ext.pipelines.glide.base import GlideBasePipeline, GlideCondition, Stage, call_unet, upsample
+from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
+from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline, truncate_to_8_bits
+from diffusers_ext.schedulers.scheduling_normalized_cfg import NormalizedCFGScheduler
+from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -200,6 +210,164 @@ def perceptual_vgg22(case: Case) -> None:
     case.check("pred_features", features[:, :: features.shape[1] // case["pred_features"].shape[1]])
 
 
+class Replayed(RespacedScheduler):
+    """The scheduler with the recorded noise in place of its draws."""
+
+    recorded: Iterator[Tensor]
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, variance_noise=next(self.recorded), **kwargs)
+
+
+def replayed(case: Case, noise: Tensor | None, **config: Any) -> RespacedScheduler:
+    schedule = {"linear": "linear", "squaredcos_cap_v2": "cosine"}[case.facts["noise_schedule"]]
+    usual = adm_scheduler(schedule, num_train_timesteps=case.facts.get("diffusion_steps", 1000))
+    settings = {
+        "timestep_respacing": case.facts["timestep_respacing"],
+        "variance_type": "learned_range",
+        "clip_sample": case.facts.get("clip_denoised", True),
+    }
+    kind = RespacedScheduler if noise is None else Replayed
+    scheduler = kind.from_config(usual.config, **settings | config)
+    if isinstance(scheduler, Replayed):
+        scheduler.recorded = iter(noise)
+    scheduler.set_timesteps()
+    case.check("timestep_map", scheduler.timesteps.flip(0))
+    case.check("betas", scheduler.respaced_betas.flip(0), atol=1e-12, rtol=1e-9)
+    return scheduler
+
+
+def of_weights(case: Case) -> Case:
+    """The case whose weights, and so whose sizes, this one uses."""
+    return Case((case.folder / case.facts["weights_from"]).parent)
+
+
+def sample_stage(case: Case, pipe: GlideBasePipeline, stage: Stage, eta: float = 0.0) -> None:
+    """Runs a stage on recorded noise; every sample on the way is the recorded one."""
+    pipe.set_progress_bar_config(disable=True)
+    samples: list[Tensor] = []
+
+    def watch(_pipe: Any, _step: int, _t: Tensor, tensors: dict[str, Tensor]) -> None:
+        samples.append(tensors["latents"])
+
+    final = pipe.run_stage(
+        stage, eta=eta, generator=None, callback=watch, callback_tensors=["latents"], null_embeds=lambda: None
+    )
+    case.check("x_prev", torch.stack(samples))
+    if "final" in case:
+        case.check("final", final)
+    if "x_t" in case:
+        case.check("x_t", torch.stack([stage.noise, *samples[:-1]]))
+
+
+def check_steps(case: Case, scheduler: RespacedScheduler) -> None:
+    """Each step from the recorded sample and prediction."""
+    steps = list(enumerate(scheduler.timesteps))
+    case.check("timesteps_passed_to_model", scheduler.timesteps.float())
+    found = [scheduler.reverse_step(case["model_out"][k], t, case["x_t"][k]) for k, t in steps]
+    for name, values in zip(("mean", "log_variance", "pred_xstart"), zip(*found, strict=True), strict=True):
+        if name in case:
+            case.check(name, torch.stack(values))
+
+
+def predictions(case: Case, scheduler: RespacedScheduler, unet: Any, condition: GlideCondition, mix: Any) -> None:
+    """What the network says of the recorded samples, guided; the variance is the conditional one."""
+    scale = case.facts.get("guidance_scale", 1.0)
+    outputs = []
+    for k, t in enumerate(scheduler.timesteps):
+        branches = both_branches(partial(call_unet, unet, t), *condition.branches(case["x_t"][k]), scale)
+        outputs.append(guide(*branches, scale, mix=mix, channels=3))
+    case.check("model_out", torch.stack(outputs))
+
+
+@torch.no_grad()
+def trace_glide_base_cfg(case: Case) -> None:
+    text_encoder, unet = load_glide(of_weights(case))
+    tokens, vector = text_encoder(case["tokens"], case["mask"], return_dict=False)
+    embeds = torch.cat([tokens, vector[:, None]], dim=1)
+    images = len(case["init_noise"])
+    condition = GlideCondition(embeds[:images], embeds[images:])
+    scheduler = replayed(case, case["noise"])
+    check_steps(case, scheduler)
+    predictions(case, scheduler, unet, condition, None)
+    pipe = GlidePipeline(text_encoder, None, unet, scheduler)
+    sample_stage(
+        case, pipe, Stage("base", unet, scheduler, condition, case["init_noise"], case.facts["guidance_scale"])
+    )
+
+
+@torch.no_grad()
+def trace_glide_upsampler_ddim(case: Case) -> None:
+    text_encoder, unet = load_glide(of_weights(case))
+    tokens, vector = text_encoder(case["tokens"], case["mask"], return_dict=False)
+    noise = case.facts["upsample_temp"] * case["init_noise_unit"]
+    condition = GlideCondition(
+        torch.cat([tokens, vector[:, None]], dim=1), maps=upsample(case["low_res"], tuple(noise.shape[-2:]))
+    )
+    eta = case.facts.get("eta", 0.0)
+    recorded = case["noise"] if "noise" in case else None
+    scheduler = replayed(case, recorded, sampler="ddim")
+    pipe = GlidePipeline(text_encoder, None, unet, scheduler)
+    clean = [
+        scheduler.reverse_step(call_unet(unet, t, x, condition.maps, condition.embeds), t, x).pred_original_sample
+        for x, t in zip([noise, *case["x_prev"][:-1]], scheduler.timesteps, strict=True)
+    ]
+    case.check("pred_xstart", torch.stack(clean))
+    sample_stage(case, pipe, Stage("upscale", unet, scheduler, condition, noise, 1.0), eta)
+
+
+def trace_piti_base(case: Case, guides: bool) -> None:
+    encoder, unet = load_piti(of_weights(case))
+    scheduler = replayed(case, case["noise"])
+    check_steps(case, scheduler)
+    sampler = NormalizedCFGScheduler(scheduler) if guides else scheduler
+    pipe = PITIPipeline(encoder, unet, sampler)
+    embeds = pipe.encode_conditions(to_unit(case["ref_rgb_u8"]))
+    condition = GlideCondition(embeds, pipe.null_embeds(len(embeds)))
+    predictions(case, scheduler, unet, condition, normalized_guidance if guides else None)
+    sample_stage(case, pipe, Stage("base", unet, sampler, condition, case["init_noise"], case.facts["guidance_scale"]))
+
+
+@torch.no_grad()
+def trace_piti_base_plain_cfg(case: Case) -> None:
+    trace_piti_base(case, guides=False)
+
+
+@torch.no_grad()
+def trace_piti_base_norm_cfg(case: Case) -> None:
+    trace_piti_base(case, guides=True)
+
+
+@torch.no_grad()
+def trace_piti_upsampler(case: Case) -> None:
+    encoder, unet = load_piti(of_weights(case))
+    small = truncate_to_8_bits(case["base_final"])
+    case.check("low_res_truncated", small)
+    size = tuple(case["low_res_used"].shape[-2:])
+    case.check("low_res_used", F.interpolate(small, size=size, mode="nearest"))  # only so that the case is tiny
+    scheduler = replayed(case, case["noise"])
+    check_steps(case, scheduler)
+    pipe = PITIPipeline(encoder, unet, scheduler)
+    noise = case.facts["upsample_temp"] * case["init_noise_unit"]
+    maps = upsample(case["low_res_used"], tuple(noise.shape[-2:]))
+    condition = GlideCondition(pipe.encode_conditions(to_unit(case["ref_rgb_u8"])), maps=maps)
+    predictions(case, scheduler, unet, condition, None)
+    sample_stage(case, pipe, Stage("upscale", unet, scheduler, condition, noise, 1.0))
+
+
+def training_loss(case: Case) -> None:
+    schedule = {"linear": "linear", "squaredcos_cap_v2": "cosine"}[case.facts["noise_schedule"]]
+    scheduler = adm_scheduler(schedule, num_train_timesteps=case.facts.get("diffusion_steps", 1000))
+    loss = VariationalLoss(scheduler.betas, "rescaled_mse")
+    noisy = scheduler.add_noise(case["x0"], case["noise"], case["t"])
+    case.check("x_t", noisy)
+    found = loss(case["model_out"], case["noise"], case["x0"], noisy, case["t"])
+    for name in ("mse", "vb", "loss"):
+        case.check(name, found[name])
+    _, _, clean = loss.predict(case["model_out"], noisy, case["t"])
+    case.check("pred_x0_for_perc_adv", clean.clamp(-1, 1))
+
+
 KINDS = {
     "glide_base_unet": glide_unet,
     "glide_superres_unet": glide_unet,
@@ -210,4 +378,10 @@ KINDS = {
     "l0_smoothing": l0_smoothing,
     "discriminator_wgan_gp": discriminator_wgan_gp,
     "perceptual_vgg22": perceptual_vgg22,
+    "trace_glide_base_cfg": trace_glide_base_cfg,
+    "trace_glide_upsampler_ddim": trace_glide_upsampler_ddim,
+    "trace_piti_base_plain_cfg": trace_piti_base_plain_cfg,
+    "trace_piti_base_norm_cfg": trace_piti_base_norm_cfg,
+    "trace_piti_upsampler": trace_piti_upsampler,
+    "training_loss": training_loss,
 }

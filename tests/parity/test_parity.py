@@ -39,16 +39,6 @@ KINDS = {
 NOT_YET = {
     ("paella", kind): "Paella v3 has no issue yet"
     for kind in ("v3_unet_forward", "v3_sample_txt2img", "v3_sample_init_x", "v3_clip_prior")
-} | {
-    ("piti", kind): "PITI's pipelines and losses: issue 19 is open"
-    for kind in (
-        "trace_glide_base_cfg",
-        "trace_glide_upsampler_ddim",
-        "trace_piti_base_norm_cfg",
-        "trace_piti_base_plain_cfg",
-        "trace_piti_upsampler",
-        "training_loss",
-    )
 }
 
 

@@ -13,7 +13,7 @@ from pipelines.tiny_paella import quiet
 
 import diffusers_ext
 from diffusers_ext.models.vq_paella import PaellaVQModel
-from pipelines import tiny_cascaded, tiny_ldm, tiny_paella, tiny_versatile
+from pipelines import tiny_cascaded, tiny_glide, tiny_ldm, tiny_paella, tiny_versatile
 
 Result = torch.Tensor | list[str]
 
@@ -78,6 +78,7 @@ def _picture() -> Any:
 
 PROMPT = "a red circle"
 GUIDED = {"guidance_scale": 3.0}
+TWO_STEPS = {"upscale_num_inference_steps": 2}  # of a second stage
 CASES: dict[str, Case] = {
     "paella": Case("PaellaPipeline", _paella("PaellaPipeline"), lambda: {"prompt": PROMPT}, GUIDED),
     "paella-f4": Case(
@@ -163,6 +164,23 @@ CASES: dict[str, Case] = {
     ),
     "cascaded": Case(
         "CascadedDiffusionPipeline", lambda: tiny_cascaded.tiny_cascade(2), lambda: {"class_labels": "star"}, GUIDED
+    ),
+    "glide": Case("GlidePipeline", lambda: tiny_glide.tiny_glide(upscale=False), lambda: {"prompt": PROMPT}, GUIDED),
+    "glide-upscaled": Case("GlidePipeline", tiny_glide.tiny_glide, lambda: {"prompt": PROMPT, **TWO_STEPS}, GUIDED),
+    "glide-inpaint": Case(
+        "GlidePipeline",
+        lambda: tiny_glide.tiny_glide(inpaint=True, upscale=False),
+        lambda: {"prompt": PROMPT, "image": _picture(), "mask_image": tiny_ldm.tiny_mask()},
+        GUIDED,
+    ),
+    "piti": Case(
+        "PITIPipeline", lambda: tiny_glide.tiny_piti(upscale=False), lambda: tiny_glide.tiny_condition(), GUIDED
+    ),
+    "piti-upscaled": Case(
+        "PITIPipeline",
+        lambda: tiny_glide.tiny_piti("sketch"),
+        lambda: tiny_glide.tiny_condition("sketch") | TWO_STEPS,
+        GUIDED,
     ),
 }
 # One case a class where one is enough: loading, saving, signatures.

@@ -248,10 +248,13 @@ def test_public_helpers_keep_gradients(name):
     """For textual inversion and the like: only a whole run is without."""
     pipe, made = CASES[name].build(), []
     if hasattr(pipe, "encode_prompt"):
-        made.append(pipe.encode_prompt("a red circle")[0])
+        encoded = pipe.encode_prompt("a red circle")
+        made.append(encoded if isinstance(encoded, torch.Tensor) else encoded[0])
     if hasattr(pipe, "encode_image"):
         encoded = pipe.encode_image([tiny_picture(1)])
         made.append(encoded if isinstance(encoded, torch.Tensor) else encoded[0])
+    if hasattr(pipe, "encode_conditions"):
+        made.append(pipe.encode_conditions(pipe.read_conditions(**CASES[name].inputs())))
     if hasattr(pipe, "decode_latents"):
         made.append(pipe.decode_latents(torch.randn(1, first_stage(pipe).config.latent_channels, 4, 4)))
     assert made and all(tensor.requires_grad for tensor in made)
@@ -265,7 +268,8 @@ def first_stage(pipe):
 
 
 # one tokenizer or first stage is enough for what the loop does
-GUIDED_ONCE = [name for name in GUIDED_CASES if not name.endswith(("-f4", "-gumbel", "-vq"))]
+# and one stage: a second one counts its steps anew, see test_pipeline_glide_piti.py
+GUIDED_ONCE = [name for name in GUIDED_CASES if not name.endswith(("-f4", "-gumbel", "-vq", "-upscaled"))]
 GUIDED = pytest.mark.parametrize("name", GUIDED_ONCE)
 
 

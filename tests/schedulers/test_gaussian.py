@@ -13,7 +13,6 @@ from diffusers_ext.schedulers.gaussian import (
     check_gaussian_scheduler,
     guided_step,
     ldm_scheduler,
-    readable_prediction,
     scheduler_attribute,
     scheduler_setting,
     signal_and_noise,
@@ -119,15 +118,3 @@ def test_both_predictions_go_to_a_scheduler_that_guides(wrap):
         assert guiding.got[1] is uncond and guiding.got[2] == 3.0
         alone, _ = guided_step(scheduler, cond, None, 3.0, t, sample)
         assert guiding.got == (cond, None, None) and torch.equal(alone, after)
-
-
-def test_a_learned_variance_reaches_only_schedulers_that_read_it():
-    prediction = torch.arange(12.0).view(1, 6, 1, 2)
-    for scheduler in (
-        diffusers.DDPMScheduler(variance_type="learned_range"),
-        Holder(diffusers.DDPMScheduler(variance_type="learned_range")),
-    ):
-        assert torch.equal(readable_prediction(scheduler, prediction, 3), prediction)
-    for scheduler in (diffusers.DDPMScheduler(), diffusers.DDIMScheduler()):
-        assert torch.equal(readable_prediction(scheduler, prediction, 3), prediction[:, :3])
-    assert torch.equal(readable_prediction(diffusers.DDIMScheduler(), prediction[:, :3], 3), prediction[:, :3])

@@ -105,19 +105,6 @@ def guided_step(
     return scheduler.step(prediction, timestep, sample, **arguments, return_dict=False)[0], guided
 
 
-def readable_prediction(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
-    """The prediction with the channels of a learned variance only if the scheduler reads them.
-
-    Schedulers that know them say so in their config, as `variance_type` "learned" or "learned_range".
-
-    Args:
-        prediction: of a network (b, channels, ...) or, with a learned variance, (b, 2 * channels, ...).
-        channels: those of the sample.
-    """
-    reads_variance = str(scheduler_setting(scheduler, "variance_type", "")).startswith("learned")
-    return prediction if reads_variance else prediction[:, :channels]
-
-
 def _step_parameters(scheduler: Any) -> tuple[set[str], bool]:
     """Names that the scheduler's step knows, also behind an adapter's `**kwargs`; whether it takes any other name."""
     names: set[str] = set()

@@ -1,0 +1,289 @@
+"""What GLIDE and PITI share: two stages in pixels, a U-Net with a condition in front of its self-attention.
+
+Nichol et al., "GLIDE", arXiv 2112.10741; original: openai/glide-text2im@69b5307 (code and weights MIT). PITI (arXiv
+2205.12952) keeps GLIDE's networks and changes what they are told.
+
+Shapes: b images, c = 3 channels, h x w pixels of a stage; conditions are l tokens of width d.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...guidance import Inputs, both_branches
+from ...schedulers.gaussian import (
+    check_gaussian_scheduler,
+    guided_step,
+    scheduler_setting,
+    signal_and_noise,
+    split_prediction,
+    step_arguments,
+    takes_learned_variance,
+)
+from ..base import HousePipeline
+from ..callbacks import Callback, report_step
+from ..checks import (
+    as_generators,
+    check_fraction,
+    check_generator,
+    check_guidance_scale,
+    check_noise,
+    check_output_type,
+    check_predictions,
+    check_steps,
+    check_timesteps,
+)
+
+Generators = torch.Generator | list[torch.Generator] | None
+CHANNELS = 3  # of an image
+
+
+@dataclass(frozen=True)
+class GlideCondition:
+    """What a U-Net is told in a stage besides the noisy image.
+
+    Args:
+        embeds: tokens and behind them the vector for the time embedding, (b, l + 1, d).
+        null_embeds: the same for "no condition", or None without guidance.
+        maps: images (b, c', h, w) behind the noisy one, or None.
+    """
+
+    embeds: Tensor
+    null_embeds: Tensor | None = None
+    maps: Tensor | None = None
+
+    def branches(self, sample: Tensor) -> tuple[Inputs, Inputs | None]:
+        """The inputs (noisy image, maps, embeds) of both branches, for `both_branches`."""
+        null = None if self.null_embeds is None else (sample, self.maps, self.null_embeds)
+        return (sample, self.maps, self.embeds), null
+
+
+def call_unet(unet: Any, timestep: Tensor, sample: Tensor, maps: Tensor | None, embeds: Tensor) -> Tensor:
+    """The prediction (b, c or 2 c, h, w) of a stock `UNet2DConditionModel`."""
+    sample = sample if maps is None else torch.cat([sample, maps], dim=1)
+    embeds = embeds.to(sample.dtype)
+    tokens, vector = embeds[:, :-1], embeds[:, -1]
+    return unet(sample, timestep, encoder_hidden_states=tokens, class_labels=vector, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A U-Net with its sampler, and how a run starts it.
+
+    Args:
+        name: "base" or "upscale": what `pipe.stage` says while it runs.
+        condition: what the U-Net is told.
+        noise: standard normal (b, c, h, w), times the temperature.
+        guidance_scale: of the stage.
+        known: the image (b, c, h, w) in [-1, 1] of which a part has to stay, or None.
+        keep: 1 where it has to stay, (b, 1, h, w), or None.
+    """
+
+    name: str
+    unet: Any
+    scheduler: Any
+    condition: GlideCondition
+    noise: Tensor
+    guidance_scale: float
+    known: Tensor | None = None
+    keep: Tensor | None = None
+
+
+class GlideBasePipeline(HousePipeline):
+    """The run of the GLIDE and PITI pipelines. Each adds how its condition is read. No pipeline by itself."""
+
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample"]
+
+    unet: Any
+    scheduler: Any
+    upscale_unet: Any
+    upscale_scheduler: Any
+
+    def __init__(self, unet: Any, scheduler: Any, upscale_unet: Any, upscale_scheduler: Any):
+        super().__init__()
+        self.register_modules(
+            unet=unet, scheduler=scheduler, upscale_unet=upscale_unet, upscale_scheduler=upscale_scheduler
+        )
+        self.vae_scale_factor = 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._stage = "base"
+
+    @property
+    def stage(self) -> str:
+        """The stage that runs, "base" or "upscale"."""
+        return self._stage
+
+    @property
+    def upscales(self) -> bool:
+        """Whether the pipeline has its second stage."""
+        return self.upscale_unet is not None
+
+    def stage_parts(self) -> list[tuple[str, Any, Any]]:
+        """(name, U-Net, scheduler) of each stage."""
+        parts = [("base", self.unet, self.scheduler)]
+        return [*parts, ("upscale", self.upscale_unet, self.upscale_scheduler)] if self.upscales else parts
+
+    def check_stages(self) -> None:
+        """The components of each stage are there, fit each other and can be run."""
+        for name, unet, scheduler in self.stage_parts():
+            prefix = "" if name == "base" else "upscale_"
+            if unet is None or scheduler is None:
+                missing = f"{prefix}unet" if unet is None else f"{prefix}scheduler"
+                raise ValueError(
+                    f"The pipeline was built without {missing}; the stage {name} needs it. Pass `{missing}=...` to"
+                    " `from_pretrained` or to the constructor."
+                )
+            check_gaussian_scheduler(scheduler, type(self).__name__)
+            out = unet.config["out_channels"]
+            if out not in (CHANNELS, 2 * CHANNELS):
+                raise ValueError(
+                    f"`{prefix}unet` has {out} output channels: expected {CHANNELS}, or {2 * CHANNELS} with a learned"
+                    " variance."
+                )
+            if takes_learned_variance(scheduler) and out == CHANNELS:
+                raise ValueError(
+                    f"`{prefix}scheduler` reads a learned variance (`variance_type`), but `{prefix}unet` predicts"
+                    " none: build the scheduler with variance_type='fixed_small'."
+                )
+
+    def check_run(
+        self,
+        batch_size: int,
+        *,
+        num_inference_steps: Any,
+        upscale_num_inference_steps: Any,
+        guidance_scale: Any,
+        eta: Any,
+        generator: Any,
+        latents: Any,
+        upscale_latents: Any,
+        output_type: Any,
+        callback: Any,
+        callback_tensors: Any,
+    ) -> None:
+        """The arguments that both pipelines have; the schedules are set."""
+        check_guidance_scale(guidance_scale)
+        check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
+        check_output_type(output_type)
+        check_generator(generator, batch_size, self._execution_device)
+        self.callback_names(callback, callback_tensors)
+        given = {"base": (num_inference_steps, latents), "upscale": (upscale_num_inference_steps, upscale_latents)}
+        if not self.upscales and (upscale_num_inference_steps is not None or upscale_latents is not None):
+            raise ValueError(
+                "`upscale_num_inference_steps` or `upscale_latents` is given, but the pipeline has no `upscale_unet`:"
+                " load one, or leave them out."
+            )
+        for name, unet, scheduler in self.stage_parts():
+            steps, noise = given[name]
+            if noise is not None:
+                check_noise(noise, (batch_size, CHANNELS, *self.sides(unet)))
+            self._set_steps(name, scheduler, steps)
+
+    def _set_steps(self, stage: str, scheduler: Any, steps: Any) -> None:
+        """A number of steps, for `RespacedScheduler` also a respacing, or what the checkpoint's config says."""
+        device = self._execution_device
+        respaces = scheduler_setting(scheduler, "timestep_respacing") is not None
+        if steps is None and not respaces:
+            steps = 100 if stage == "base" else 27  # the authors'
+        if steps is None or (isinstance(steps, str) and respaces):
+            scheduler.set_timesteps(steps, device=device)
+            return
+        check_steps(scheduler, steps)
+        scheduler.set_timesteps(int(steps), device=device)
+        check_timesteps(scheduler, steps)
+
+    @staticmethod
+    def sides(unet: Any) -> tuple[int, int]:
+        """Height and width of the images of a U-Net."""
+        side = unet.config["sample_size"]
+        return (side, side) if isinstance(side, int) else tuple(side)
+
+    def draw_noise(
+        self, unet: Any, batch_size: int, generator: Any, noise: Tensor | None, temperature: float, dtype: torch.dtype
+    ) -> Tensor:
+        """The initial image of a stage, in the scheduler's units of a deviation of 1."""
+        shape = (batch_size, CHANNELS, *self.sides(unet))
+        device = self._execution_device
+        if noise is None:
+            noise = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=dtype)
+        return temperature * noise.to(device=device, dtype=dtype)
+
+    def run_stage(
+        self,
+        stage: Stage,
+        *,
+        eta: float,
+        generator: Generators,
+        callback: Callback | None,
+        callback_tensors: list[str] | None,
+        null_embeds: Callable[[], Tensor],
+    ) -> Tensor:
+        """Denoises one stage: images (b, c, h, w), nominally in [-1, 1], not clamped.
+
+        Args:
+            null_embeds: makes the null condition when a callback turns guidance on.
+
+        Order of the draws of each generator: those of `scheduler.step` in each step.
+        """
+        scheduler, condition = stage.scheduler, stage.condition
+        timesteps: Tensor = scheduler.timesteps
+        self._stage = stage.name
+        self.start_run(timesteps, stage.guidance_scale)
+        names = self.callback_names(callback, callback_tensors)
+        arguments = step_arguments(scheduler, eta=eta, generator=as_generators(generator))
+        noisy, finite = stage.noise * scheduler.init_noise_sigma, []
+        for index, t in self.steps(timesteps):
+            scaled = scheduler.scale_model_input(noisy, t)
+            scale = self.guidance_scale
+            branches = both_branches(partial(call_unet, stage.unet, t), *condition.branches(scaled), scale)
+            cond, uncond = (
+                None if one is None else self._prediction(stage, scheduler, one, scaled, t) for one in branches
+            )
+            noisy, guided = guided_step(scheduler, cond, uncond, scale, t, noisy, channels=CHANNELS, **arguments)
+            finite.append(torch.isfinite(guided).all())
+            if callback is not None:
+                tensors: dict[str, Any] = {
+                    "latents": noisy,
+                    "prompt_embeds": condition.embeds,
+                    "negative_prompt_embeds": condition.null_embeds,
+                }
+                if "pred_original_sample" in names:
+                    tensors["pred_original_sample"] = split_prediction(scheduler, guided[:, :CHANNELS], scaled, t)[0]
+                changed = report_step(self, callback, names, index, t, tensors)
+                noisy = changed.get("latents", noisy)
+                condition = replace(
+                    condition,
+                    embeds=changed.get("prompt_embeds", condition.embeds),
+                    null_embeds=changed.get("negative_prompt_embeds", condition.null_embeds),
+                )
+                if self.do_classifier_free_guidance and condition.null_embeds is None:
+                    condition = replace(condition, null_embeds=null_embeds().to(condition.embeds))
+        check_predictions(finite, timesteps, self)
+        return noisy
+
+    def _prediction(self, stage: Stage, scheduler: Any, prediction: Tensor, scaled: Tensor, t: Tensor) -> Tensor:
+        """What the scheduler reads of a branch's prediction; where the image is known, it is that of the image."""
+        prediction = prediction if takes_learned_variance(scheduler) else prediction[:, :CHANNELS]
+        if stage.known is None or stage.keep is None:
+            return prediction
+        # the noise that leads from the known image to the sample: the original sets the clean prediction instead
+        signal, level = signal_and_noise(scheduler, t)
+        noise = (scaled.float() - signal * stage.known.float()) / level
+        mixed = torch.where(stage.keep > 0, noise.to(prediction.dtype), prediction[:, :CHANNELS])
+        return torch.cat([mixed, prediction[:, CHANNELS:]], dim=1)
+
+    def finish_images(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        return self.finish(images, output_type, return_dict, lambda drawn: drawn.clamp(-1, 1))
+
+
+def upsample(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Low-resolution images at the size of the next stage: bilinear, without anti-aliasing, as in the training."""
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

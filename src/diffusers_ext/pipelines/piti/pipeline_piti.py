@@ -1,0 +1,326 @@
+"""Label maps, sketches or geometry to images with PITI: 64x64 pixels, then 256x256.
+
+Wang et al., "Pretraining is All You Need for Image-to-Image Translation", arXiv 2205.12952; original:
+PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/glide_util.py and image_sample.py (MIT). Differences: the encoder runs
+once a call, not once a step; the paper's normalised guidance, which the released code lacks, comes with
+`NormalizedCFGScheduler`; label ids are accepted beside their colours; any scheduler of diffusers that has such betas.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...conditions.geometry import geometry_condition
+from ...conditions.images import image_batch
+from ...conditions.label_maps import label_batch
+from ...conditions.masks import mask_values
+from ...conditions.palettes import COCO182_PALETTE, colorize_labels
+from ...conditions.sketches import distance_map
+from ...models.encoder_piti import PITIEncoder
+from ..callbacks import Callback
+from ..checks import check_integer, check_parts
+from ..glide.base import CHANNELS, Generators, GlideBasePipeline, GlideCondition, Stage, upsample
+from ..listed_options import read_option, record_option
+
+logger = logging.get_logger(__name__)
+CONDITION_TYPES = {"label_map": 3, "sketch": 1, "geometry": 6}  # and the channels that their encoder takes
+
+
+class PITIPipeline(GlideBasePipeline):
+    """Draws images that follow a label map, a sketch, or normals and depth, whichever the checkpoint was trained on.
+
+    Example:
+
+        pipe(label_map=Image.open("labels.png"), generator=torch.Generator().manual_seed(0)).images[0]
+
+    Args:
+        encoder: Conditions to what the base U-Net attends to.
+        unet: Predicts the noise of the small image.
+        scheduler: Any scheduler of diffusers that denoises with betas, or `NormalizedCFGScheduler` around one.
+        upscale_encoder: As `encoder`, for the upsampler. The upsampler may be None, with all of its parts.
+        upscale_unet: Predicts the noise of the large image.
+        upscale_scheduler: Any scheduler of diffusers that denoises with betas.
+        condition_type: "label_map", "sketch" or "geometry" (normals and depth).
+        label_palette: Label maps only: (r, g, b) of each label, 0 to 255, which is what the encoder sees. A list, or
+            a dict by number; the default is PITI's coding of the 182 classes of COCO-Stuff.
+        label_names: Label maps only: names of the labels 0, 1, ...
+        default_guidance_scale: Guidance scale when a call names none, in place of the authors' 1.3.
+    """
+
+    _pipeline_tag = "image-to-image"
+    _card_tags = ("semantic-image-synthesis",)
+    _example = """from PIL import Image
+
+image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"""
+
+    model_cpu_offload_seq = "encoder->unet->upscale_encoder->upscale_unet"
+    _optional_components = ["upscale_encoder", "upscale_unet", "upscale_scheduler"]
+    _usual_guidance_scale = 1.3
+
+    encoder: PITIEncoder
+    upscale_encoder: PITIEncoder | None
+
+    def __init__(
+        self,
+        encoder: PITIEncoder,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        upscale_encoder: PITIEncoder | None = None,
+        upscale_unet: UNet2DConditionModel | None = None,
+        upscale_scheduler: Any = None,
+        condition_type: str = "label_map",
+        label_palette: list[list[int]] | dict[str, list[int]] | None = None,
+        label_names: list[str] | dict[str, str] | None = None,
+        default_guidance_scale: float | None = None,
+    ):
+        super().__init__(unet, scheduler, upscale_unet, upscale_scheduler)
+        self.register_modules(encoder=encoder, upscale_encoder=upscale_encoder)
+        if condition_type not in CONDITION_TYPES:
+            raise ValueError(
+                f"`condition_type` is {condition_type!r}: it must be one of {', '.join(CONDITION_TYPES)}."
+            )
+        self.register_to_config(
+            condition_type=condition_type,
+            label_palette=record_option("label_palette", label_palette),
+            label_names=record_option("label_names", label_names),
+            default_guidance_scale=default_guidance_scale,
+        )
+
+    @property
+    def label_palette(self) -> np.ndarray:
+        """(r, g, b) of the labels 0, 1, ..., uint8 (labels, 3)."""
+        palette = read_option(self.config["label_palette"])
+        return COCO182_PALETTE if palette is None else np.array(palette, dtype=np.uint8)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        label_map: Any = None,
+        sketch: Any = None,
+        normals: Any = None,
+        depth: Any = None,
+        num_inference_steps: int | str | None = None,
+        upscale_num_inference_steps: int | str | None = None,
+        guidance_scale: float | None = None,
+        eta: float = 0.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        upscale_latents: Tensor | None = None,
+        upscale_temperature: float = 0.997,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws images that follow conditions, which are resized to what the encoder takes, nearest neighbour.
+
+        Args:
+            label_map: One map or several of one size: PIL images of mode L or P that hold labels, or of mode RGB in
+                the checkpoint's `label_palette`; integer arrays or tensors (H, W) or (n, H, W).
+            sketch: White lines on black: PIL images, arrays or tensors. Only pure white is a line.
+            normals: Unit normals: PIL images in the usual colours, or float tensors (3, H, W) or (n, 3, H, W) in
+                [-1, 1].
+            depth: Depth in metres: float arrays or tensors (H, W) or (n, H, W), 0 where it is unknown.
+            num_inference_steps: Number of steps of the small image, at least 1. `RespacedScheduler` also takes a
+                respacing such as "250". The default is the checkpoint's, else 100.
+            upscale_num_inference_steps: The same for the large image; the default is the checkpoint's, else 27.
+            guidance_scale: s in u + s * (c - u) for the small image, finite and at least 0; the paper's w is s - 1.
+                1 is the plain conditional prediction at half the cost. The default is the checkpoint's, else 1.3.
+                With `NormalizedCFGScheduler` it is normalised. The upsampler is not guided.
+            eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
+            num_images_per_prompt: Number of images for each condition. The images of the first one come first.
+            generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
+                generator k alone.
+            latents: Standard normal noise (b, 3, h, w) of the small image in place of a draw.
+            upscale_latents: Standard normal noise (b, 3, H, W) of the large image in place of a draw.
+            upscale_temperature: What the large image's noise is multiplied by.
+            output_type: "pil"; "np" (b, H, W, 3) or "pt" (b, 3, H, W), both in [0, 1]; or "latent" for what the last
+                stage denoised, not clamped.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors) -> dict`, called after each step of both
+                stages; `pipe.stage` tells which. Tensors that it returns replace those of the loop.
+                `pipe._interrupt = True` ends the run with what the stage has.
+            callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
+                `prompt_embeds` and `negative_prompt_embeds` are the tokens (b, l + 1, d) of the condition and of the
+                null condition, the vector of the whole last. `pred_original_sample` is the clean image that the step's
+                prediction amounts to, for reading only.
+
+        Returns:
+            `ImagePipelineOutput` with the `images`, or a tuple that holds them.
+
+        Raises:
+            TypeError, ValueError: For arguments of another kind or range, before any network runs.
+
+        Order of the draws of each generator: noise of the small image, of its steps, of the large image, of its steps.
+        """
+        # 1. Everything that can be refused is refused here
+        self.check_components()
+        conditions = self.read_conditions(label_map=label_map, sketch=sketch, normals=normals, depth=depth)
+        check_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        scale = self.resolve_scale(guidance_scale)
+        batch_size = len(conditions) * num_images_per_prompt
+        self.check_run(
+            batch_size,
+            num_inference_steps=num_inference_steps,
+            upscale_num_inference_steps=upscale_num_inference_steps,
+            guidance_scale=scale,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            upscale_latents=upscale_latents,
+            output_type=output_type,
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+        )
+
+        # 2. One stage after the other
+        drawn: Tensor | None = None
+        given = {"base": latents, "upscale": upscale_latents}
+        for name, unet, scheduler in self.stage_parts():
+            encoder = self.encoder if name == "base" else self.upscale_encoder
+            stage_scale = float(scale) if name == "base" else 1.0
+            embeds = self.encode_conditions(conditions, encoder).repeat_interleave(num_images_per_prompt, dim=0)
+            null_embeds = partial(self.null_embeds, batch_size, encoder)
+            temperature = 1.0 if name == "base" else upscale_temperature
+            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature, embeds.dtype)
+            maps = None
+            if drawn is not None:
+                maps = upsample(truncate_to_8_bits(drawn), self.sides(unet))
+            condition = GlideCondition(embeds, null_embeds() if stage_scale != 1.0 else None, maps)
+            drawn = self.run_stage(
+                Stage(name, unet, scheduler, condition, noise, stage_scale),
+                eta=eta,
+                generator=generator,
+                callback=callback_on_step_end,
+                callback_tensors=callback_on_step_end_tensor_inputs,
+                null_embeds=null_embeds,
+            )
+            if self.interrupt:
+                break
+        assert drawn is not None
+        return self.finish_images(drawn, output_type, return_dict)
+
+    def read_conditions(
+        self, *, label_map: Any = None, sketch: Any = None, normals: Any = None, depth: Any = None
+    ) -> Tensor:
+        """What a user has of a condition, as the encoder takes it: (n, channels, side, side) in [-1, 1].
+
+        The arguments are those of a call.
+
+        Raises:
+            TypeError, ValueError: For conditions of another type than the checkpoint's, and malformed ones.
+        """
+        kind = self.config["condition_type"]
+        given = {"label_map": label_map, "sketch": sketch, "normals": normals, "depth": depth}
+        wanted = ("normals", "depth") if kind == "geometry" else (kind,)
+        received = [name for name, value in given.items() if value is not None]
+        if set(received) != set(wanted):
+            raise ValueError(
+                f"This checkpoint draws from {' and '.join(f'`{name}`' for name in wanted)}; received"
+                f" {', '.join(received) or 'nothing'}."
+            )
+        side = self.encoder.config["sample_size"]
+        if kind == "label_map":
+            palette = self.label_palette
+            labels = label_batch(label_map, len(palette), palette=palette.tolist())
+            colors = np.stack([colorize_labels(one, palette) for one in labels.cpu().numpy()])
+            pixels = torch.from_numpy(colors).permute(0, 3, 1, 2).float()
+            return (_nearest(pixels, side) / 255 - 0.5) / 0.5
+        if kind == "sketch":
+            lines = mask_values(sketch, "sketch") >= 1  # grey pixels are no lines
+            lines = _nearest(lines[:, None].float(), side)[:, 0] > 0
+            if not bool(lines.flatten(1).any(dim=1).all()):
+                logger.warning(
+                    "`sketch` has no lines (pure white pixels): that is the null condition, so the image is drawn"
+                    " freely. Lines are white on black."
+                )
+            return (distance_map(lines)[:, None].float() / 255 - 0.5) / 0.5
+        return _nearest(geometry_condition(_normals(normals), _depths(depth)), side)
+
+    def encode_conditions(self, conditions: Tensor, encoder: PITIEncoder | None = None) -> Tensor:
+        """Tokens and the vector behind them, (n, l + 1, d).
+
+        Args:
+            conditions: as `read_conditions` gives them.
+            encoder: one of the pipeline's two, by default the base stage's.
+        """
+        check_parts(self, "a condition", "encoder")
+        encoder = self.encoder if encoder is None else encoder
+        conditions = conditions.to(device=self._execution_device, dtype=encoder.dtype)
+        tokens, vector = encoder(conditions, return_dict=False)
+        return torch.cat([tokens, vector[:, None]], dim=1)
+
+    def null_embeds(self, batch_size: int, encoder: PITIEncoder | None = None) -> Tensor:
+        """What stands for "no condition", an image of ones, encoded: (batch_size, l + 1, d)."""
+        encoder = self.encoder if encoder is None else encoder
+        side = encoder.config["sample_size"]
+        null = torch.ones(1, encoder.config["in_channels"], side, side)
+        return self.encode_conditions(null, encoder).expand(batch_size, -1, -1)
+
+    def check_components(self) -> None:
+        """All components fit: the U-Nets take what the encoders give, and those what the checkpoint draws from."""
+        check_parts(self, "a condition", "encoder", "unet", "scheduler")
+        self.check_stages()
+        if self.upscales:
+            check_parts(self, "the upsampler", "upscale_encoder")
+        kind = self.config["condition_type"]
+        encoders = {"base": self.encoder, "upscale": self.upscale_encoder}
+        for name, unet, _ in self.stage_parts():
+            prefix, encoder = ("" if name == "base" else "upscale_"), encoders[name]
+            if encoder.config["in_channels"] != CONDITION_TYPES[kind]:
+                raise ValueError(
+                    f"`{prefix}encoder` takes {encoder.config['in_channels']} channels, but a condition of type"
+                    f" {kind!r} has {CONDITION_TYPES[kind]}: load the encoder of this condition."
+                )
+            if encoder.config["sample_size"] != self.encoder.config["sample_size"]:
+                raise ValueError(
+                    f"`upscale_encoder` takes conditions of {encoder.config['sample_size']} pixels, `encoder` of"
+                    f" {self.encoder.config['sample_size']}: load the pair that was trained together."
+                )
+            width, wanted = encoder.config["hidden_size"], unet.config["cross_attention_dim"]
+            if width != wanted:
+                raise ValueError(
+                    f"`{prefix}unet` attends to tokens of width {wanted}, `{prefix}encoder` gives {width}: load the"
+                    " pair that was trained together."
+                )
+            channels = CHANNELS if name == "base" else 2 * CHANNELS
+            if unet.config["in_channels"] != channels:
+                raise ValueError(
+                    f"`{prefix}unet` takes {unet.config['in_channels']} channels, a stage {name} has {channels}."
+                )
+
+
+def truncate_to_8_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1] on the grid of 8 bits, the next darker value each: so the authors save the small image."""
+    return (127.5 * (images.clamp(-1, 1) + 1)).floor() / 127.5 - 1
+
+
+def _nearest(values: Tensor, side: int) -> Tensor:
+    return F.interpolate(values, size=(side, side), mode="nearest")
+
+
+def _normals(normals: Any) -> Tensor:
+    """Unit normals (n, 3, H, W); pictures hold them as colours."""
+    if isinstance(normals, (np.ndarray, Tensor)) and torch.as_tensor(normals).is_floating_point():
+        values = torch.as_tensor(normals)
+        return values[None] if values.ndim == 3 else values
+    return image_batch(normals, "normals") * 2 - 1
+
+
+def _depths(depth: Any) -> Tensor:
+    """Metres (n, H, W)."""
+    if not isinstance(depth, (np.ndarray, Tensor)):
+        raise TypeError(
+            f"`depth` is {type(depth).__name__}: expected a float array or tensor (H, W) or (n, H, W) of metres. A"
+            " picture does not say what its grey values mean."
+        )
+    values = torch.as_tensor(depth)
+    return values[None] if values.ndim == 2 else values

@@ -1,0 +1,207 @@
+"""GLIDE and PITI: two stages, inpainting, what conditions become, what is refused. Recorded numbers: tests/parity."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from pipelines.tiny_glide import LABELS, PALETTE, SIDE, tiny_condition, tiny_decoder, tiny_glide, tiny_piti
+from pipelines.tiny_ldm import tiny_mask, tiny_picture
+
+from diffusers_ext import NormalizedCFGScheduler, PITIPipeline, RespacedScheduler
+from diffusers_ext.conditions.geometry import geometry_condition
+from diffusers_ext.conditions.sketches import distance_map
+from diffusers_ext.pipelines.piti.pipeline_piti import truncate_to_8_bits
+
+
+def run(pipe, seed=0, **options):
+    call = {"num_inference_steps": 3, "output_type": "pt"} | options
+    if pipe.upscales:
+        call = {"upscale_num_inference_steps": 2} | call
+    return pipe(generator=torch.Generator().manual_seed(seed), **call).images
+
+
+def test_both_stages_report_their_steps():
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((pipe.stage, step, pipe.num_timesteps, pipe.guidance_scale, tuple(tensors["latents"].shape)))
+
+    images = run(tiny_glide(), prompt=["a red circle", "a star"], callback_on_step_end=watch, guidance_scale=2.0)
+    assert images.shape == (2, 3, 16, 16)
+    assert seen == [("base", k, 3, 2.0, (2, 3, 8, 8)) for k in range(3)] + [
+        ("upscale", k, 2, 1.0, (2, 3, 16, 16)) for k in range(2)
+    ]
+
+
+def test_an_interrupted_run_ends_with_what_its_stage_has():
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+
+    assert run(tiny_glide(), prompt="a star", callback_on_step_end=stop).shape == (1, 3, 8, 8)
+
+
+def test_respacings_and_the_checkpoints_own_steps():
+    pipe, seen = tiny_glide(), []
+    pipe.scheduler = RespacedScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", timestep_respacing="4"
+    )
+    pipe.upscale_scheduler = RespacedScheduler(
+        variance_type="learned_range", sampler="ddim", timestep_respacing="2,1,1"
+    )
+    pipe(
+        "a star",
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipe, step, t, tensors: seen.append((pipe.stage, int(t))),
+    )
+    assert len([t for stage, t in seen if stage == "base"]) == 4
+    assert [t for stage, t in seen if stage == "upscale"] == [667, 334, 333, 0]
+    with pytest.raises(ValueError, match="`timestep_respacing` is 'often'"):
+        pipe("a star", num_inference_steps="often")
+
+
+def test_the_kept_part_of_an_image_stays():
+    pipe = tiny_glide(inpaint=True)
+    picture = tiny_picture(1)
+    images = run(pipe, prompt="a star", image=picture, mask_image=tiny_mask())
+    known = torch.tensor(list(picture.tobytes())).view(16, 16, 3).permute(2, 0, 1) / 255
+    torch.testing.assert_close(images[0, :, :, :8], known[:, :, :8], atol=0.02, rtol=0)
+    assert (images[0, :, :, 8:] - known[:, :, 8:]).abs().mean() > 0.1
+
+
+def test_encoders_run_once_a_call():
+    pipe, calls = tiny_piti(), []
+    for encoder in (pipe.encoder, pipe.upscale_encoder):
+        encoder.register_forward_hook(lambda module, *_: calls.append(module))
+    run(pipe, **tiny_condition(), guidance_scale=2.0)
+    assert calls == [pipe.encoder, pipe.encoder, pipe.upscale_encoder]  # condition and null, then the upsampler's
+
+
+def test_label_ids_and_their_colours_are_one_condition():
+    pipe, labels = tiny_piti(), tiny_condition()["label_map"]
+    colours = Image.fromarray(torch.tensor(PALETTE, dtype=torch.uint8)[labels].numpy())
+    assert torch.equal(pipe.read_conditions(label_map=labels), pipe.read_conditions(label_map=colours))
+    expected = torch.tensor(PALETTE)[labels].permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(pipe.read_conditions(label_map=labels), expected)
+
+
+def test_sketches_become_distance_maps_and_none_is_the_null_condition(caplog):
+    pipe, sketch = tiny_piti("sketch"), tiny_condition("sketch")["sketch"]
+    found = pipe.read_conditions(sketch=sketch)
+    torch.testing.assert_close(found[0], distance_map(sketch[None] > 0).float() / 127.5 - 1)
+    assert not caplog.records
+    empty = pipe.read_conditions(sketch=Image.new("L", (SIDE, SIDE), 200))  # grey is no line
+    assert torch.equal(empty, torch.ones_like(empty))
+    assert "`sketch` has no lines" in caplog.text and "null condition" in caplog.text
+
+
+def test_geometry_has_normals_then_depth_in_colours():
+    given = tiny_condition("geometry")
+    depth = given["depth"].clone()
+    depth[0] = 0  # unknown
+    found = geometry_condition(given["normals"][None], depth[None])
+    assert found.shape == (1, 6, SIDE, SIDE) and found.abs().max() <= 1
+    assert (found[0, 3:, 0] == -1).all()
+    near, far = (found[0, 3:].flatten(1)[:, depth.flatten() == d].mean(1) for d in (depth[1:].min(), depth.max()))
+    assert near[2] > near[0] and far[0] > far[2]  # blue is near, red is far
+
+
+def test_normalised_guidance_by_the_scheduler():
+    plain, pipe = tiny_piti(upscale=False), tiny_piti(upscale=False)
+    pipe.scheduler = NormalizedCFGScheduler(pipe.scheduler)
+    condition = tiny_condition()
+    assert torch.equal(run(pipe, **condition, guidance_scale=1.0), run(plain, **condition, guidance_scale=1.0))
+    normalised = run(pipe, **condition, guidance_scale=8.0, output_type="latent")
+    guided = run(plain, **condition, guidance_scale=8.0, output_type="latent")
+    assert not torch.equal(normalised, guided)
+
+
+def test_saves_and_loads_with_options(tmp_path):
+    pipe = tiny_piti()
+    pipe.scheduler = NormalizedCFGScheduler(pipe.scheduler, guidance_scale=2.0)
+    pipe.save_pretrained(tmp_path)
+    loaded = PITIPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.label_palette.tolist() == PALETTE and type(loaded.scheduler) is NormalizedCFGScheduler
+    torch.testing.assert_close(run(loaded, **tiny_condition()), run(pipe, **tiny_condition()))
+    assert PITIPipeline(**pipe.components | {"upscale_unet": None}).upscales is False
+
+
+def test_eight_bits_are_cut_not_rounded():
+    grey = torch.tensor([-1.2, -1.0, 0.0, 0.0039, 0.999, 1.0])
+    assert ((truncate_to_8_bits(grey) + 1) * 127.5).round().tolist() == [0, 0, 127, 127, 254, 255]
+
+
+GEOMETRY = tiny_condition("geometry")
+
+
+@pytest.mark.parametrize(
+    "build, call, error, message",
+    [
+        (tiny_piti, {}, ValueError, "draws from `label_map`; received nothing"),
+        (tiny_piti, tiny_condition("sketch"), ValueError, "draws from `label_map`; received sketch"),
+        (
+            tiny_piti,
+            {"label_map": torch.tensor([[0, LABELS + 3]])},
+            ValueError,
+            rf"`label_map` .*{LABELS + 3}.*0 to {LABELS - 1}",
+        ),
+        (
+            lambda: tiny_piti("geometry"),
+            GEOMETRY | {"depth": torch.full((SIDE, SIDE), math.nan)},
+            ValueError,
+            f"`depth` holds {SIDE * SIDE} values that are not finite",
+        ),
+        (lambda: tiny_piti("geometry"), GEOMETRY | {"depth": -GEOMETRY["depth"]}, ValueError, "`depth` goes down to"),
+        (
+            lambda: tiny_piti("geometry"),
+            GEOMETRY | {"depth": GEOMETRY["depth"][:8]},
+            ValueError,
+            r"`normals` has shape .* and `depth` \(1, 8, 32\)",
+        ),
+        (lambda: tiny_piti("geometry"), GEOMETRY | {"normals": 3 * GEOMETRY["normals"]}, ValueError, "unit vectors"),
+        (lambda: tiny_piti("geometry"), GEOMETRY | {"depth": tiny_picture()}, TypeError, "`depth` is Image"),
+        (
+            lambda: tiny_piti("geometry"),
+            GEOMETRY | {"depth": torch.ones(SIDE, SIDE, dtype=torch.int64)},
+            TypeError,
+            "`depth` is torch.int64",
+        ),
+        (tiny_glide, {"prompt": "a", "image": tiny_picture()}, ValueError, "draws whole images"),
+        (lambda: tiny_glide(inpaint=True), {"prompt": "a"}, ValueError, "`image` is None, .* fills parts"),
+        (
+            lambda: tiny_glide(upscale=False),
+            {"prompt": "a", "upscale_num_inference_steps": 2},
+            ValueError,
+            "the pipeline has no `upscale_unet`",
+        ),
+        (tiny_glide, {"prompt": "a", "latents": torch.zeros(1, 3, 4, 4)}, ValueError, r"`latents` must have shape"),
+        (tiny_glide, {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, ValueError, "`negative_prompt` holds 3"),
+    ],
+)
+def test_bad_input_is_refused_before_a_network_runs(build, call, error, message):
+    pipe = build()
+    for network in (pipe.unet, getattr(pipe, "encoder", None), getattr(pipe, "text_encoder", None)):
+        if network is not None:
+            network.register_forward_pre_hook(lambda *_: pytest.fail("a network ran"))
+    with pytest.raises(error, match=f"(?s){message}"):
+        pipe(**call, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"upscale_unet": tiny_decoder(3, 16)}, "`upscale_unet` takes 3 channels"),
+        ({"unet": tiny_decoder(6)}, "`unet` takes 6 channels"),
+        ({"condition_type": "sketch"}, "`encoder` takes 3 channels, but a condition of type 'sketch' has 1"),
+        ({"upscale_encoder": None}, "without upscale_encoder"),
+        ({"upscale_scheduler": None}, "without upscale_scheduler"),
+    ],
+)
+def test_components_that_do_not_fit_are_named(change, message):
+    pipe = tiny_piti()
+    pipe = PITIPipeline(**pipe.components | {"label_palette": PALETTE} | change)
+    with pytest.raises(ValueError, match=message):
+        pipe(**tiny_condition())
+    with pytest.raises(ValueError, match="`condition_type` is 'text'"):
+        PITIPipeline(**pipe.components, condition_type="text")
