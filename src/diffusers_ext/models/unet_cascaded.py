@@ -361,7 +361,7 @@ class CascadedUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         """Starts every block as the identity, the prediction at 0, and all levels alike, as the original does."""
         last: list[nn.Module] = [self.conv_out]
         last += [module.conv2 for module in self.modules() if isinstance(module, ResnetBlock2D)]
-        last += [module.to_out[0] for module in self.modules() if isinstance(module, Attention)]
+        last += [module.to_out[0] for module in self.modules() if isinstance(module, Attention)]  # type: ignore[index]
         last += [] if self.aug_embedding is None else [self.aug_embedding.linear_2]
         for module in last:
             _zero(module)
