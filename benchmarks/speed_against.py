@@ -73,6 +73,8 @@ def main() -> None:
         order = (args.root.resolve(), ROOT) if pair % 2 == 0 else (ROOT, args.root.resolve())
         found = {root: measured(root, args.repeats) for root in order}
         pairs.append((found[args.root.resolve()], found[ROOT]))
+        seconds = [(round(pairs[-1][0][name], 3), round(pairs[-1][1][name], 3)) for name in RUNS]
+        print(f"pair {pair + 1}: {seconds}", file=sys.stderr, flush=True)
     print(f"| call | {args.root.name}, CPU s | here, CPU s | ratio | of {args.pairs} pairs, lowest to highest |")
     print("|---|---|---|---|---|")
     for name in RUNS:
