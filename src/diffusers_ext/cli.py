@@ -99,6 +99,7 @@ def build_parser() -> Parser:
     sample.add_argument("--guidance", type=float, help="guidance scale")
     sample.add_argument("--eta", type=float, help="noise of DDIM's steps, 0 to 1")
     sample.add_argument("--strength", type=float, help="how much of an image is drawn anew, 0 to 1")
+    sample.add_argument("--noise_level", type=float, help="steps of noise between the stages of a cascade")
     sample.add_argument("--height", type=int, help="height of the images in pixels")
     sample.add_argument("--width", type=int, help="width of the images in pixels")
     sample.add_argument("--device", help="where to compute (default: a GPU where there is one)")

@@ -40,6 +40,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     scheduler: Any
 
     has_null_condition: Any = True  # whether the network can be guided: it was also trained without its condition
+    _needs_condition = True  # whether a call has to say what to draw, in any of its arguments
     _usual_guidance_scale: float = 1.0  # the authors', where neither the call nor the checkpoint names one
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0

@@ -32,6 +32,7 @@ ARGUMENTS = {
     "guidance": ("guidance_scale",),
     "eta": ("eta",),
     "strength": ("strength",),
+    "noise_level": ("noise_level",),
     "height": ("height",),
     "width": ("width",),
     "caption": ("data_type",),
@@ -128,7 +129,9 @@ def _missing(pipeline: type[HousePipeline], given: Set[str]) -> str:
     if needed:
         return " and ".join(_option(option) for option in needed)
     conditions = [option for option in taken if option in CONDITIONS and option != "mask"]
-    if "batch_size" in parameters or given & set(conditions):  # the first draws without a condition
+    if (
+        "batch_size" in parameters or not pipeline._needs_condition or given & set(conditions)
+    ):  # the first draws without a condition
         return ""
     return " or ".join(_option(option) for option in conditions)
 

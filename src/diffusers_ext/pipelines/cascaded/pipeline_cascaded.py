@@ -75,6 +75,7 @@ class CascadedDiffusionPipeline(HousePipeline):
 
     _pipeline_tag = "unconditional-image-generation"
     _card_tags = ("cascaded-diffusion",)
+    _needs_condition = False  # a network without classes draws anything
     _optional_components = list(STAGES)
     _callback_tensor_inputs = CascadedStage._callback_tensor_inputs
 

@@ -35,6 +35,7 @@ class CascadedBasePipeline(CascadedStage):
     """
 
     _card_tags = ("cascaded-diffusion",)
+    _needs_condition = False  # a network without classes draws anything
 
     def __init__(
         self,
