@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines.contract import CASES, ONE_EACH
+from pipelines.contract import CASES, ONE_EACH, networks
 from pipelines.tiny_ldm import tiny_labels, tiny_mask
 from pipelines.tiny_paella import tiny_picture
 
@@ -25,6 +25,9 @@ WORDS = {  # case -> what a user writes
     "ldm-semantic": ["--map", "map.png"],
     "ldm-upscale": ["--image", "small.png"],
     "ldm-inpaint": ["--image", "image.png", "--mask", "mask.png"],
+    "cascaded": ["--class_label", "star", "--noise_level", "101"],
+    "cascaded-base": ["--class_label", "2"],
+    "cascaded-upscale": ["--image", "small.png", "--class_label", "star", "--noise_level", "0"],
     "versatile-edit": ["a red circle", "--negative_prompt", "a blue star", "--image", "image.png"],
     "versatile-text-to-image": ["a red circle"],
 }
@@ -133,9 +136,7 @@ def test_info_of_every_pipeline_says_what_its_checkpoint_draws(files, capsys):
         assert cli.main(["info", name]) == 0
         told = capsys.readouterr().out.splitlines()
         assert saved._pipeline_tag and told[0].startswith(saved._pipeline_tag) and CASES[name].pipeline in told[0]
-        total = sum(
-            p.numel() for part in saved.components.values() if hasattr(part, "parameters") for p in part.parameters()
-        )
+        total = sum(p.numel() for network in networks(saved).values() for p in network.parameters())
         assert any(line.startswith("all: ") and f" {total:,} parameters" in line for line in told), told
 
 

@@ -294,7 +294,7 @@ def describe(folder: str) -> str:
     for part in parts:
         kind = index[part.name][-1] if isinstance(index[part.name], list) else "?"
         lines.append("  " + _part(part.name, kind, part))
-    lines.append(_part("all", f"{len(parts)} components", path, pattern="*/*.safetensors", among=parts))
+    lines.append(_part("all", f"{len(parts)} components", path, among=parts))
     for part in folders:
         if part not in parts and (part / LORA_WEIGHT_NAME_SAFE).is_file():
             lines.append(_part("adapter", f"--lora {part}", part))
@@ -315,9 +315,9 @@ def _card_facts(path: Path) -> list[str]:
     return [f"{name}: {value}" for name, value in facts.items() if value]
 
 
-def _part(name: str, kind: str, path: Path, pattern: str = "*.safetensors", among: Sequence[Path] = ()) -> str:
-    """A line about a folder's weights."""
-    weights = [file for file in sorted(path.glob(pattern)) if not among or file.parent in among]
+def _part(name: str, kind: str, path: Path, among: Sequence[Path] = ()) -> str:
+    """A line about the weights in a folder and, of a cascade's stage, in those below it."""
+    weights = [file for folder in among or [path] for file in sorted(folder.rglob("*.safetensors"))]
     if not weights:
         return f"{name}: {kind}"
     count, size = sum(map(_count, weights)), sum(file.stat().st_size for file in weights)
