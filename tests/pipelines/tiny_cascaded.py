@@ -13,6 +13,25 @@ from diffusers_ext.schedulers.scheduling_truncated_conditioning import Truncated
 
 CLASSES = ["circle", "square", "star"]
 SIZES = (8, 16, 32)
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "attention_levels": (False, True),
+    "num_heads": 2,
+    "norm_num_groups": 8,
+}
+UPSCALER = {"sample_size": 16, "low_res_channels": 3, "aug_cond_type": "timestep"}
+
+
+def tiny_cascaded_unet(**changes: Any) -> CascadedUNet:
+    """A network alone: for 8 x 8 pixels, or with `**UPSCALER` to make 16 x 16 of them; no weight is zero."""
+    unet = CascadedUNet(**{**TINY, **changes}).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return unet
 
 
 def tiny_scheduler(**changes: Any) -> TruncatedConditioningScheduler:
@@ -25,18 +44,14 @@ def tiny_unet(stage: int, *, seed: int = 0, classes: bool = True, **changes: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 10 * stage)
         unet = CascadedUNet(
-            **{
+            **TINY
+            | {
                 "sample_size": SIZES[stage],
                 "out_channels": 6,
-                "block_out_channels": (16, 32),
-                "layers_per_block": 1,
-                "attention_levels": (False, True),
-                "num_heads": 2,
                 "num_class_embeds": len(CLASSES) + 1 if classes else None,
                 "null_class": len(CLASSES) if classes else None,
                 "low_res_channels": 3 if stage else 0,
                 "aug_cond_type": "timestep" if stage else None,
-                "norm_num_groups": 8,
             }
             | changes
         )
