@@ -16,7 +16,9 @@ A shell line is checked by its first words (environment assignments in front are
 Anything else fails: a new kind of line needs a rule here.
 """
 
+import ast
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -35,18 +37,17 @@ import torch
 from diffusers_ext import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "training/README.md",
-        "benchmarks/README.md",
-        "CONTRIBUTING.md",
-        "docs/gallery.md",
-        "docs/paella_sampling.md",
-        "docs/versatile_diffusion.md",
-    )
-]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"] + sorted(
+    path for folder in ("training", "docs", "benchmarks", "checkpoints/*") for path in ROOT.glob(f"{folder}/*.md")
+)
+# Their Python runs in tests/conversion/test_weights_page*.py, on stand-ins for the authors' files.
+ON_STAND_INS = {"weights_ldm.md", "weights_paella.md", "weights_versatile.md"}
+# `runs/<name>` in a block -> the words after `train_ldm.py ldm-smoke.yaml` that make it, in seconds.
+TRAINED = {
+    "ldm-smoke": [],
+    "ldm-smoke-maps": ["--task", "semantic", "--output_dir", "runs/ldm-smoke-maps"],
+    "ldm-smoke-inpainting": ["--task", "inpainting", "--output_dir", "runs/ldm-smoke-inpainting"],
+}
 PRESETS = sorted((ROOT / "training" / "presets").glob("*.yaml"))
 
 # `-paper-` preset -> the recipe's functions that build the networks from the parsed arguments, and the exact counts.
@@ -126,7 +127,9 @@ def blocks(document: Path, *languages: str) -> list[tuple[str, str]]:
 def python_sections() -> list[tuple[str, str]]:
     """("document: heading", the heading's blocks one after another)."""
     sections: dict[str, list[str]] = {}
-    for document in filter(Path.exists, DOCUMENTS):
+    for document in DOCUMENTS:
+        if document.name in ON_STAND_INS:
+            continue
         for heading, text in blocks(document, "python", "py"):
             sections.setdefault(f"{document.relative_to(ROOT)}: {heading}", []).append(text)
     return [(name, "\n".join(texts)) for name, texts in sections.items()]
@@ -135,7 +138,7 @@ def python_sections() -> list[tuple[str, str]]:
 def shell_lines() -> list[tuple[str, str]]:
     """("document:line", command) with continued lines joined; comments and prompts dropped."""
     found = []
-    for document in filter(Path.exists, DOCUMENTS):
+    for document in DOCUMENTS:
         for _, text in blocks(document, "shell", "bash", "sh", "console"):
             for line in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -177,14 +180,50 @@ def test_python_blocks_run(code, hub, tmp_path):
             shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {k: v for k, v in {**os.environ, **hub.env(tmp_path / "home")}.items() if v is not None}
     for name in set(re.findall(r"runs/([\w.-]+)", code)):
-        if name == "ldm-smoke":  # seconds: trained here
-            train = [sys.executable, "training/train_ldm.py", "training/presets/ldm-smoke.yaml"]
+        if name in TRAINED:
+            train = [sys.executable, "training/train_ldm.py", "training/presets/ldm-smoke.yaml", *TRAINED[name]]
             subprocess.run(train, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
         else:
             shutil.copytree(ROOT / "checkpoints" / "paella-scenes-64", clone / "runs" / name)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, f"{code}\n---\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_links_lead_somewhere(document):
+    """Files and headings that a document links to are there; addresses on the web are not asked."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if anchor:
+            assert anchor in headings(path), f"{document.name} links to {target}; there are {sorted(headings(path))}"
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    found = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_every_document_is_reached_from_the_index():
+    """docs/README.md links to every other document in docs/."""
+    linked = set(re.findall(r"\]\(([\w.]+\.md)\)", (ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} == linked
+
+
+@pytest.mark.parametrize("code", [code for name, code in SECTIONS if not name.startswith("README.md")])
+def test_blocks_that_sample_have_a_seed(code):
+    """Every call whose images or texts a block takes has a generator."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and node.attr in ("images", "texts") and isinstance(node.value, ast.Call):
+            words = {keyword.arg for keyword in node.value.keywords}
+            common = None in words and "generator" in code  # pipe(prompt, **common)
+            assert "generator" in words or common, ast.unparse(node)
 
 
 def check_line(words: list[str]) -> None:
@@ -207,9 +246,7 @@ def check_line(words: list[str]) -> None:
             assert set(options) <= set(re.findall(r"--\w[\w-]*", cli_help(rest)))
         case [python, *rest] if re.fullmatch(r"(\.venv/bin/)?python3?", python):
             target = rest[:2] if rest[0] == "-m" else rest[:1]
-            result = subprocess.run([sys.executable, *target, "--help"], cwd=ROOT, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            assert set(options) <= set(re.findall(r"--\w[\w-]*", result.stdout))
+            assert set(options) <= set(re.findall(r"--\w[\w-]*", program_help(*target)))
         case [pip, "install", *_] if pip.endswith("pip"):
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             named = {
@@ -220,6 +257,14 @@ def check_line(words: list[str]) -> None:
             pass
         case _:
             raise AssertionError(f"no rule for {words[0]!r}: give tests/test_readme.py one")
+
+
+@functools.cache  # documents name the same programs again and again
+def program_help(*target: str) -> str:
+    """What `python <target> --help` prints."""
+    result = subprocess.run([sys.executable, *target, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def cli_help(words: list[str]) -> str:
