@@ -1,5 +1,6 @@
 """train_cascaded.py: each stage alone, its augmentations, its networks, and the chain that validation draws."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import train_cascaded
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from diffusers_ext import CascadedUNet, CascadedUpscalePipeline
+from diffusers_ext import CascadedBasePipeline, CascadedDiffusionPipeline, CascadedUNet, CascadedUpscalePipeline
 from diffusers_ext.data.annotations import NamedRows
 from diffusers_ext.degradations.resizing import resize
 from diffusers_ext.losses.diffusion import VariationalLoss
@@ -18,6 +19,7 @@ from diffusers_ext.training.cascaded.data import Classes, Reader, load_rows
 from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import DataArgs
+from diffusers_ext.training_utils.lora import LORA_FILE
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -329,3 +331,98 @@ def test_a_size_that_the_network_cannot_halve_is_refused(tmp_path):
         ValueError, match="--resolution=18 is no multiple of 4, as the U-Net halves it 2 times; the ne"
     ):
         train(BASE, tmp_path, "--resolution", "18", "--block_out_channels", "8", "8", "8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages, and the chain that validation draws
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Folders of classes."""
+    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(24):
+        place = folder / ("cat", "dog", "fox")[number % 3]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    return folder
+
+
+def sides(pictures: Path, low: int | None, side: int) -> list[str]:
+    small = [] if low is None else ["--low_resolution", str(low)]
+    return ["--train_data_dir", str(pictures), "--resolution", str(side), *small]
+
+
+@pytest.fixture(scope="module")
+def base(pictures, tmp_path_factory) -> Path:
+    """A trained base stage of 8 pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        return train(BASE, tmp_path_factory.mktemp("stages") / "base", *sides(pictures, None, 8))
+
+
+def sheet(folder: Path, side: int) -> tuple[int, int]:
+    """Columns and rows of the validation's pictures, which have 2 pixels around each."""
+    width, height = Image.open(folder / "validation-1.png").size
+    return (width - 2) // (side + 2), (height - 2) // (side + 2)
+
+
+def test_a_stage_is_drawn_in_the_chain_of_its_neighbours(base, pictures, tmp_path):
+    """From a folder below and one above, while the middle one trains; each result is a stage on its own."""
+    top = train(UPSCALE, tmp_path / "top", *sides(pictures, 16, 32))
+    alone = train(UPSCALE, tmp_path / "alone", *sides(pictures, 8, 16))
+    words = [*sides(pictures, 8, 16), "--stages_before", str(base), "--stages_after", str(top)]
+    middle = train(UPSCALE, tmp_path / "middle", *words, "--noise_level", "12")
+    # small pictures, what becomes of them and the truth; then base, middle and top, all as large as the largest
+    assert sheet(alone, 16) == sheet(middle, 32) == (2, 3)
+    logged = [json.loads(line) for line in (alone / "log.jsonl").read_text().splitlines()]
+    assert "validation_psnr" in logged[-1] and "validation_loss" in logged[-1]
+    stage = CascadedUpscalePipeline.from_pretrained(middle)
+    assert (stage.config["low_res_size"], stage.config["default_noise_level"]) == (8, 12)
+    assert stage.class_names == ["cat", "dog", "fox"] and stage.config["augmentation"] == "truncated"
+    cascade = CascadedDiffusionPipeline.from_stages([str(base), str(middle), str(top)])
+    cascade.set_progress_bar_config(disable=True)
+    assert cascade("dog", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 32)
+
+
+def test_stages_that_do_not_chain_are_refused_before_the_first_step(base, pictures, tmp_path):
+    words = [*sides(pictures, 16, 32), "--stages_before", str(base)]
+    with pytest.raises(ValueError, match="--stages_before.*The stages do not chain: upscale_1 takes images of 16x16"):
+        train(UPSCALE, tmp_path / "run", *words)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="a cascade has at most 3 stages here"):
+        train(UPSCALE, tmp_path / "run", "--stages_after", *["x"] * 3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="`num_inference_steps`"):
+        train(UPSCALE, tmp_path / "run", "--num_inference_steps", "200")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_base_that_stops_early_and_the_stage_that_takes_its_noise(pictures, tmp_path):
+    """One level for both: it is in their configs, and in no embedding."""
+    steps = ["--num_inference_steps", "10"]
+    below = train(BASE, tmp_path / "base", "--min_timestep", "40", *steps, *sides(pictures, None, 8))
+    pipe = CascadedBasePipeline.from_pretrained(below)
+    assert pipe.config["min_timestep"] == 40 and pipe.usual_stop_level == 40
+    level = ["--truncation_level", "40", "--augmentation", "truncated"]
+    words = [*steps, *sides(pictures, 8, 16), "--stages_before", str(below)]
+    above = train(UPSCALE, tmp_path / "above", *level, *words)
+    assert sheet(above, 16) == (2, 2)  # what the base leaves, and what becomes of it
+    stage = CascadedUpscalePipeline.from_pretrained(above)
+    assert stage.config["truncation_level"] == 40 and stage.unet.config["aug_cond_type"] is None
+    assert stage.resolve_noise_level(None) == 40
+    with pytest.raises(ValueError, match="was trained at level 40 alone"):
+        stage.resolve_noise_level(0)
+
+
+def test_lora_trains_matrices_alone_and_an_unconditional_stage_has_no_classes(base, pictures, tmp_path):
+    data = sides(pictures, None, 8)
+    words = [*data, "--pretrained_model_name_or_path", str(base), "--learning_rate", "0.1"]
+    result = train(BASE, tmp_path / "lora", *words, "--rank", "2")
+    assert (result / LORA_FILE).is_file()
+    before, after = (CascadedUNet.from_pretrained(folder, subfolder="unet").state_dict() for folder in (base, result))
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert before.keys() == after.keys() and changed and all(before[name].ndim == 2 for name in changed)
+    free = train(BASE, tmp_path / "free", *data, "--condition", "unconditional", "--loss_type", "mse")
+    pipe = CascadedBasePipeline.from_pretrained(free)
+    assert pipe.num_classes is None and pipe.unet.config["out_channels"] == 3 and sheet(free, 8) == (2, 1)

@@ -49,13 +49,16 @@ def build_unet(args: CascadedArgs, *, sample_size: int | None = None, num_labels
     )
 
 
-def build_scheduler(args: CascadedArgs) -> RespacedScheduler:
-    """New noise levels of the stage's own images, sampled as ADM does."""
-    return adm_scheduler(
+def build_scheduler(args: CascadedArgs) -> RespacedScheduler | TruncatedConditioningScheduler:
+    """New noise levels of the stage's own images, sampled as ADM does; a base with `--min_timestep` stops there."""
+    scheduler = adm_scheduler(
         args.beta_schedule,
         num_train_timesteps=args.num_train_timesteps,
         variance_type="learned_range" if args.loss_type == "hybrid" else "fixed_small",
     )
+    if not args.min_timestep:
+        return scheduler
+    return TruncatedConditioningScheduler(scheduler, stop_level=args.min_timestep)
 
 
 def build_conditioning_scheduler(args: CascadedArgs) -> TruncatedConditioningScheduler:

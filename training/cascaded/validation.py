@@ -1,4 +1,4 @@
-"""What train_cascaded.py shows as it runs: the loss of held-out images, and what the stage draws."""
+"""What train_cascaded.py shows as it runs: the loss of held-out images, and what the cascade draws."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,10 @@ from torch.nn import functional as F
 
 from diffusers_ext.data.annotations import NamedRows
 from diffusers_ext.evaluation.image_quality import picture_grid, psnr
+from diffusers_ext.pipelines.cascaded.chain import STAGES, plan_run
+from diffusers_ext.pipelines.cascaded.pipeline_cascaded import CascadedDiffusionPipeline
+from diffusers_ext.pipelines.cascaded.sources import StageSource
+from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import TrainArgs
@@ -18,6 +22,108 @@ from diffusers_ext.training_utils.checkpoints import replace_file
 from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses
 
 LOSS_SAMPLES = 64  # held-out pictures for the loss
+
+
+@dataclass
+class Neighbours:
+    """The stage that is trained, in its place among those that `--stages_before` and `--stages_after` name.
+
+    Neighbours are read when their turn comes and freed after it. Without stages below it, an upscaling stage starts
+    from given small images.
+
+    Args:
+        pipe: The stage.
+        args: The options.
+    """
+
+    pipe: Any
+    args: CascadedArgs
+
+    def __post_init__(self):
+        before, after = self.args.stages_before or [], self.args.stages_after or []
+        first = 1 if self.args.upscales and not before else 0
+        if first + len(before) + 1 + len(after) > len(STAGES):
+            raise ValueError(
+                f"--stages_before={before} and --stages_after={after}: with this one a cascade has at most "
+                f"{len(STAGES) - first} stages here."
+            )
+        self.needs_image = first == 1
+        self.own = STAGES[first + len(before)]
+        self.names = STAGES[first : first + len(before) + 1 + len(after)]
+        places = dict(zip(self.names, [*before, None, *after], strict=True))
+        self.others = {name: place for name, place in places.items() if place is not None}
+        self.cascade = CascadedDiffusionPipeline(**{self.own: self.pipe}, hub_stages=self.others)
+        self.cascade.set_progress_bar_config(disable=True)
+        # a base alone stops where its training did, which in a cascade only the next stage could ask it for
+        self.is_alone = self.names == ("base",)
+
+    def call(self, labels: list[int] | None, low: Tensor | None, count: int) -> dict[str, Any]:
+        """What the cascade is called with.
+
+        Args:
+            labels: Classes of `count` images.
+            low: Small images (count, 3, h, w) in [-1, 1], for a cascade that starts from such.
+        """
+        args = self.args
+        if self.is_alone:
+            return {
+                "class_labels": labels,
+                "num_inference_steps": args.num_inference_steps,
+                "guidance_scale": args.guidance_scale,
+                "num_images_per_prompt": count if labels is None else 1,
+            }
+        drawn_freely = labels is None and not self.needs_image
+        return {
+            "class_labels": labels,
+            "image": (low + 1) / 2 if self.needs_image and low is not None else None,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": [args.guidance_scale if name == self.own else None for name in self.names],
+            "noise_level": [args.noise_level if name == self.own else None for name in self.names if name != "base"],
+            "num_images_per_prompt": count if drawn_freely else 1,
+        }
+
+    def check(self, labels: list[int] | None, low: Tensor | None) -> None:
+        """Refuses now what the cascade would refuse after hours.
+
+        Raises:
+            ValueError: Stages that do not chain, or a guidance, a number of steps or a level that does not fit.
+        """
+        call, side = self.call(labels, low, 1), self.pipe.unet.config["sample_size"]
+        parts = {name: StageSource(self.others[name]) if name in self.others else self.pipe for name in self.names}
+        try:
+            if self.is_alone:
+                self.pipe.check_components()
+                steps, scale = call["num_inference_steps"], call["guidance_scale"]
+                self.pipe.check_inputs(1, side, side, num_inference_steps=steps, guidance_scale=scale)
+                self.pipe.set_timesteps(steps, None)
+                return
+            images = call.pop("image")
+            plan_run(
+                parts,
+                **call,
+                images=images,
+                prompt=None,
+                conditioning_mode=None,
+                start_stage=None,
+                stop_stage=None,
+                eta=0.0,
+                generator=None,
+                latents=None,
+            )
+        except ValueError as error:
+            options = "--stages_before, --stages_after, --guidance_scale, --noise_level or --num_inference_steps"
+            raise ValueError(f"{options}: {error}") from error
+
+    def draw(self, labels: list[int] | None, low: Tensor | None, count: int) -> list[Tensor]:
+        """Images (count, 3, h, w) in [-1, 1] of every stage, in order; image k depends on k alone."""
+        generator = [torch.Generator().manual_seed(i) for i in range(count)]
+        options: dict[str, Any] = {"generator": generator, "output_type": "pt"}
+        if self.is_alone:
+            drawn = [self.pipe(**self.call(labels, low, count), **options).images]
+        else:
+            made = self.cascade(**self.call(labels, low, count), **options, return_intermediates=True).intermediates
+            drawn = list((made or {}).values())
+        return [2 * images.float().to(self.pipe.device) - 1 for images in drawn]
 
 
 @dataclass
@@ -31,35 +137,35 @@ class Validation:
     accelerator: Accelerator
 
     def __post_init__(self):
-        """Refuses before the first step what the pipeline would refuse after it.
+        """Refuses before the first step what the pipelines would refuse after it.
 
         Raises:
-            ValueError: The guidance, the number of steps or the level does not fit the stage.
+            ValueError: See `Neighbours`.
         """
         self.pipe, self.args = self.objective.pipe, self.objective.args
-        args, side = self.args, self.reader.data.resolution
-        try:
-            self.pipe.check_components()
-            self.pipe.check_inputs(
-                1, side, side, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale
-            )
-            self.pipe.set_timesteps(args.num_inference_steps, None)
-            if args.upscales:
-                self.pipe.resolve_noise_level(args.noise_level)
-        except ValueError as error:
-            raise ValueError(f"--guidance_scale, --num_inference_steps or --noise_level: {error}") from error
+        self.neighbours = Neighbours(self.pipe, self.args)
+        (batch, _), *_ = self.batches(1)
+        self.neighbours.check(*self.conditions(batch))
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Figures after this step; the samples become `validation-<step>.png`."""
+        """Figures after this step; the samples become `validation-<step>.png`.
+
+        The sheet has a row for each stage; where a cascade starts from small images these come first, and the true
+        large ones last.
+        """
         self.pipe.to(self.accelerator.device)
         with self.accelerator.autocast():
             losses = mean_losses(self.objective, self.batches(LOSS_SAMPLES, self.train.train_batch_size), step)
         count = min(self.args.num_validation_images, len(self.rows))
         (batch, _), *_ = self.batches(count)
-        shown, figures = self.draw(batch)
-        side = max(images.shape[-1] for images in shown)
-        rows = [F.interpolate(images, (side, side)) for images in shown]  # nearest: pixels stay pixels
-        sheet = picture_grid(torch.cat(rows), columns=count if len(rows) > 1 else min(count, 8))
+        rows = self.neighbours.draw(*self.conditions(batch), count)
+        figures = {}
+        if self.neighbours.needs_image:
+            figures = {"validation_psnr": psnr(rows[0], batch["image"])}
+            rows = [batch["low"], *rows, batch["image"]]
+        side = max(images.shape[-1] for images in rows)
+        shown = torch.cat([F.interpolate(images, (side, side)) for images in rows])  # nearest: pixels stay pixels
+        sheet = picture_grid(shown, columns=count if len(rows) > 1 else min(count, 8))
         replace_file(Path(self.train.output_dir) / f"validation-{step}.png", sheet.save)
         return losses | figures
 
@@ -68,24 +174,7 @@ class Validation:
         read, device = self.reader.without_augmentation(), self.accelerator.device
         return first_rows(self.rows, count, read, self.train.seed, batch_size=batch_size, device=device)
 
-    def draw(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, float]]:
-        """The rows of a sheet, each (b, 3, h, w) in [-1, 1], and the peak signal-to-noise ratio of enlarged images.
-
-        Of an upscaler: held-out small images, what it makes of them, and the true large ones.
-        """
-        images, args = batch["image"], self.args
-        call: dict[str, Any] = {
-            "class_labels": batch["label"].tolist() if "label" in batch else None,
-            "guidance_scale": args.guidance_scale,
-            "num_inference_steps": args.num_inference_steps,
-            "generator": [torch.Generator().manual_seed(i) for i in range(len(images))],
-            "output_type": "pt",
-        }
-        if args.upscales:
-            low = batch["low"]
-            made = 2 * self.pipe((low + 1) / 2, noise_level=args.noise_level, **call).images.float() - 1
-            return [low, made, images], {"validation_psnr": psnr(made, images)}
-        if call["class_labels"] is None:
-            call["num_images_per_prompt"] = len(images)
-        made = self.pipe(**call, stop_level=args.min_timestep or None).images
-        return [2 * made.float() - 1], {}
+    @staticmethod
+    def conditions(batch: dict[str, Tensor]) -> tuple[list[int] | None, Tensor | None]:
+        """Classes and small images of a batch, as far as the stage has them."""
+        return batch["label"].tolist() if "label" in batch else None, batch.get("low")
