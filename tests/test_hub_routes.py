@@ -4,10 +4,12 @@ The routes of the README and of `diffusers-ext export-hub`, each for all pipelin
 a result of every recipe. Loads of one kind share a fresh process, since starting one takes longer than all of them.
 """
 
+import json
 import pickle
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,6 +19,7 @@ from pipelines.contract import CASES, ONE_EACH, assert_alike, networks, sample
 from pipelines.tiny_ldm import tiny_mask, tiny_picture
 from safetensors.torch import load_file
 
+import diffusers_ext
 from diffusers_ext import cli
 from diffusers_ext.training_utils.hub import export_self_contained, push_folder
 from diffusers_ext.training_utils.saved_folders import read_saved
@@ -141,6 +144,31 @@ for repo, (name, _) in calls.items():
     for route in ("class", "generic"):
         for repo, wanted in calls.items():
             assert_same(results[route, repo], wanted)
+
+
+def test_a_cascade_of_stages_that_are_named_on_the_hub(pushed, online, tmp_path):
+    """Read in their turn, saved as names, and found again by both routes; and one that is pushed as a whole."""
+    names = ["user/cascaded-base", "user/cascaded-upscale"]
+    pipe = diffusers_ext.CascadedDiffusionPipeline.from_stages(names, stage_by_stage=True)
+    pipe.save_pretrained(tmp_path / "names")
+    index = json.loads((tmp_path / "names" / "model_index.json").read_text())
+    assert [index["base"], index["upscale_1"]] == names
+    assert not (tmp_path / "names" / "base").exists()
+    pipe.push_to_hub("user/cascade-of-names")
+    whole = "user/cascaded"
+    loaded = [
+        pipe,
+        diffusers_ext.CascadedDiffusionPipeline.from_pretrained(tmp_path / "names"),
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "names"),
+        diffusers.DiffusionPipeline.from_pretrained("user/cascade-of-names"),
+        diffusers_ext.CascadedDiffusionPipeline.from_pretrained("user/cascade-of-names", stage_by_stage=True),
+        diffusers_ext.CascadedDiffusionPipeline.from_pretrained(whole, stage_by_stage=True),
+    ]
+    for one in loaded:
+        one.set_progress_bar_config(disable=True)
+        assert_alike(sample(one, "cascaded"), pushed[whole][2])
+    with pytest.raises(ValueError, match="'user/nothing' holds no pipeline"):
+        diffusers_ext.CascadedDiffusionPipeline.from_stages(["user/nothing"], stage_by_stage=True)(1)
 
 
 def test_every_exported_pipeline_needs_no_import_and_every_class_finds_itself(pushed, load):

@@ -111,6 +111,31 @@ def build_parser() -> Parser:
     info.add_argument("folder", help="a saved pipeline, or its name on the Hub")
     info.set_defaults(run=run_info)
 
+    search = commands.add_parser(
+        "search-truncation",
+        help="measure a cascade over levels of noise between its stages, and draw the curve",
+        description="Draws the same images at each level, truncated and non-truncated, and measures them. The clean "
+        "low-resolution images are drawn once for all levels of the second form.",
+    )
+    search.add_argument("folder", help="a saved cascade, or its name on the Hub")
+    search.add_argument("--levels", type=float, nargs="+", default=[0, 101, 251, 501, 751, 1000], help="s, 0 is clean")
+    search.add_argument("--modes", nargs="+", default=["truncated", "non_truncated"], help="one form, or both")
+    search.add_argument("--stage", default="upscale_1", help="the stage whose level is varied (default upscale_1)")
+    search.add_argument("--metric", default="frechet", choices=("frechet", "scenes"), help="Frechet distance to "
+                        "real images, or share of images that show their class of the built-in data set")  # fmt: skip
+    search.add_argument("--real", default="scenes", help="folder of real images; default: held-out scenes")
+    search.add_argument("--features", help="saved pipeline whose CLIP sees for the distance; default: 8 x 8 pixels")
+    search.add_argument("--class_labels", nargs="+", help="classes to draw in turn; default: all that the base knows")
+    search.add_argument("--num", type=int, default=64, help="images a level (default 64)")
+    search.add_argument("--batch_size", type=int, default=32)
+    search.add_argument("--steps", type=int, nargs="+", default=[50], help="of all stages, or of each")
+    search.add_argument("--guidance", type=float, help="guidance scale of the varied stage")
+    search.add_argument("--from_real", action="store_true", help="enlarge real images instead of generated ones")
+    search.add_argument("--seed", type=int, default=0)
+    search.add_argument("--device", help="where to compute (default: a GPU where there is one)")
+    search.add_argument("--out", type=Path, default=Path("search-truncation"), help="folder of table and curve")
+    search.set_defaults(run=run_search_truncation)
+
     commands.add_parser("scenes", help="write pictures of the built-in data set as an image folder", add_help=False)
     return parser
 
@@ -202,6 +227,97 @@ def run_info(options: argparse.Namespace) -> int:
     check_trained(options.folder)
     print(drawing.describe(options.folder))
     return 0
+
+
+def run_search_truncation(options: argparse.Namespace) -> int:
+    from torch.nn.functional import interpolate
+
+    from .pipelines.cascaded.search import TruncationSearch, draw_curve, load_cascade
+
+    pipe = load_cascade(options.folder, options.device)
+    side = getattr(pipe, options.stage).unet.config["sample_size"]
+    known = pipe.base.config.get("class_names")
+    names = list(known.values()) if known else list(range(getattr(pipe.base, "num_classes", None) or 0))
+    chosen = [int(label) if label.isdecimal() else label for label in options.class_labels or []] or names
+    labels = [chosen[k % len(chosen)] for k in range(options.num)] if chosen else None
+    real = real_images(options.real, options.num, side)
+    name, metric = truncation_metric(options, real, labels)
+    search = TruncationSearch(
+        pipe,
+        labels,
+        count=options.num,
+        stage=options.stage,
+        num_inference_steps=options.steps[0] if len(options.steps) == 1 else options.steps,
+        guidance_scale=options.guidance,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    low = getattr(pipe, options.stage).config["low_res_size"]
+    points = search.run(
+        options.levels,
+        metric,
+        conditioning_modes=["non_truncated"] if options.from_real else options.modes,
+        image=interpolate(real, (low, low), mode="area") if options.from_real else None,
+    )
+    lines = [f"| conditioning | s | {name} |", "|---|---|---|"]
+    lines += [f"| {point.conditioning_mode} | {point.noise_level:g} | {point.value:.4f} |" for point in points]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    draw_curve(points, options.out / "curve.png", name=name)
+    print(options.out / "curve.png")
+    return 0
+
+
+def real_images(source: str, count: int, side: int) -> Any:
+    """Real images (n, 3, side, side) in [0, 1], cut to squares: held-out scenes, or the first ones of a folder."""
+    import torch
+
+    from .conditions.images import image_batch, resize_images
+    from .data import scenes
+    from .data.image_folder import decode_image
+
+    if source == "scenes":
+        held_out = (scenes.sample_scene(0, index, split="validation") for index in range(count))
+        return image_batch([scenes.render(scene, side) for scene in held_out])
+    paths = sorted(
+        path for path in Path(source).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
+    if not paths:
+        raise ValueError(f"--real {source!r} holds no images: name a folder of them, or scenes.")
+    images = []
+    for path in paths[:count]:
+        picture = decode_image(str(path))
+        edge = min(picture.size)
+        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+        square = image_batch(picture.crop((left, top, left + edge, top + edge)))
+        images.append(resize_images(square, side, side))
+    return torch.cat(images)
+
+
+def truncation_metric(options: argparse.Namespace, real: Any, labels: list | None) -> tuple[str, Any]:
+    """The name of the measure, and the measure of images (n, 3, H, W) in [0, 1]."""
+    from .data import scenes, scenes_verifier
+    from .evaluation.frechet import frechet_distance
+    from .evaluation.picture_features import clip_features, pixel_features
+
+    if options.metric == "frechet":
+        see = pixel_features if options.features is None else clip_features(options.features)
+        seen, seer = see(real), "8 x 8 pixels" if options.features is None else Path(options.features).name
+        return f"Frechet distance, {seer}", lambda images: frechet_distance(see(images), seen)
+    if labels is None or not all(label in scenes.CLASS_NAMES for label in labels):
+        raise ValueError("--metric scenes reads the classes of the built-in data set, such as 'red circle'.")
+    wanted = [scenes.parse_caption(f"a {label}") for label in labels]
+
+    def share(images: Any) -> float:
+        pictures = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
+        verdicts = [
+            scenes_verifier.check(scenes_verifier.read_picture(picture), objects).shape_and_color
+            for picture, objects in zip(pictures, wanted, strict=True)
+        ]
+        return sum(verdicts) / len(verdicts)
+
+    return "share that shows its class", share
 
 
 def check_trained(folder: str) -> None:
