@@ -28,6 +28,8 @@ WORDS = {  # case -> what a user writes
     "cascaded": ["--class_label", "star", "--noise_level", "101"],
     "cascaded-base": ["--class_label", "2"],
     "cascaded-upscale": ["--image", "small.png", "--class_label", "star", "--noise_level", "0"],
+    "glide": ["a red circle", "--guidance", "2"],
+    "piti": ["--map", "map.png"],
     "versatile-edit": ["a red circle", "--negative_prompt", "a blue star", "--image", "image.png"],
     "versatile-text-to-image": ["a red circle"],
 }
@@ -167,6 +169,15 @@ def test_one_checkpoint_is_drawn_with_the_mode_that_the_options_ask_for(files, c
         assert cli.main(["sample", "saved", *words, "--steps", "2", "--out", f"{pipeline}.png"]) == 0
         settings = json.loads(Image.open(f"{pipeline}.png").info["diffusers_ext"])
         assert settings["pipeline"] == pipeline and settings["image"] == "image.png"
+
+
+def test_sketches_are_files_too(files):
+    CASES["piti-upscaled"].build().save_pretrained("saved")
+    sketch = Image.new("L", (32, 32))
+    sketch.paste(255, (4, 9, 20, 10))
+    sketch.save("sketch.png")
+    assert cli.main(["sample", "saved", "--sketch", "sketch.png", "--steps", "2", "--out", "a.png"]) == 0
+    assert json.loads(Image.open("a.png").info["diffusers_ext"])["sketch"] == "sketch.png"
 
 
 def test_the_settings_in_a_picture_are_whole(files):

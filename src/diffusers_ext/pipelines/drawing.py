@@ -25,6 +25,9 @@ ARGUMENTS = {
     "image": ("image",),
     "mask": ("mask_image", "image_masks"),
     "map": ("label_map",),
+    "sketch": ("sketch",),
+    "normals": ("normals",),
+    "depth": ("depth",),
     "boxes": ("boxes",),
     "class_label": ("class_labels",),
     "num": ("num_images_per_prompt", "batch_size"),
@@ -38,12 +41,12 @@ ARGUMENTS = {
     "caption": ("data_type",),
 }
 SETTINGS = "diffusers_ext"  # key of the settings in a PNG's metadata
-CONDITIONS = ("prompt", "image", "mask", "map", "boxes", "class_label")
+CONDITIONS = ("prompt", "image", "mask", "map", "sketch", "normals", "depth", "boxes", "class_label")
 MAKES = (
     "A training makes such a folder (`accelerate launch training/train_<recipe>.py <preset>`), and so do"
     " `save_pretrained` of a pipeline and `diffusers-ext convert`."
 )
-FILES = ("image", "mask", "map")  # options that name a file
+FILES = ("image", "mask", "map", "sketch", "normals", "depth")  # options that name a file
 
 
 def pipeline_class(folder: str) -> type[HousePipeline]:
@@ -217,7 +220,7 @@ def draw(
     saved = pipeline_class(folder)
     pipeline = choose_mode(saved, options)
     arguments = call_arguments(pipeline, options)
-    for name in ("image", "mask_image", "image_masks", "label_map"):
+    for name in (name for option in FILES for name in ARGUMENTS[option]):
         if name in arguments:
             path = Path(arguments[name])
             if not path.is_file():
