@@ -11,7 +11,7 @@ import torch
 import diffusers_ext
 from diffusers_ext.schedulers.gaussian import ldm_scheduler, scheduler_chain, scheduler_setting, step_arguments
 
-ADAPTERS = ["TruncatedConditioningScheduler"]
+ADAPTERS = ["NormalizedCFGScheduler", "TruncatedConditioningScheduler"]
 EACH = pytest.mark.parametrize("name", ADAPTERS)
 
 

@@ -99,7 +99,7 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
             ValueError: For a level that the sampler does not reach with these steps (lists those that it does), a
                 sampler for which stopping is unsound, and what the sampler itself refuses.
         """
-        stops = stop_level if isinstance(stop_level, (list, tuple)) else [stop_level]
+        stops: list[Any] = list(stop_level) if isinstance(stop_level, (list, tuple)) else [stop_level]
         stops = [self.config["stop_level"] if level is None else level for level in stops]
         if not stops:
             raise ValueError("`stop_level` is an empty list: pass a level, 0 for the clean end.")

@@ -153,7 +153,7 @@ def _running(
     last = list(parts)[-1] if stop_stage is None else stop_stage
     if STAGES.index(first) > STAGES.index(last):
         raise ValueError(f"`stop_stage` is {last!r}, which comes before {first!r}, where the run starts.")
-    names = list(STAGES[STAGES.index(first) : STAGES.index(last) + 1])
+    names: list[str] = [*STAGES[STAGES.index(first) : STAGES.index(last) + 1]]
     missing = [name for name in names if name not in parts]
     if missing:
         raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from ...conditions.images import image_batch
@@ -241,7 +241,8 @@ class CascadedDiffusionPipeline(HousePipeline):
         index.pop("hub_stages", None)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
-            self._push(folder, **{"repo_id": folder.name} | upload)
+            options: dict[str, Any] = {"repo_id": folder.name} | upload
+            self._push(folder, **options)
 
     # --- what diffusers' pipelines do for networks, done for the stages in memory
 
@@ -383,14 +384,14 @@ class CascadedDiffusionPipeline(HousePipeline):
             generator=generator,
             latents=latents,
         )
-        run = {
+        run: dict[str, Any] = {
             "eta": eta,
             "generator": generator,
             "callback_on_step_end": callback_on_step_end,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
         # 2. Stage by stage
-        samples: Tensor | None = None  # what the next stage takes, in [-1, 1]
+        samples: Any = None  # what the next stage takes, (b, 3, h, w) in [-1, 1]
         if pictures is not None:
             samples = (2 * pictures - 1).repeat_interleave(num_images_per_prompt, dim=0)
         shown: dict[str, Any] = {}
@@ -401,7 +402,8 @@ class CascadedDiffusionPipeline(HousePipeline):
                     samples = self._draw(stage, plan, num_images_per_prompt, run | texts | {"latents": latents})
                 else:
                     encode = partial(plan.encode, stage, samples, num_images_per_prompt, generator)
-                    samples = stage.run(  # pyright: ignore[reportAssignmentType]  # one level, one tensor
+                    assert plan.size is not None  # only a first stage of another kind has no size
+                    samples = stage.run(
                         plan.batch_size,
                         plan.size,
                         encode,

@@ -117,6 +117,7 @@ class CascadedUpscalePipeline(CascadedStage):
         if noise_level is None:
             choices = (self.config["default_noise_level"], fixed, 0)
             noise_level = next(level for level in choices if level is not None)
+        assert noise_level is not None
         check_level("noise_level", noise_level, 10**9)
         if fixed is not None and noise_level != fixed:
             raise ValueError(

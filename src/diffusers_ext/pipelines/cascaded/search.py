@@ -125,14 +125,15 @@ class TruncationSearch:
 
     def _before(self, batch: range, generator: list[torch.Generator], stop_stage: str) -> Tensor:
         """What a stage before the varied one finished, (b, 3, h, w) in [-1, 1]."""
-        samples = self.pipe(
+        samples: Any = self.pipe(
             self._classes(batch),
             num_images_per_prompt=1 if self.class_labels is not None else len(batch),
             num_inference_steps=self.num_inference_steps,
             generator=generator,
             stop_stage=stop_stage,
             output_type="latent",
-        ).images
+            return_dict=False,
+        )[0]
         return samples.clamp(-1, 1)
 
     def _finished(self) -> list[Tensor]:

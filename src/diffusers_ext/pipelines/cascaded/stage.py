@@ -196,7 +196,7 @@ class CascadedStage(HousePipeline):
         Raises:
             ValueError: For a level below `min_timestep`.
         """
-        levels = list(stop_level) if isinstance(stop_level, (list, tuple)) else [stop_level]
+        levels: list[Any] = list(stop_level) if isinstance(stop_level, (list, tuple)) else [stop_level]
         levels = [self.usual_stop_level if level is None else level for level in levels]
         lowest = self.config.get("min_timestep", 0)
         below = [level for level in levels if isinstance(level, (int, float)) and level < lowest]
