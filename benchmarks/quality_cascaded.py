@@ -75,7 +75,8 @@ def one_or_each(values: list | None, default: object = None) -> object:
 def draw(args: argparse.Namespace) -> dict[str, Tensor]:
     """Images (n, 3, h, w) in [0, 1] by stage."""
     folders = args.checkpoints
-    if len(folders) == 1:
+    whole = CascadedDiffusionPipeline.load_config(folders[0])["_class_name"] == CascadedDiffusionPipeline.__name__
+    if whole and len(folders) == 1:
         pipe = CascadedDiffusionPipeline.from_pretrained(folders[0], dtype=torch.float32)
     else:
         pipe = CascadedDiffusionPipeline.from_stages(folders)
