@@ -97,6 +97,7 @@ AUTO = {
     "ldm-text": {TEXT: "LDMTextPipeline"},
     "ldm-upscale": {IMAGE: "LDMUpscalePipeline"},
     "ldm-inpaint": {INPAINT: "LDMInpaintPipeline"},
+    "cascaded-upscale": {IMAGE: "CascadedUpscalePipeline"},
     "versatile-edit": {IMAGE: "VersatileEditPipeline"},
     "versatile-text-to-image": dict.fromkeys((TEXT, IMAGE), "VersatilePipeline"),
 }

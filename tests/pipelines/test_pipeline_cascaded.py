@@ -199,6 +199,19 @@ def test_the_sampler_of_adm_runs_as_itself():
     torch.testing.assert_close(images, sample)
 
 
+def test_a_sampler_that_guides_stops_as_well():
+    pipe = tiny_cascade(2)
+    plain = draw(pipe, guidance_scale=3.0)
+    held = pipe.base.scheduler.scheduler
+    pipe.base.scheduler = TruncatedConditioningScheduler(diffusers_ext.NormalizedCFGScheduler(held))
+    normalised = draw(pipe, guidance_scale=3.0)
+    assert bool(normalised.isfinite().all()) and not torch.equal(normalised, plain)
+    pipe.base.scheduler = diffusers_ext.NormalizedCFGScheduler(TruncatedConditioningScheduler(held))
+    assert torch.equal(draw(pipe, guidance_scale=3.0), normalised)
+    pipe.base.scheduler = TruncatedConditioningScheduler(held)
+    assert torch.equal(draw(pipe, guidance_scale=3.0), plain)
+
+
 # --- a first stage of another kind
 
 
