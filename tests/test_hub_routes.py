@@ -280,6 +280,15 @@ def trained(online, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+def test_a_stage_is_trained_in_the_chain_of_one_on_the_hub(trained, tmp_path):
+    """`--stages_before` takes the name that the stage below was pushed to."""
+    preset = ROOT / "training" / "presets" / "cascaded-upscale-smoke.yaml"
+    words = ["--stages_before", "user/trained-cascaded", "--max_train_steps", "1", "--output_dir", str(tmp_path)]
+    __import__("train_cascaded").main([str(preset), *words])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (tmp_path / "validation-1.png").is_file()
+
+
 def test_a_result_of_every_recipe_loads_from_where_it_was_uploaded(trained, online, load):
     """By the lines of its card, in a fresh process: the weights that lie in the trainer's folder."""
     calls = {f"user/trained-{recipe}": (recipe, None) for recipe in RECIPES}
