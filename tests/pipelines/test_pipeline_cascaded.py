@@ -286,7 +286,7 @@ def test_stage_by_stage_no_more_than_one_is_in_memory(tmp_path):
 
     assert torch.equal(draw(pipe, callback_on_step_end=look), wanted)
     assert seen == {"base": 1, "upscale_1": 1, "upscale_2": 1} and len(live_networks()) == before
-    pipe.load_stages("upscale_1")
+    pipe.load_stages("upscale_1")  # stays
     assert pipe.base is None and pipe.upscale_1.unet is not None
     assert torch.equal(draw(pipe), wanted)
     # what was never read is copied, and nothing else is left beside it

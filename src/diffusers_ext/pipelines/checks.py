@@ -148,8 +148,9 @@ def check_decoded(values: Tensor, what: str, pipe: Any) -> None:
 
 def _advice(pipe: Any) -> str:
     kinds = sorted({str(part.dtype) for part in pipe.components.values() if hasattr(part, "dtype")})
+    listed = "; ".join([*filter(None, [", ".join(kinds)]), ""])  # a cascade's stages may be out of memory again
     return (
-        f"Check the components' dtype ({', '.join(kinds)}; float16 may overflow: try bfloat16 or float32), their"
+        f"Check the components' dtype ({listed}float16 may overflow: try bfloat16 or float32), their"
         " weights and the guidance scale."
     )
 
