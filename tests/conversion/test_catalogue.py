@@ -7,6 +7,7 @@ from conversion.test_ldm_pipeline import CASES, KL, original
 from conversion.test_versatile import stable_diffusion
 from conversion.versatile_originals import original_weights, tiny_unet
 from open_clip.model import CLIP
+from pipelines.tiny_paella import tiny_tokenizer
 from safetensors.torch import load_file
 
 from diffusers_ext.conversion.catalogue import KINDS
@@ -36,6 +37,12 @@ FILES = [
     ("paella-vqgan-f4", lambda: recorded("paella/v3_vqgan_f4"), {}),
     ("open-clip", open_clip, {"vision_heads": 2, "text_heads": 3}),
     ("adm", lambda: recorded("cdm/unet_iddpm_style_uncond"), {"resolution": 16, "num_heads": 2}),
+    (
+        "glide",
+        lambda: recorded("piti/glide_base_unet"),
+        {"num_heads": [4], "num_head_channels": [16], "tokenizer": tiny_tokenizer()},
+    ),
+    ("piti", lambda: recorded("piti/piti_mask"), {"num_heads": [4], "num_head_channels": [16]}),
     ("ldm", lambda: whole_ldm("cin256-v2"), {"release": "cin256-v2", "use_ema": False}),
     ("ldm", lambda: whole_ldm("layout2img-openimages256"), {"release": "layout2img-openimages256", "use_ema": False}),
     ("ldm", lambda: whole_ldm("semantic_synthesis256"), {"release": "semantic_synthesis256", "use_ema": False}),

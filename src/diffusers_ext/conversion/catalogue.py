@@ -63,6 +63,18 @@ def adm(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
     return [("", convert_adm_pipeline(weights, **options))]
 
 
+def glide(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
+    from .glide import convert_glide_pipeline
+
+    return [("", convert_glide_pipeline(weights, **options))]
+
+
+def piti(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
+    from .piti import convert_piti_pipeline
+
+    return [("", convert_piti_pipeline(weights, **options))]
+
+
 def ldm(weights: Mapping[str, Any], **options: Any) -> list[tuple[str, Any]]:
     from .ldm_pipeline import convert_ldm_pipeline
 
@@ -114,6 +126,26 @@ _USE_EMA = {
     "help": "averaged weights or not, instead of those if there are any",
 }
 _NUM_HEADS = {"type": int, "help": "heads of every attention, if not 8"}
+_TWO_STAGES = {
+    "num_heads": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "heads of the transformers of base and upsampler, if not their width / 64",
+    },
+    "num_head_channels": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "width of each head in the U-Nets of base and upsampler, if not 64",
+    },
+    "resolution": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "side of the images of base and upsampler, if not 64 256",
+    },
+}
 
 KINDS = {
     "paella-unet": Kind(
@@ -160,6 +192,32 @@ KINDS = {
             "beta_schedule": {"choices": adm_releases.BETA_SCHEDULES, "help": "of the training, if not linear"},
             "num_train_timesteps": {"type": int, "help": "of the training, if not 1000"},
             "timestep_respacing": {"help": "steps to sample with, if not 250"},
+        },
+    ),
+    "glide": Kind(
+        "a base model of GLIDE with or without its upsampler, also for inpainting, which become a pipeline",
+        glide,
+        {
+            "upsampler": {"metavar": "FILE", "help": "upsample.pt, or upsample_inpaint.pt beside base_inpaint.pt"},
+            "tokenizer": {"help": "folder or name of GPT-2's tokenizer, if not gpt2"},
+            **_TWO_STAGES,
+        },
+    ),
+    "piti": Kind(
+        "a base model of PITI with or without its upsampler, or a first-stage encoder, which become a pipeline",
+        piti,
+        {
+            "upsampler": {"metavar": "FILE", "help": "upsample_mask.pt or upsample_edge.pt"},
+            "decoder": {"metavar": "FILE", "help": "OpenAI's base.pt of GLIDE, beside an encoder alone"},
+            "condition_type": {
+                "choices": ("label_map", "sketch", "geometry"),
+                "help": "what the model draws from; its channels tell, this checks it",
+            },
+            "guidance": {
+                "choices": ("normalized", "plain"),
+                "help": "the paper's, the default, or that of the released code",
+            },
+            **_TWO_STAGES,
         },
     ),
     "ldm": Kind(

@@ -5,15 +5,32 @@ Nichol et al., arXiv 2112.10741; openai/glide-text2im@69b5307 (code and weights 
 same U-Net (arXiv 2205.12952), so its converter shares `convert_glide_unet`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..models.encoder_glide_text import GlideTextEncoder
+from ..pipelines.glide.pipeline_glide import GlidePipeline
+from ..schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from .adm import adm_rules, adm_sizes, split_heads
-from .keys import Rules, build_empty, count_heads, count_keys, load_strict, rename_keys, require, unwrap_state_dict
+from .keys import (
+    Rules,
+    build_empty,
+    count_heads,
+    count_keys,
+    load_original,
+    load_strict,
+    rename_keys,
+    require,
+    unwrap_state_dict,
+)
+
+GPT2_TOKENIZER = "gpt2"  # of all released models
+BASE_CHANNELS, UPSAMPLER_CHANNELS = (3, 7), (6, 10)  # into the first convolution; the second for inpainting
 
 TEXT_KEYS = ("transformer.*", "token_embedding.*", "positional_embedding", "padding_embedding", "final_ln.*")
 
@@ -51,6 +68,149 @@ def split_transformer(weights: Mapping[str, Tensor], heads: int) -> dict[str, Te
         else:
             split[key] = value
     return split
+
+
+def is_text_key(key: str) -> bool:
+    """Whether a weight belongs to the text tower."""
+    return key.startswith(tuple(name.rstrip("*") for name in TEXT_KEYS))
+
+
+def glide_kind(weights: Mapping[str, Any]) -> Literal["GLIDE", "PITI", "PITI encoder"] | None:
+    """Whose file it is by its names: GLIDE's, a whole PITI model's, or that of an encoder of PITI's first stage."""
+    if "encoder.cls_token" in weights:
+        return "PITI"
+    if "cls_token" in weights:
+        return "PITI encoder"
+    return "GLIDE" if "token_embedding.weight" in weights else None
+
+
+def convert_glide_pipeline(
+    state_dict: Mapping[str, Any],
+    *,
+    upsampler: str | os.PathLike | Mapping[str, Any] | None = None,
+    tokenizer: str | PreTrainedTokenizerBase | None = None,
+    num_heads: Sequence[int] | None = None,
+    num_head_channels: Sequence[int] | None = None,
+    resolution: Sequence[int] | None = None,
+) -> GlidePipeline:
+    """A base model, and an upsampler if there is one, with the released samplers and the tokenizer of GPT-2.
+
+    Args:
+        state_dict: original weights of `base.pt` or `base_inpaint.pt`.
+        upsampler: those of `upsample.pt`, or `upsample_inpaint.pt` beside an inpainting base, or the file.
+        tokenizer: GPT-2's, or its folder or name on the Hub.
+        num_heads: attention heads of the text tower; each is 64 wide unless given. One number for both stages, or one
+            of each; the next two likewise.
+        num_head_channels: width of each head of the U-Nets, if not 64.
+        resolution: side of the images, if not 64 and 256.
+
+    Raises:
+        ValueError: for a file of another kind or stage; listing keys that are unknown, missing, misshaped or not
+            finite; for stages that do not belong together.
+    """
+    base = unwrap_state_dict(state_dict)
+    _check_glide(base, "The checkpoint", BASE_CHANNELS)
+    large = None if upsampler is None else unwrap_state_dict(read_weights(upsampler))
+    if large is not None:
+        _check_glide(large, "`upsampler`", UPSAMPLER_CHANNELS)
+    heads = one_of_each("num_heads", num_heads)
+    widths = one_of_each("num_head_channels", num_head_channels, 64)
+    sides = one_of_each("resolution", resolution)
+    parts: dict[str, Any] = {
+        "text_encoder": convert_glide_text_encoder(base, num_heads=heads[0]),
+        "unet": convert_glide_unet(base, num_head_channels=widths[0], sample_size=sides[0]),
+        "scheduler": base_scheduler("100"),
+        "tokenizer": load_gpt2_tokenizer(tokenizer),
+    }
+    if large is not None:
+        parts |= {
+            "upscale_text_encoder": convert_glide_text_encoder(large, num_heads=heads[1]),
+            "upscale_unet": convert_glide_unet(large, num_head_channels=widths[1], sample_size=sides[1]),
+            "upscale_scheduler": upsampler_scheduler("ddim"),
+        }
+    pipe = GlidePipeline(**parts)
+    pipe.check_components()
+    return pipe
+
+
+def base_scheduler(steps: str) -> RespacedScheduler:
+    """The sampler of a base model of GLIDE or PITI: cosine, learned variance, ancestral."""
+    return adm_scheduler("cosine", timestep_respacing=steps, variance_type="learned_range")
+
+
+def upsampler_scheduler(sampler: Literal["ancestral", "ddim"]) -> RespacedScheduler:
+    """The sampler of an upsampler of GLIDE ("ddim") or PITI ("ancestral"): linear, 27 steps."""
+    return adm_scheduler("linear", timestep_respacing="fast27", variance_type="learned_range", sampler=sampler)
+
+
+def read_weights(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Weights as they are, or out of a file."""
+    return source if isinstance(source, Mapping) else load_original(source)
+
+
+def one_of_each(name: str, values: Sequence[int] | None, default: int | None = None) -> list[int | None]:
+    """What the base and the upsampler take: one number for both, one of each, or the default.
+
+    Raises:
+        ValueError: for more numbers.
+    """
+    given = [default] if values is None else list(values)
+    if len(given) not in (1, 2):
+        raise ValueError(f"`{name}` is {given}: pass one number for both stages, or one of each, the base's first.")
+    return [given[0], given[-1]]
+
+
+def check_stage(weights: Mapping[str, Tensor], name: str, stem: str, channels: Sequence[int]) -> None:
+    """Refuses an upsampler in place of a base model, and the reverse.
+
+    Args:
+        name: what the user passed.
+        stem: key of the first convolution.
+        channels: those that it may take.
+    """
+    given = weights[stem].shape[1]
+    if given not in channels:
+        wanted = "a base model" if channels == BASE_CHANNELS else "an upsampler"
+        raise ValueError(
+            f"{name} takes {given} channels, but {wanted} takes {' or '.join(map(str, channels))}: pass the base model"
+            " as the checkpoint and the upsampler as `upsampler`."
+        )
+
+
+def _check_glide(weights: Mapping[str, Tensor], name: str, channels: Sequence[int]) -> None:
+    stage = glide_kind(weights)
+    if stage in ("PITI", "PITI encoder"):
+        raise ValueError(
+            f"{name} is PITI's, not GLIDE's: it holds {'encoder.' if stage == 'PITI' else ''}cls_token. base.pt of the"
+            " Hub repository tfwang/PITI is a whole PITI model, not OpenAI's base.pt: convert it with"
+            " `diffusers-ext convert piti`, or download OpenAI's."
+        )
+    require(weights, "a GLIDE model", "token_embedding.weight", "input_blocks.0.0.weight")
+    check_stage(weights, name, "input_blocks.0.0.weight", channels)
+
+
+def load_gpt2_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """GPT-2's tokenizer, padding with its end token as GLIDE does unless it has a padding token.
+
+    Args:
+        tokenizer: the tokenizer itself, or a folder or a name on the Hub.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    place = tokenizer or GPT2_TOKENIZER
+    try:
+        found = AutoTokenizer.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(
+            f"`tokenizer` is {place!r}: there is no such folder, and the Hub has it not or is out of reach. Pass a "
+            f"folder with the files of {GPT2_TOKENIZER}."
+        ) from error
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
 
 
 def convert_glide_text_encoder(state_dict: Mapping[str, Any], *, num_heads: int | None = None) -> GlideTextEncoder:
@@ -145,7 +305,7 @@ def convert_glide_unet(
         projection_class_embeddings_input_dim=weights["transformer_proj.weight"].shape[1],
         dropout=dropout,
     )
-    own = {key: value for key, value in weights.items() if not key.startswith(tuple(k.rstrip("*") for k in TEXT_KEYS))}
+    own = {key: value for key, value in weights.items() if not is_text_key(key)}
     rules = [("transformer_proj.*", "class_embedding.*"), *adm_rules(layers, has_attention, _ADDED_KV_ATTENTION)]
     return load_strict(model, rename_keys(_split_attention(own, num_head_channels), rules))
 
