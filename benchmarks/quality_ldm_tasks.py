@@ -4,7 +4,8 @@
 
 Each folder is a pipeline; its class says which task it is, and what is measured:
 
-- text: prompts followed (half with one object, half with two), read by the verifier of `scenes`
+- text: prompts followed (half with one object, half with two), read by the verifier of `scenes`: in shape and colour,
+  and in everything, which adds sizes, places and the number of objects
 - class: pictures whose largest object is what the class names
 - layout: boxes that hold their object: one of its shape and colour whose own box overlaps by half or more
 - semantic: mean intersection over union of the map that the verifier reads

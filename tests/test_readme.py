@@ -2,6 +2,7 @@
 
 Python blocks run in fresh processes, those under one heading together and in order, in a copy of what a
 clone holds, with a double of the Hub; `runs/<name>`, where the shell lines train to, is the bundled checkpoint there.
+README's fine-tuning command is run for two steps, its upload included.
 
 A shell line is checked by its first words (environment assignments in front are skipped):
 
@@ -33,8 +34,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_ext import cli
+from diffusers_ext.data.scenes import full_caption, render, sample_scene
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"] + sorted(
@@ -179,14 +182,40 @@ def test_python_blocks_run(code, hub, tmp_path):
             shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {k: v for k, v in {**os.environ, **hub.env(tmp_path / "home")}.items() if v is not None}
     for name in set(re.findall(r"runs/([\w.-]+)", code)):
-        if name in TRAINED:
-            train = [sys.executable, "training/train_ldm.py", "training/presets/ldm-smoke.yaml", *TRAINED[name]]
-            subprocess.run(train, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
+        if name == "my-finetune":
+            train_as_the_readme_says(clone, environment)
+            shutil.rmtree(clone / "runs")  # what a stranger has is the repository alone
+            pushed = hub.repos["user/my-finetune"].keys()
+            assert {"model_index.json", "README.md", "pytorch_lora_weights.safetensors"} <= pushed
+        elif name in TRAINED:
+            train_here(
+                ["training/train_ldm.py", "training/presets/ldm-smoke.yaml", *TRAINED[name]], clone, environment
+            )
         else:
             shutil.copytree(ROOT / "checkpoints" / "paella-scenes-64", clone / "runs" / name)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, f"{code}\n---\n{result.stdout}{result.stderr}"
+
+
+def train_here(words: list[str], clone: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, *words]
+    result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{words}\n---\n{result.stdout}{result.stderr}"
+
+
+def train_as_the_readme_says(clone: Path, environment: dict[str, str]) -> None:
+    """Runs README's fine-tuning command as it stands, but for two steps, on eight images with text files."""
+    folder = clone / "my" / "images"
+    folder.mkdir(parents=True)
+    for row in range(8):
+        scene = sample_scene(0, row)
+        Image.fromarray(render(scene, 64)).save(folder / f"{row}.png")
+        (folder / f"{row}.txt").write_text(full_caption(scene))
+    (command,) = [text for heading, text in blocks(ROOT / "README.md", "shell") if heading == "Fine-tune"]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["accelerate", "launch"] and {"--rank", "--push_to_hub"} <= set(words)
+    train_here([*words[2:], "--max_train_steps", "2", "--train_batch_size", "2"], clone, environment)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
@@ -215,10 +244,7 @@ def test_every_document_is_reached_from_the_index():
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} == linked
 
 
-# README.md joins them with its next version.
-SEEDED = [
-    (name, code) for name, code in SECTIONS + python_sections(stand_ins=True) if not name.startswith("README.md")
-]
+SEEDED = SECTIONS + python_sections(stand_ins=True)
 
 
 @pytest.mark.parametrize(("name", "code"), SEEDED, ids=[name for name, _ in SEEDED])

@@ -119,12 +119,12 @@ def check_text(bench: Bench) -> list[Row]:
             chance += judge_by_chance(found, wanted, check=check, seed=seed)
         label = "" if scale is None else f", guidance {scale:g}"
         for number, name in ((1, "one object"), (2, "two objects"), (None, "all prompts")):
-            value, without = (
-                share(one.shape_and_color for one in some if number in (None, one.num_objects))
-                for some in (checks, chance)
-            )
+            mine, others = ([one for one in some if number in (None, one.num_objects)] for some in (checks, chance))
             floor = ">= 80 %" if number is None and scale is None else "-"
+            value, without = (share(one.shape_and_color for one in some) for some in (mine, others))
             rows.append(Row("text", f"shape and colour of {name}{label}", value, without, floor))
+            value, without = (share(one.everything for one in some) for some in (mine, others))
+            rows.append(Row("text", f"everything of {name}{label}", value, without))
     return rows
 
 
