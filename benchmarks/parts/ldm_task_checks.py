@@ -123,8 +123,9 @@ def check_text(bench: Bench) -> list[Row]:
             floor = ">= 80 %" if number is None and scale is None else "-"
             value, without = (share(one.shape_and_color for one in some) for some in (mine, others))
             rows.append(Row("text", f"shape and colour of {name}{label}", value, without, floor))
-            value, without = (share(one.everything for one in some) for some in (mine, others))
-            rows.append(Row("text", f"everything of {name}{label}", value, without))
+            if scale is None:
+                value, without = (share(one.everything for one in some) for some in (mine, others))
+                rows.append(Row("text", f"everything of {name}", value, without))
     return rows
 
 
