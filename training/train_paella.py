@@ -27,6 +27,7 @@ from diffusers_ext.training.paella.objective import PaellaObjective
 from diffusers_ext.training.paella.validation import Sheet
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.cache import check_cacheable
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
 from diffusers_ext.training_utils.results import finish
@@ -37,11 +38,7 @@ logger = logging.getLogger(__name__)
 
 def parse_args(argv: list[str] | None = None) -> tuple[PaellaArgs, DataArgs, TrainArgs]:
     args, data, train = parse((PaellaArgs, DataArgs, TrainArgs), argv)
-    if args.cache_dir and (data.random_flip or not data.center_crop):
-        raise ValueError(
-            "--cache_dir keeps one set of tokens a picture, which excludes augmentation: pass --center_crop and leave "
-            "out --random_flip, or leave out --cache_dir."
-        )
+    check_cacheable(args.cache_dir, data, "tokens")
     return args, data, train
 
 

@@ -22,12 +22,12 @@ from diffusers_ext.losses.adversarial import adaptive_weight, hinge_discriminato
 from diffusers_ext.training_utils import lock
 from diffusers_ext.training_utils.adversarial import AdversarialObjective, Opponent, fit_adversarial
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.folders import write_result
 from diffusers_ext.training_utils.hub import NOT_FOR_THE_HUB
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.objective import Objective
 from diffusers_ext.training_utils.optimizers import build_optimizer
 from diffusers_ext.training_utils.plan import LOSS_STREAM, StepPlan, keyed_generator
+from diffusers_ext.training_utils.result_folder import write_result
 from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.stopping import Stop
 

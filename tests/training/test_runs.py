@@ -43,10 +43,10 @@ from diffusers_ext.training_utils import checkpoints, folders
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import CheckpointError
-from diffusers_ext.training_utils.launch import SkippedSteps
 from diffusers_ext.training_utils.log import RunLog
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.objective import Objective
+from diffusers_ext.training_utils.optimizers import SkippedSteps
 from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
 

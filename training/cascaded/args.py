@@ -1,20 +1,12 @@
 """The options of train_cascaded.py, and what can be said against them before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import between, positive
+from diffusers_ext.training_utils.args import between, check_unet_widths, option, positive
 
 Stage = Literal["base", "super_resolution"]
-
-
-def option(default, text: str):
-    """A dataclass field with its line of `--help`."""
-    metadata = {"help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -175,19 +167,7 @@ class CascadedArgs:
         check_guidance_scale(self.guidance_scale)
         if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"--blur_sigma needs two numbers, 0 < first <= second, got {self.blur_sigma}.")
-        widths, levels = self.block_out_channels, len(self.block_out_channels)
-        if not set(self.attention_levels) <= set(range(levels)):
-            raise ValueError(
-                f"--attention_levels={self.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
-            )
-        attended = [widths[level] for level in self.attention_levels] + widths[-1:]  # and the middle
-        for name, value, divided in (
-            ("norm_num_groups", self.norm_num_groups, widths),
-            ("num_heads", self.num_heads, attended),
-            ("num_head_channels", self.head_channels, attended),
-        ):
-            if value and any(width % value for width in divided):
-                raise ValueError(f"--{name}={value} must divide the widths {divided} of --block_out_channels.")
+        check_unet_widths(self, num_heads=self.num_heads, num_head_channels=self.head_channels)
 
     @property
     def upscales(self) -> bool:

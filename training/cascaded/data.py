@@ -101,7 +101,7 @@ class Reader:
 
     def without_augmentation(self) -> "Reader":
         """The one of the validation: the centre, not mirrored."""
-        return replace(self, data=replace(self.data, center_crop=True, random_flip=False))
+        return replace(self, data=self.data.without_augmentation())
 
 
 def make_smaller(image: Tensor, side: int, downsampling: str) -> Tensor:

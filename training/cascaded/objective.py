@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from diffusers_ext.degradations.blur import blur_augmentation
 from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training_utils.objective import Objective, keep_condition
+from diffusers_ext.training_utils.objective import Objective, draw_integers, keep_condition
 
 
 class CascadedObjective(Objective):
@@ -39,7 +39,7 @@ class CascadedObjective(Objective):
         if labels is not None and self.dropout_prob:
             keep = keep_condition(generators, self.dropout_prob).to(labels.device)
             labels = torch.where(keep, labels, self.unet.config["null_class"])
-        timesteps = self.draw(generators, self.args.min_timestep, self.num_timesteps).to(images.device)
+        timesteps = draw_integers(generators, self.args.min_timestep, self.num_timesteps).to(images.device)
         noise = randn_tensor(images.shape, generator=generators, device=images.device)
         low, level = self.augment(batch["low"], generators) if "low" in batch else (None, None)
         noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
@@ -67,12 +67,7 @@ class CascadedObjective(Objective):
         if args.truncation_level is not None:
             return scheduler.corrupt(low, args.truncation_level, generator=generators), None
         is_clean = torch.stack([torch.rand((), generator=g) for g in generators]) < args.clean_prob
-        drawn = self.draw(generators, 1, int(scheduler.config["num_train_timesteps"]) + 1)
+        drawn = draw_integers(generators, 1, int(scheduler.config["num_train_timesteps"]) + 1)
         levels = torch.where(is_clean, 0, drawn)
         told = self.unet.level_of_steps(levels, scheduler.alphas_cumprod)
         return scheduler.corrupt(low, levels, generator=generators), told.to(low.device)
-
-    @staticmethod
-    def draw(generators: list[Generator], first: int, end: int) -> Tensor:
-        """An integer a sample (b,), from `first` to `end` - 1."""
-        return torch.stack([torch.randint(first, end, (), generator=g) for g in generators])

@@ -1,22 +1,14 @@
 """The options of train_ldm.py, and what can be said against them before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import TrainArgs, between, positive
+from diffusers_ext.training_utils.args import TrainArgs, between, check_unet_widths, option, positive
 from diffusers_ext.training_utils.schedules import WarmupDecay
 
 TaskName = Literal["unconditional", "class", "text", "layout", "semantic", "super_resolution", "inpainting"]
 CONTEXT_TASKS = ("class", "text", "layout")  # conditions for cross-attention; the others are concatenated
-
-
-def option(default, text: str):
-    """A dataclass field with its line of `--help`."""
-    metadata = {"help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -166,19 +158,9 @@ class LDMArgs:
             raise ValueError(
                 f"--beta_start={self.beta_start} and --beta_end={self.beta_end}: 0 < start <= end < 1 is needed."
             )
-        levels = len(self.block_out_channels)
-        if not set(self.attention_levels) <= set(range(levels)):
-            raise ValueError(
-                f"--attention_levels={self.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
-            )
-        widths = self.block_out_channels
-        attended = [widths[level] for level in self.attention_levels] + widths[-1:]  # and the middle
-        for name, divided in (
-            ("norm_num_groups", widths), ("attention_head_dim", attended), ("num_attention_heads", attended),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value and any(width % value for width in divided):
-                raise ValueError(f"--{name}={value} must divide the widths {divided} of --block_out_channels.")
+        check_unet_widths(
+            self, attention_head_dim=self.attention_head_dim, num_attention_heads=self.num_attention_heads
+        )
         if self.crop_scale is not None and not (
             len(self.crop_scale) == 2 and 0 <= self.crop_scale[0] <= self.crop_scale[1] <= 1 and self.crop_scale[1]
         ):

@@ -15,7 +15,7 @@ from diffusers_ext.pipelines.ldm.denoising import call_unet
 from diffusers_ext.training.ldm.networks import encode_moments
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.kernels import plain_attention
-from diffusers_ext.training_utils.objective import Objective, draw_posterior, keep_condition
+from diffusers_ext.training_utils.objective import Objective, draw_integers, draw_posterior, keep_condition
 
 
 class LDMObjective(Objective):
@@ -54,7 +54,7 @@ class LDMObjective(Objective):
             latents = draw_posterior(latents, generators)
         device = latents.device
         keep = keep_condition(generators, self.dropout_prob).to(device) if self.dropout_prob else None
-        timesteps = torch.stack([torch.randint(len(self.vlb_weights), (), generator=g) for g in generators]).to(device)
+        timesteps = draw_integers(generators, 0, len(self.vlb_weights)).to(device)
         noise = randn_tensor(latents.shape, generator=generators, device=device)
         found = self.predict(latents, noise, timesteps, self.task.condition(self.pipe, batch), keep)
         losses = latent_diffusion_loss(

@@ -60,7 +60,7 @@ class Validation:
 
     def batches(self, count: int, batch_size: int | None = None) -> Batches:
         """Samples of the first rows, without augmentation."""
-        task = replace(self.task, data=replace(self.task.data, center_crop=True, random_flip=False))
+        task = replace(self.task, data=self.task.data.without_augmentation())
         read, device = partial(read_sample, task=task), self.accelerator.device
         return first_rows(self.rows, count, read, self.train.seed, batch_size=batch_size, device=device)
 

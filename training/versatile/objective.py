@@ -19,7 +19,7 @@ from diffusers_ext.pipelines.versatile.conditions import (
     text_context,
 )
 from diffusers_ext.training.versatile.args import parts_of
-from diffusers_ext.training_utils.objective import Objective, draw_posterior, keep_condition
+from diffusers_ext.training_utils.objective import Objective, draw_integers, draw_posterior, keep_condition
 
 
 @dataclass
@@ -135,8 +135,7 @@ class FlowObjective(Objective):
     ) -> Tensor:
         """The mean squared error of the noise that the U-Net finds in latents (b, ...) of a flow."""
         context_type, data_type = parts_of(flow)
-        last = self.scheduler.config.num_train_timesteps
-        times = torch.stack([torch.randint(last, (), generator=g) for g in generators]).to(clean.device)
+        times = draw_integers(generators, 0, self.scheduler.config.num_train_timesteps).to(clean.device)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
         kept = keep_condition(generators, self.cond_dropout_prob).to(clean.device)
         context = self.encoders.context(flow, batch)

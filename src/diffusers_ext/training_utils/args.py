@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,14 @@ LAUNCHER = {
     "mixed_precision": ("ACCELERATE_MIXED_PRECISION", ("", "no")),
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1", "auto")),
 }
+
+
+def option(default, text: str):
+    """A dataclass field with its line of `--help`."""
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -74,6 +82,10 @@ class DataArgs:
                 "command line replaces the source of a preset."
             )
         positive(self, "resolution", "max_train_samples")
+
+    def without_augmentation(self) -> "DataArgs":
+        """The options of a validation: the centre of the picture, not mirrored."""
+        return replace(self, center_crop=True, random_flip=False)
 
 
 @dataclass
@@ -297,20 +309,20 @@ def apply_launcher(train: TrainArgs, given: Collection[str] = ()) -> None:
     Raises:
         ValueError: the launcher names a precision or an accumulation that there is not.
     """
-    for option, (variable, silent) in LAUNCHER.items():
+    for name, (variable, silent) in LAUNCHER.items():
         told = os.environ.get(variable, "").lower()
-        train.origin.sources[option] = "the command line" if option in given else "the preset"
-        if option in given or told in silent:
+        train.origin.sources[name] = "the command line" if name in given else "the preset"
+        if name in given or told in silent:
             continue
-        if option == "mixed_precision" and told not in PRECISIONS:
+        if name == "mixed_precision" and told not in PRECISIONS:
             raise ValueError(
                 f"The launcher asks for --mixed_precision {told}; the recipes know {', '.join(PRECISIONS)}: pass one "
                 "of them to `accelerate launch` or to the recipe."
             )
-        if option == "gradient_accumulation_steps" and not (told.isdecimal() and int(told) > 0):
+        if name == "gradient_accumulation_steps" and not (told.isdecimal() and int(told) > 0):
             raise ValueError(f"{variable}={told!r} is no number of micro-steps > 0: unset it.")
-        setattr(train, option, told if option == "mixed_precision" else int(told))
-        train.origin.sources[option] = "the launcher"
+        setattr(train, name, told if name == "mixed_precision" else int(told))
+        train.origin.sources[name] = "the launcher"
 
 
 def options_given(words: Sequence[str]) -> frozenset[str]:
@@ -364,3 +376,22 @@ def between(args: Any, lowest: float, highest: float | None, *names: str) -> Non
             continue
         allowed = f"be >= {lowest:g}" if highest is None else f"lie in [{lowest:g}, {highest:g}]"
         raise ValueError(f"--{name} must {allowed}, got {value}.")
+
+
+def check_unet_widths(args: Any, **heads: int | None) -> None:
+    """Refuses a U-Net with attention on a level that it lacks, or with widths that groups or heads do not divide.
+
+    Args:
+        args: Has `block_out_channels`, `attention_levels` and `norm_num_groups`.
+        heads: Number or width of the attention's heads, under the option's name; `None` where it is unset.
+    """
+    widths, levels = args.block_out_channels, len(args.block_out_channels)
+    if not set(args.attention_levels) <= set(range(levels)):
+        raise ValueError(
+            f"--attention_levels={args.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
+        )
+    attended = [widths[level] for level in args.attention_levels] + widths[-1:]  # and the middle
+    divisors = [("norm_num_groups", args.norm_num_groups, widths)]
+    for name, value, divided in divisors + [(name, value, attended) for name, value in heads.items()]:
+        if value and any(width % value for width in divided):
+            raise ValueError(f"--{name}={value} must divide the widths {divided} of --block_out_channels.")

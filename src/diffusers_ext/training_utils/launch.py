@@ -2,7 +2,6 @@
 
 import os
 
-import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
@@ -75,25 +74,3 @@ def launch_words(train: TrainArgs) -> list[str]:
     if (machines := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
         words += ["--num_machines", str(machines)]
     return [*words, "--mixed_precision", train.mixed_precision]
-
-
-class SkippedSteps:
-    """Counts the steps in a row that fp16's scaler skips because a gradient overflowed.
-
-    A few are its way of finding the scale; many mean that the loss itself is not finite.
-    """
-
-    LIMIT = 20
-
-    def __init__(self, name: str = "gradient"):
-        self.name, self.count = name, 0
-
-    def add(self, skipped: bool, step: int, loss: torch.Tensor | float) -> None:
-        """Raises FloatingPointError at the 20th step in a row."""
-        self.count = self.count + 1 if skipped else 0
-        if self.count >= self.LIMIT:
-            raise FloatingPointError(
-                f"The {self.name} was not finite in {self.count} steps in a row, up to step {step} (loss "
-                f"{float(loss)}): fp16's scaler skipped them all. The weights and the last checkpoint are untouched; "
-                "lower --learning_rate, or pass --mixed_precision bf16."
-            )

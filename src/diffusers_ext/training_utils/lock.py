@@ -2,7 +2,7 @@
 
 The lock is the system's (`flock`) on `<output_dir>/run.lock`, so a kill releases it. The file holds the number of the
 process that trains. It lies in the folder: where a result replaces the folder by another one, everything else of it is
-linked there, which keeps the file and its lock (`folders.py`).
+linked there, which keeps the file and its lock (`result_folder.py`).
 """
 
 import logging

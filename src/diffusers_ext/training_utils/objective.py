@@ -1,6 +1,7 @@
 """What a recipe learns, as one module: `fit` and the adversarial loop call it, and know nothing else of the recipe.
 
-Below it what objectives draw for each sample: whether it is trained without its condition, latents of its posterior.
+Below it what objectives draw for each sample: whether it keeps its condition, its noise level, latents of its
+posterior.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,11 @@ class Objective(nn.Module):
 def keep_condition(generators: Sequence[Generator], dropout_prob: float) -> Tensor:
     """Which samples (b,) keep their condition: each with probability 1 - `dropout_prob`, one draw a sample."""
     return torch.stack([torch.rand((), generator=g) for g in generators]) >= dropout_prob
+
+
+def draw_integers(generators: Sequence[Generator], first: int, end: int) -> Tensor:
+    """An integer a sample (b,), from `first` to `end` - 1, such as the number of its noise level."""
+    return torch.stack([torch.randint(first, end, (), generator=g) for g in generators])
 
 
 def draw_posterior(moments: Tensor, generators: Sequence[Generator]) -> Tensor:

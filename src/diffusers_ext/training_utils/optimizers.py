@@ -1,4 +1,7 @@
-"""AdamW with its learning-rate schedule, and what of their options a resumed run takes from the command line."""
+"""AdamW with its learning-rate schedule, and the steps that fp16 skips.
+
+On a resume their options are those of the command line.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,3 +82,25 @@ def options_of_this_run(parts: Mapping[str, Any]) -> Iterator[None]:
             group["lr"] = rate
     for average, decay in averages.items():
         average.decay = decay
+
+
+class SkippedSteps:
+    """Counts the steps in a row that fp16's scaler skips because a gradient overflowed.
+
+    A few are its way of finding the scale; many mean that the loss itself is not finite.
+    """
+
+    LIMIT = 20
+
+    def __init__(self, name: str = "gradient"):
+        self.name, self.count = name, 0
+
+    def add(self, skipped: bool, step: int, loss: torch.Tensor | float) -> None:
+        """Raises FloatingPointError at the 20th step in a row."""
+        self.count = self.count + 1 if skipped else 0
+        if self.count >= self.LIMIT:
+            raise FloatingPointError(
+                f"The {self.name} was not finite in {self.count} steps in a row, up to step {step} (loss "
+                f"{float(loss)}): fp16's scaler skipped them all. The weights and the last checkpoint are untouched; "
+                "lower --learning_rate, or pass --mixed_precision bf16."
+            )

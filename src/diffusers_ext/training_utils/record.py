@@ -65,7 +65,7 @@ class Record:
 
 
 def make_record(train: TrainArgs, accelerator: Accelerator, rows: int) -> Record:
-    """The record of a run that starts now; see `resumed_record` for one that goes on."""
+    """The record of a run that starts now; `run.resume` adds the former starts of one that goes on."""
     options = {name: _plain(value) for name, value in all_options(train).items()}
     start = [(secrets.token_hex(8), 0)]
     return Record(options, accelerator.num_processes, rows, dict(_versions()), _commit(), start)

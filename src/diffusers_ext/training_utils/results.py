@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from .args import TrainArgs, all_options
-from .folders import write_result
 from .hub import push_folder, write_model_card
 from .launch import describe, launch_words
 from .lock import release
 from .lora import merge_lora, save_lora
+from .result_folder import write_result
 
 logger = logging.getLogger(__name__)
 

@@ -38,14 +38,14 @@ from .checkpoints import (
     rotate,
     save_state,
 )
-from .folders import recover_result
-from .launch import SkippedSteps, describe, make_accelerator
+from .launch import describe, make_accelerator
 from .lock import FolderInUse, acquire
 from .log import RunLog
 from .objective import Objective
-from .optimizers import options_of_this_run
+from .optimizers import SkippedSteps, options_of_this_run
 from .plan import DROPOUT_STREAM, LOSS_STREAM, MicroBatch, StepPlan, Window, keyed_generator, load_micro_batches, mix
 from .record import Record, check_same_run, make_record, save_learnt, write_options
+from .result_folder import recover_result
 from .stopping import Reading, Stop
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from .checkpoints import first_not_finite as first_not_finite_tensor
-from .checkpoints import removed_on_error, replace_folder, restore, settle
+from .checkpoints import first_not_finite, removed_on_error, replace_folder, restore, settle
 
 INDICES = ("model_index.json", "config.json")  # what `from_pretrained` looks for first
 # weights of an older result, whole or in parts; no other files that a user may keep there
@@ -76,7 +75,7 @@ def check_finite_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():
-                if first_not_finite_tensor(tensors.get_tensor(name), name) is not None:
+                if first_not_finite(tensors.get_tensor(name), name) is not None:
                     raise FloatingPointError(
                         f"`{name}` of {path.relative_to(folder)} is not finite: the result is not written. What was "
                         "there before and the checkpoints are untouched."
