@@ -12,8 +12,9 @@ that guidance is possible; some small images stay clean (`--clean_prob`), so tha
 import logging
 from functools import partial
 
+from diffusers_ext.data.labels import check_classes
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training.cascaded.data import Reader, check_rows, count_classes, load_rows
+from diffusers_ext.training.cascaded.data import Reader, count_classes, load_rows
 from diffusers_ext.training.cascaded.networks import (
     build_pipeline,
     build_unet,  # noqa: F401  # for the tests
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe = build_pipeline(args, data.resolution, classes)
     pipe.unet.float()  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
-    check_rows(sets, None if classes is None else classes.count, data)
+    if classes is not None:
+        check_classes([rows.dataset for rows in sets], data, classes.count)  # labels that would stop it in its middle
 
     objective, reader = CascadedObjective(pipe, args), Reader(args, data)
     if args.rank:

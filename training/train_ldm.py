@@ -57,13 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     names = task.find_names((train_set, validation_set))
 
     pipe = build_pipeline(task, names, captions, train)
-    for network in filter(lambda part: isinstance(part, torch.nn.Module), pipe.components.values()):
-        torch.nn.Module.float(network)  # weights to train, whatever the files hold
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.float(part)  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
     pipe.vqvae.requires_grad_(False).eval().to(accelerator.device)
     task.follow(pipe)
-    for rows in () if data.dataset_name == "scenes" else (train_set, validation_set):
-        task.check_rows(rows)
+    if data.dataset_name != "scenes":
+        for rows in (train_set, validation_set):
+            task.check_rows(rows)
     set_scale(pipe, measure_std(pipe, train_set, task, train.seed, accelerator.device), args)
 
     objective = LDMObjective(pipe, task)

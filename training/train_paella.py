@@ -10,18 +10,13 @@ zero vector per sample (the original drops it once per step for the whole local 
 import logging
 from functools import partial
 
+from diffusers_ext.data.labels import check_classes
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.card import card_pipeline, summary, usage
 from diffusers_ext.training.paella.conditions import make_condition
-from diffusers_ext.training.paella.data import (
-    cache_samples,
-    check_classes,
-    class_names,
-    condition_column,
-    count_labels,
-)
+from diffusers_ext.training.paella.data import cache_samples, class_names, condition_column, count_labels
 from diffusers_ext.training.paella.networks import build_pipeline, freeze
 from diffusers_ext.training.paella.objective import PaellaObjective
 from diffusers_ext.training.paella.validation import Sheet
@@ -49,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     sets = load_pictures(data, columns=(column,))
     args.num_labels = count_labels(sets, args, data)
     pipe = build_pipeline(args, data.resolution)
-    check_classes(sets, args, data)
+    if args.condition == "class":
+        check_classes(sets, data, args.num_labels or 0)  # rows of a class that the network does not know
     train_set, validation_set = sets
     if (names := class_names(train_set, args, data)) is not None:
         pipe.register_to_config(id2label=record_option("id2label", names))

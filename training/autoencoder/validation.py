@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from diffusers_ext.losses.perceptual import CLIPDistance
 from diffusers_ext.training.autoencoder.data import read_centre
 from diffusers_ext.training.autoencoder.objective import FirstStage
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
-from diffusers_ext.training_utils.checkpoints import replace_file
-from diffusers_ext.training_utils.validation import first_rows
+from diffusers_ext.training_utils.validation import first_rows, save_sheet
 
 
 @dataclass
@@ -41,8 +39,7 @@ class Validation:
             decoded = decoded.clamp(-1, 1)
             if not seen:
                 pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
-                sheet = Path(self.train.output_dir) / f"validation-{step}.png"
-                replace_file(sheet, picture_grid(pairs, columns=8).save)
+                save_sheet(picture_grid(pairs, columns=8), self.train, step)
             seen.append(details)
             return decoded
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from diffusers_ext.data.annotations import ROW, NamedRows, check_labels
+from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.crops import draw_crop
 from diffusers_ext.data.labels import find_classes
 from diffusers_ext.data.pictures import load_pictures
@@ -44,17 +44,6 @@ def count_classes(sets: tuple[NamedRows, NamedRows], args: CascadedArgs, data: D
     if found.names is None:  # numbers, of which the data need not hold all
         return Classes(asked)
     raise ValueError(f"--num_labels={asked}, but the data have {found.count} classes.")
-
-
-def check_rows(sets: tuple[NamedRows, NamedRows], count: int | None, data: DataArgs) -> None:
-    """Refuses now labels that would stop the training in its middle.
-
-    Raises:
-        ValueError: naming the picture.
-    """
-    if count is not None and data.dataset_name != "scenes":
-        for rows in sets:
-            check_labels(rows.dataset, data.label_column, data.image_column, count)
 
 
 # Without networks, so that loader processes can be started with it on every platform.

@@ -1,7 +1,6 @@
 """What train_cascaded.py shows as it runs: the loss of held-out images, and what the cascade draws."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.checkpoints import replace_file
-from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses
+from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses, save_sheet
 
 LOSS_SAMPLES = 64  # held-out pictures for the loss
 
@@ -166,7 +164,7 @@ class Validation:
         side = max(images.shape[-1] for images in rows)
         shown = torch.cat([F.interpolate(images, (side, side)) for images in rows])  # nearest: pixels stay pixels
         sheet = picture_grid(shown, columns=count if len(rows) > 1 else min(count, 8))
-        replace_file(Path(self.train.output_dir) / f"validation-{step}.png", sheet.save)
+        save_sheet(sheet, self.train, step)
         return losses | figures
 
     def batches(self, count: int, batch_size: int | None = None) -> Batches:

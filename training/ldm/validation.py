@@ -3,7 +3,6 @@
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +14,7 @@ from diffusers_ext.pipelines.checks import check_timesteps
 from diffusers_ext.training.ldm.data import read_sample
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.checkpoints import replace_file
-from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses
+from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses, save_sheet
 
 LOSS_SAMPLES = 64  # held-out pictures for the loss
 
@@ -55,7 +53,7 @@ class Validation:
         with self.accelerator.autocast():
             losses = mean_losses(self.objective, self.batches(LOSS_SAMPLES, self.train.train_batch_size), step)
         sheet, figures = self.pictures()
-        replace_file(Path(self.train.output_dir) / f"validation-{step}.png", sheet.save)
+        save_sheet(sheet, self.train, step)
         return losses | figures
 
     def batches(self, count: int, batch_size: int | None = None) -> Batches:

@@ -60,7 +60,11 @@ class Condition:
         return default_collate(samples)
 
     def tensor(self, batch: Sample, encoders: Encoders) -> Tensor:
-        """What the network is given for a batch: (b, d), or (b, d, h, w) on the token grid."""
+        """What the networks that are trained are given for a batch.
+
+        Vectors (b, d), or shares (b, d, h, w) on the token grid, for the U-Net; or token ids (b, l), where the text
+        tower before it is trained.
+        """
         raise NotImplementedError
 
     def store(self, encoders: Encoders, samples: list[Sample]) -> dict[str, Any]:
@@ -118,7 +122,7 @@ class Captions(Condition):
 
 @dataclass
 class TrainedCaptions(Captions):
-    """A caption's token ids: the text tower is trained with the U-Net, so its vectors change."""
+    """The token ids of a caption: the text tower is trained with the U-Net, so that no vector of it can be kept."""
 
     pad_to_window = False  # the tower looks back only, so what stands behind a caption changes nothing
 

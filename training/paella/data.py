@@ -4,7 +4,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffusers_ext.data.annotations import check_labels
 from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.training.paella.args import PaellaArgs
@@ -27,13 +26,6 @@ def count_labels(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> int
     if args.condition == "class":
         return find_classes(sets, data)[0]
     return count_map_labels(sets, args.semantic_column, data) if args.condition == "semantic" else None
-
-
-def check_classes(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> None:
-    """Refuses rows of a class that the network does not know, before anything is trained."""
-    if args.condition == "class" and data.dataset_name != "scenes":
-        for rows in sets:
-            check_labels(rows, data.label_column, data.image_column, args.num_labels or 0)
 
 
 def class_names(dataset: Any, args: PaellaArgs, data: DataArgs) -> list[str] | None:

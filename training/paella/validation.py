@@ -1,7 +1,6 @@
 """The sheet of sampled images that a run shows now and then."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.conditions import Condition
 from diffusers_ext.training.paella.networks import Encoders
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.checkpoints import replace_file
-from diffusers_ext.training_utils.validation import first_rows
+from diffusers_ext.training_utils.validation import first_rows, save_sheet
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Sheet:
             generator=[torch.Generator().manual_seed(i) for i in range(count)],
         ).images  # fmt: skip
         sheet = picture_grid(pictures * 2 - 1, columns=8)
-        replace_file(Path(self.train.output_dir) / f"validation-{step}.png", sheet.save)
+        save_sheet(sheet, self.train, step)
         return {}
 
     def shown(self) -> dict[str, Any]:

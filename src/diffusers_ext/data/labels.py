@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..conditions.palettes import SCENES_CLASSES
-from .annotations import RowName, column_values
+from .annotations import RowName, check_labels, column_values
 from .pictures import PictureSource
 from .scenes import CLASS_NAMES
 
@@ -47,6 +47,17 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, l
             count = max(count, label + 1)
     logger.info("The largest label in %r is %d: %d classes (--num_labels sets more).", column, count - 1, count)
     return count, None
+
+
+def check_classes(sets: Sequence[Dataset], source: PictureSource, num_labels: int) -> None:
+    """Class numbers of all rows lie in 0 ... `num_labels` - 1; those of `scenes` are known to.
+
+    Raises:
+        ValueError: names the first picture whose label does not.
+    """
+    if source.dataset_name != "scenes":
+        for dataset in sets:
+            check_labels(dataset, source.label_column, source.image_column, num_labels)
 
 
 def count_map_labels(sets: Sequence[Dataset], column: str, source: PictureSource) -> int:

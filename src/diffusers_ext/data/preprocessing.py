@@ -1,4 +1,8 @@
-"""From a PIL picture to the tensor that a network is trained on."""
+"""From a PIL picture to the tensor that a network is trained on: it is resized, then a square is cut.
+
+For first stages, CLIP, Paella and Versatile Diffusion. What must be cut like the picture, and squares of random size,
+are in `crops.py`, where a square is cut first: for latent diffusion and cascades.
+"""
 
 import numpy as np
 import torch

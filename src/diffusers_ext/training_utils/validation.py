@@ -1,13 +1,17 @@
-"""Rows that every validation sees alike."""
+"""What every validation shares: the rows, which it sees alike, their mean losses, and the sheet of samples."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from PIL import Image
 from torch import Generator
 from torch.utils.data import default_collate
 
+from .args import TrainArgs
+from .checkpoints import replace_file
 from .objective import Objective
 from .plan import LOSS_STREAM, keyed_generator
 
@@ -55,3 +59,8 @@ def mean_losses(objective: Objective, batches: Batches, step: int) -> dict[str, 
                 sums[name] = sums.get(name, 0.0) + float(value) * len(generators)
         count += len(generators)
     return {f"validation_{name}": value / count for name, value in sums.items()}
+
+
+def save_sheet(sheet: Image.Image, train: TrainArgs, step: int) -> None:
+    """Writes `<output_dir>/validation-<step>.png`; the model card shows the last one."""
+    replace_file(Path(train.output_dir) / f"validation-{step}.png", sheet.save)
