@@ -15,10 +15,7 @@ from functools import partial
 from diffusers_ext.data.labels import check_classes
 from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader, count_classes, load_rows
-from diffusers_ext.training.cascaded.networks import (
-    build_pipeline,
-    build_unet,  # noqa: F401  # for the tests
-)
+from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training.cascaded.validation import Validation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs

@@ -17,12 +17,7 @@ import torch
 
 from diffusers_ext.training.ldm.args import LDMArgs, lr_multiplier
 from diffusers_ext.training.ldm.data import cache_moments, load_rows, measure_std, read_sample
-from diffusers_ext.training.ldm.networks import (
-    build_conditioner,  # noqa: F401  # for the tests
-    build_pipeline,
-    build_unet,  # noqa: F401
-    set_scale,
-)
+from diffusers_ext.training.ldm.networks import build_pipeline, set_scale
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS
 from diffusers_ext.training.ldm.validation import Validation

@@ -52,7 +52,7 @@ class Denoising(Objective):
         noise = torch.stack([torch.randn(4, generator=g) for g in generators])
         return {"loss": F.mse_loss(self.network(batch["x"] + noise), batch["x"]), "seen": batch["x"].detach()}
 
-    def record(self, found, weight, accelerator):
+    def observe(self, found, weight, accelerator):
         self.usage += len(found["seen"])
 
     def logged(self):

@@ -181,7 +181,7 @@ class Painting(AdversarialObjective):
     def fake(self, batch, generators, step):
         return self.paint(batch, generators)
 
-    def record(self, found, weight, accelerator):
+    def observe(self, found, weight, accelerator):
         self.seen += len(found["real"])
 
     def logged(self):

@@ -82,7 +82,7 @@ class FirstStage(AdversarialObjective):
         return self.autoencoder.decoder.conv_out.weight
 
     def losses(self, batch: Tensor, generators: list[Generator], step: int) -> dict[str, Tensor]:
-        """The weighted errors of pictures (b, 3, h, w) and the bottleneck's loss; `seen` is what `record` wants."""
+        """The weighted errors of pictures (b, 3, h, w) and the bottleneck's loss; `seen` is what `observe` wants."""
         args, perceptual = self.args, self.frozen["perceptual"]
         picture, terms, seen = self.reconstruction(batch, generators, step)
         picture = picture.float()
@@ -103,7 +103,7 @@ class FirstStage(AdversarialObjective):
 
     def reconstruction(self, image: Tensor, generators: list[Generator], step: int) -> Trained:
         """Returns the reconstruction (b, 3, h, w); scalars to log, of which `bottleneck` belongs to the loss; and what
-        `record` wants to see."""
+        `observe` wants to see."""
         raise NotImplementedError
 
     @classmethod
@@ -149,7 +149,7 @@ class CodebookObjective(FirstStage):
         counts = torch.bincount(seen.flatten(), minlength=len(self.usage))
         return {"codes_used": float((counts > 0).sum()), "codebook_perplexity": float(codebook_perplexity(counts))}
 
-    def record(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
+    def observe(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
         if weight == 0:  # a process without samples of its own took another's
             counts = torch.zeros_like(self.usage)
         else:

@@ -105,7 +105,7 @@ def fit_adversarial(
                             found["loss"] = found["loss"] + found["adaptive_weight"] * found["adversarial"]
                             disc.requires_grad_(True)
                     run.backward(found, micro)
-                objective.record(found, micro.weight, accelerator)
+                objective.observe(found, micro.weight, accelerator)
             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             run.update(optimizer, schedule, norm, run.values["loss"])
             if rival is not None:

@@ -63,7 +63,7 @@ def fit(
                     with accelerator.autocast():
                         found = prepared(batch, generators, step)
                     run.backward(found, micro)
-                objective.record(found, micro.weight, accelerator)
+                objective.observe(found, micro.weight, accelerator)
             norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             run.update(optimizer, schedule, norm, run.values["loss"])
             run.end_step()

@@ -36,7 +36,7 @@ class Objective(nn.Module):
 
         Returns:
             "loss", the mean over the samples, which is minimised. The other single numbers are logged; tensors with
-            dimensions are for `record` (and for the discriminator of the adversarial loop).
+            dimensions are for `observe` (and for the discriminator of the adversarial loop).
         """
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class Objective(nn.Module):
             accelerator: What one process changes, all must.
         """
 
-    def record(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
+    def observe(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
         """Takes note of a micro-batch in the buffers, which must stay equal on all processes.
 
         Args:
@@ -63,7 +63,7 @@ class Objective(nn.Module):
         """
 
     def logged(self) -> dict[str, float]:
-        """What the records amount to, for the log."""
+        """What was observed since, as numbers for the log."""
         return {}
 
 
