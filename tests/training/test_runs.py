@@ -39,7 +39,7 @@ from diffusers_ext.training.clip.args import ClipArgs
 from diffusers_ext.training.clip.networks import build_clip
 from diffusers_ext.training.optimus.args import OptimusArgs
 from diffusers_ext.training.optimus.networks import build_model as build_optimus
-from diffusers_ext.training_utils import checkpoints, folders
+from diffusers_ext.training_utils import checkpoints, result_folder
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.checkpoints import CheckpointError
@@ -453,12 +453,12 @@ def test_a_kill_at_any_moment_leaves_the_old_result_or_the_new_one(tmp_path, mon
         (run_folder / "log.jsonl").write_text("{}\n")
         (run_folder / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(b"of an older result")
         status = killed_at(
-            operation, lambda folder=run_folder: folders.write_result(folder, lambda f: save_parts(f, 2))
+            operation, lambda folder=run_folder: result_folder.write_result(folder, lambda f: save_parts(f, 2))
         )
         assert status in (0, 9)
         if place == "exchanged":
             found.append(seed_of(run_folder))
-        folders.recover_result(run_folder)  # as every run does at its start
+        result_folder.recover_result(run_folder)  # as every run does at its start
         assert place == "exchanged" or found.append(seed_of(run_folder)) is None
         checkpoints.verify(run_folder / "checkpoint-4")
         assert (run_folder / "log.jsonl").read_text() == "{}\n"
@@ -479,7 +479,7 @@ def test_the_folder_stays_the_users(tmp_path, monkeypatch):
     save_file({"weight": torch.zeros(1)}, own)
     for number, place in enumerate((tmp_path, folder), start=1):
         monkeypatch.chdir(place)
-        folders.write_result(folder, lambda staging, seed=number: save_parts(staging, seed))
+        result_folder.write_result(folder, lambda staging, seed=number: save_parts(staging, seed))
         assert Path.cwd() == place and seed_of(folder) == number and own.is_file()
         assert folder.stat().st_mode & 0o777 == 0o750
     assert (Path("unet") / "config.json").read_text() == "2"
@@ -493,7 +493,7 @@ def test_a_result_that_is_not_finite_is_not_written(tmp_path):
         save_file({"a": torch.ones(1), "b": torch.tensor([1, float("nan")])}, folder / "unet" / "model.safetensors")
 
     with pytest.raises(FloatingPointError, match="`b` of unet/model.safetensors is not finite"):
-        folders.write_result(tmp_path / "run", save)
+        result_folder.write_result(tmp_path / "run", save)
     assert seed_of(tmp_path / "run") == 1
 
 
