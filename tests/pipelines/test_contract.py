@@ -925,13 +925,12 @@ def test_long_prompts_are_cut_with_a_warning_that_quotes_the_rest(name, caplog):
     short = sample(
         pipe, name, prompt="a red circle and a blue star on", negative_prompt="a red circle and a blue star on"
     )
-    assert not caplog.records
+    assert not [record for record in caplog.records if "cut off" in record.message]  # others warn of other things
     cut = sample(pipe, name, prompt=LONG, negative_prompt=LONG)
     assert equal(cut, short)
-    quoted = [
-        record.message for record in caplog.records if "cut off: 'the left of a small green ring'" in record.message
-    ]
-    assert len(quoted) == 2 and {record.name for record in caplog.records} == {type(pipe).__module__}
+    quoted = [record for record in caplog.records if "cut off" in record.message]
+    assert [record.message.endswith("cut off: 'the left of a small green ring'") for record in quoted] == [True] * 2
+    assert {record.name for record in quoted} == {type(pipe).__module__}
 
 
 # --- not-a-number from a network

@@ -517,6 +517,16 @@ def test_guidance_needs_a_null_class():
         draw(pipe, callback_on_step_end=turn_on)
 
 
+def test_a_learned_variance_that_no_network_predicts():
+    message = "`scheduler` reads a learned variance .*, but `unet` predicts none: .*'fixed_small'"
+    pipe = quiet(CascadedDiffusionPipeline(base=tiny_base(unet={"out_channels": 3}), upscale_1=tiny_upscale()))
+    refused(pipe, message)
+    pipe.base.scheduler = tiny_scheduler(variance_type="fixed_small")
+    assert draw(pipe).shape[-1] == 16
+    pipe.base.unet = tiny_unet(0, out_channels=4)
+    refused(pipe, "`unet` predicts 4 channels for images of 3: expected are 3 for the noise, or 6")
+
+
 def test_stages_of_the_wrong_kind():
     for options, match in [
         ({"base": tiny_upscale()}, "`base` is a CascadedUpscalePipeline: it must be a pipeline that draws images"),

@@ -60,6 +60,15 @@ def test_respacings_and_the_checkpoints_own_steps():
         pipe("a star", num_inference_steps="often")
 
 
+def test_a_text_that_is_cut_off_is_quoted_whatever_ran_before(caplog):
+    pipe = tiny_glide()
+    for _ in range(2):
+        caplog.clear()
+        pipe.encode_prompt("a red circle and a blue star on the left of a small green ring")
+        assert [record.message.partition("cut off")[1] for record in caplog.records] == ["cut off"]
+        run(pipe, prompt="a star")  # both stages
+
+
 def test_the_kept_part_of_an_image_stays():
     pipe = tiny_glide(inpaint=True)
     picture = tiny_picture(1)
@@ -196,6 +205,10 @@ def test_bad_input_is_refused_before_a_network_runs(build, call, error, message)
         ({"condition_type": "sketch"}, "`encoder` takes 3 channels, but a condition of type 'sketch' has 1"),
         ({"upscale_encoder": None}, "without upscale_encoder"),
         ({"upscale_scheduler": None}, "without upscale_scheduler"),
+        (
+            {"upscale_unet": tiny_decoder(6, 16, out_channels=3)},
+            "`upscale_scheduler` reads a learned variance .*, but `upscale_unet` predicts none",
+        ),
     ],
 )
 def test_components_that_do_not_fit_are_named(change, message):

@@ -24,12 +24,14 @@ def _seeded(build: Any, seed: int) -> Any:
         return model
 
 
-def tiny_decoder(in_channels: int = 3, sample_size: int = 8, seed: int = 1) -> UNet2DConditionModel:
+def tiny_decoder(
+    in_channels: int = 3, sample_size: int = 8, seed: int = 1, out_channels: int = 6
+) -> UNet2DConditionModel:
     return _seeded(
         lambda: UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=in_channels,
-            out_channels=6,
+            out_channels=out_channels,
             block_out_channels=(16, 32),
             layers_per_block=1,
             norm_num_groups=4,

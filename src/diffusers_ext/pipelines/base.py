@@ -214,7 +214,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
 
     def _fitting_network(self, name: str, network: nn.Module) -> nn.Module:
         network = _visible_component(name, network)
-        check_component(type(self), name, network, _family())
+        check_component(type(self), name, network, house_pipelines())
         return network
 
     @classmethod
@@ -230,7 +230,7 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         lookup = {name: value for name, value in kwargs.items() if name in LOOKUP_ARGUMENTS}
         index: Any = cls.load_config(pretrained_model_name_or_path, **lookup)
         if kwargs.get("custom_pipeline") is None:
-            check_folder(cls, str(pretrained_model_name_or_path), index, kwargs, _family())
+            check_folder(cls, str(pretrained_model_name_or_path), index, kwargs, house_pipelines())
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32  # parts of transformers would keep the file's
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -253,12 +253,12 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         return super().to(*args, **kwargs)
 
 
-def _family(base: type = HousePipeline) -> Iterator[type]:
+def house_pipelines(base: type = HousePipeline) -> Iterator[type]:
     """All pipeline classes of the house that have been imported, without those that are no pipelines by themselves."""
     for child in base.__subclasses__():
         if any("__call__" in vars(parent) for parent in child.__mro__):
             yield child
-        yield from _family(child)
+        yield from house_pipelines(child)
 
 
 def _visible_component(name: str, component: nn.Module) -> nn.Module:

@@ -94,13 +94,11 @@ def _check_fit(pipe: Any, callback: PipelineCallback, allowed: Sequence[str]) ->
     if isinstance(callback, IPAdapterScaleCutoffCallback) and not hasattr(pipe, "set_ip_adapter_scale"):
         unknown = ["an IP-Adapter"]
     if unknown:
+        advice = f"; to turn guidance off in a run, use {SDCFGCutoffCallback.__name__}"
         raise ValueError(
             f"`callback_on_step_end` holds a {type(callback).__name__}, which needs {', '.join(unknown)}:"
-            f" {type(pipe).__name__} has none. Allowed are {', '.join(allowed)}; to turn guidance off in a run, use"
-            f" {SDCFGCutoffCallback.__name__}."
-            if "prompt_embeds" in allowed
-            else f"`callback_on_step_end` holds a {type(callback).__name__}, which needs {', '.join(unknown)}:"
-            f" {type(pipe).__name__} has none. Allowed are {', '.join(allowed)}."
+            f" {type(pipe).__name__} has none. Allowed are {', '.join(allowed)}"
+            f"{advice if 'prompt_embeds' in allowed else ''}."
         )
 
 

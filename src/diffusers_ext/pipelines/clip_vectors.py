@@ -15,6 +15,10 @@ def image_vectors(feature_extractor, image_encoder, images: list[Tensor], device
 def prepare_pictures(feature_extractor, images: list[Tensor]) -> Tensor:
     """Pictures `(3, H, W)` in [0, 1] as the image encoder takes them, `(n, 3, h, w)`."""
     # as 8-bit PIL pictures: the one form in which every image processor resizes and rescales alike
-    arrays = [(image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy() for image in images]
-    pictures = [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
-    return feature_extractor(images=pictures, return_tensors="pt").pixel_values
+    return feature_extractor(images=[pil_picture(image) for image in images], return_tensors="pt").pixel_values
+
+
+def pil_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] as an 8-bit picture."""
+    array = (image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(array))

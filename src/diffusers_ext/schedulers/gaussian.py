@@ -67,6 +67,29 @@ def takes_learned_variance(scheduler: Any) -> bool:
     return str(scheduler_setting(inner, "variance_type")).startswith("learned")
 
 
+def check_predicted_channels(unet: Any, scheduler: Any, channels: int, prefix: str = "") -> None:
+    """A network predicts the noise of so many channels, and a variance behind it if its scheduler reads one.
+
+    Args:
+        channels: Of the samples.
+        prefix: Before "unet" and "scheduler" in messages, for pipelines that have several.
+
+    Raises:
+        ValueError: Naming the components that do not fit.
+    """
+    predicted = unet.config["out_channels"]
+    if predicted not in (channels, 2 * channels):
+        raise ValueError(
+            f"`{prefix}unet` predicts {predicted} channels for images of {channels}: expected are {channels} for the"
+            f" noise, or {2 * channels} with a learned variance."
+        )
+    if predicted == channels and takes_learned_variance(scheduler):
+        raise ValueError(
+            f"`{prefix}scheduler` reads a learned variance (`variance_type`), but `{prefix}unet` predicts none: build"
+            " the scheduler with variance_type='fixed_small'."
+        )
+
+
 def guided_step(
     scheduler: Any,
     cond: Tensor | None,

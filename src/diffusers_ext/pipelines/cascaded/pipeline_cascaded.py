@@ -24,7 +24,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from ...conditions.images import image_batch
-from ..base import LOOKUP_ARGUMENTS, HousePipeline, _family
+from ..base import LOOKUP_ARGUMENTS, HousePipeline, house_pipelines
 from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_choice, check_integer, check_output_type
 from ..recognition import check_folder
@@ -157,7 +157,7 @@ class CascadedDiffusionPipeline(HousePipeline):
             return super().from_pretrained(name, **kwargs)
         lookup = {key: value for key, value in kwargs.items() if key in LOOKUP_ARGUMENTS}
         index: Any = cls.load_config(name, **lookup)
-        check_folder(cls, name, index, kwargs, _family())
+        check_folder(cls, name, index, kwargs, house_pipelines())
         given = {stage: kwargs.pop(stage) for stage in STAGES if stage in kwargs}
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
         folder = Path(name) if Path(name).is_dir() else Path(DiffusionPipeline.download(name, **kwargs))
@@ -355,7 +355,8 @@ class CascadedDiffusionPipeline(HousePipeline):
             start_stage: The first stage to run. The default is "base", or with `image` the one that takes its size.
             stop_stage: The last stage to run. The default is the last that there is.
             return_intermediates: Whether to return the images of every stage that is run too.
-            quantize_between_stages: Whether clean images are rounded to 8 bits between the stages, as in ADM's files.
+            quantize_between_stages: Whether clean images are cut to 8 bits between the stages, each value to the next
+                darker one, as in ADM's files.
             negative_prompt: What to move away from, for a first stage that takes a text.
 
         Returns:

@@ -22,6 +22,7 @@ from ...guidance import both_branches
 from ...models.blocks.wrappers import unwrap
 from ...schedulers.gaussian import (
     check_gaussian_scheduler,
+    check_predicted_channels,
     guided_step,
     scheduler_attribute,
     scheduler_setting,
@@ -31,10 +32,9 @@ from ...schedulers.gaussian import (
 )
 from ...schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
 from ..base import HousePipeline
-from ..callbacks import Callback, callback_tensor_names, report_step
+from ..callbacks import Callback, report_step
 from ..checks import (
     as_generators,
-    check_callback_tensors,
     check_fraction,
     check_generator,
     check_guidance_scale,
@@ -96,11 +96,6 @@ class CascadedStage(HousePipeline):
             " away from: leave it at 1, or train with labels dropped at times"
         )
 
-    def resolve_scale(self, guidance_scale: Any) -> Any:
-        """The guidance scale of the call, else the checkpoint's, else 1, as in the paper."""
-        default = self.config["default_guidance_scale"]
-        return (1.0 if default is None else default) if guidance_scale is None else guidance_scale
-
     @property
     def usual_stop_level(self) -> float:
         """Where a run stops that does not say: the scheduler's own level, or the last one that was trained."""
@@ -150,12 +145,7 @@ class CascadedStage(HousePipeline):
         """
         check_parts(self, "sampling", "unet", "scheduler")
         check_gaussian_scheduler(self.scheduler, type(self).__name__)
-        channels, predicted = self.unet.config["in_channels"], self.unet.config["out_channels"]
-        if predicted not in (channels, 2 * channels):
-            raise ValueError(
-                f"`unet` predicts {predicted} channels for images of {channels}: expected are {channels} for the"
-                f" noise, or {2 * channels} with a learned variance."
-            )
+        check_predicted_channels(self.unet, self.scheduler, self.unet.config["in_channels"])
 
     def check_inputs(
         self,
@@ -169,7 +159,6 @@ class CascadedStage(HousePipeline):
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> None:
         """Refuses what cannot work, before any model runs.
 
@@ -182,7 +171,6 @@ class CascadedStage(HousePipeline):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but {self.no_guidance_because}.")
         check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
-        check_callback_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         factor = unwrap(self.unet).downsample_factor
         for name, side in (("height", height), ("width", width)):
             check_side(name, side, factor, factor, because=f"network {factor}")
@@ -269,9 +257,7 @@ class CascadedStage(HousePipeline):
         """
         # 1. Everything that can be refused is refused here, the schedule included: no model has run yet
         state: Any = self if owner is None else owner
-        names = callback_on_step_end_tensor_inputs
-        if callback_on_step_end is not None:
-            names = callback_tensor_names(self, callback_on_step_end, names)
+        names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         start_scale: float = self.resolve_scale(guidance_scale)
         self.check_inputs(
             batch_size,
@@ -282,7 +268,6 @@ class CascadedStage(HousePipeline):
             generator=generator,
             latents=latents,
             output_type=output_type,
-            callback_on_step_end_tensor_inputs=names,
         )
         scheduler, levels = self.set_timesteps(num_inference_steps, stop_level)
         timesteps: Tensor = scheduler.timesteps
@@ -297,7 +282,7 @@ class CascadedStage(HousePipeline):
         generator = as_generators(generator)
         arguments = step_arguments(scheduler, eta=eta, generator=generator)
         channels = noisy.shape[1]
-        learned = self.unet.config["out_channels"] > channels and takes_learned_variance(scheduler)
+        learned = takes_learned_variance(scheduler)
         network = partial(predict, self.unet)
         finite: list[Tensor] = []  # whether each step's prediction is
         for index, t in state.steps(timesteps):
@@ -309,7 +294,7 @@ class CascadedStage(HousePipeline):
                 scheduler, cond, uncond, scale, t, noisy, channels=channels if learned else None, **arguments
             )
             finite.append(torch.isfinite(prediction).all())
-            if callback_on_step_end is not None and names is not None:
+            if callback_on_step_end is not None:
                 tensors = self._callback_tensors(names, scheduler, noisy, condition, prediction, scaled, t)
                 changed = report_step(state, callback_on_step_end, names, index, t, tensors)
                 noisy = changed.get("latents", noisy)

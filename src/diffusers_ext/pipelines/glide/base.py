@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ...guidance import Inputs, both_branches
 from ...schedulers.gaussian import (
     check_gaussian_scheduler,
+    check_predicted_channels,
     guided_step,
     scheduler_setting,
     signal_and_noise,
@@ -80,6 +81,8 @@ class Stage:
 
     Args:
         name: "base" or "upscale": what `pipe.stage` says while it runs.
+        unet: predicts the noise.
+        scheduler: its sampler, with the steps set.
         condition: what the U-Net is told.
         noise: standard normal (b, c, h, w), times the temperature.
         guidance_scale: of the stage.
@@ -142,17 +145,7 @@ class GlideBasePipeline(HousePipeline):
                     " `from_pretrained` or to the constructor."
                 )
             check_gaussian_scheduler(scheduler, type(self).__name__)
-            out = unet.config["out_channels"]
-            if out not in (CHANNELS, 2 * CHANNELS):
-                raise ValueError(
-                    f"`{prefix}unet` has {out} output channels: expected {CHANNELS}, or {2 * CHANNELS} with a learned"
-                    " variance."
-                )
-            if takes_learned_variance(scheduler) and out == CHANNELS:
-                raise ValueError(
-                    f"`{prefix}scheduler` reads a learned variance (`variance_type`), but `{prefix}unet` predicts"
-                    " none: build the scheduler with variance_type='fixed_small'."
-                )
+            check_predicted_channels(unet, scheduler, CHANNELS, prefix)
 
     def check_run(
         self,
@@ -239,13 +232,14 @@ class GlideBasePipeline(HousePipeline):
         self.start_run(timesteps, stage.guidance_scale)
         names = self.callback_names(callback, callback_tensors)
         arguments = step_arguments(scheduler, eta=eta, generator=as_generators(generator))
+        channels = 2 * CHANNELS if takes_learned_variance(scheduler) else CHANNELS  # that the scheduler reads
         noisy, finite = stage.noise * scheduler.init_noise_sigma, []
         for index, t in self.steps(timesteps):
             scaled = scheduler.scale_model_input(noisy, t)
             scale = self.guidance_scale
             branches = both_branches(partial(call_unet, stage.unet, t), *condition.branches(scaled), scale)
             cond, uncond = (
-                None if one is None else self._prediction(stage, scheduler, one, scaled, t) for one in branches
+                None if one is None else _keep_known(stage, one[:, :channels], scaled, t) for one in branches
             )
             noisy, guided = guided_step(scheduler, cond, uncond, scale, t, noisy, channels=CHANNELS, **arguments)
             finite.append(torch.isfinite(guided).all())
@@ -269,19 +263,20 @@ class GlideBasePipeline(HousePipeline):
         check_predictions(finite, timesteps, self)
         return noisy
 
-    def _prediction(self, stage: Stage, scheduler: Any, prediction: Tensor, scaled: Tensor, t: Tensor) -> Tensor:
-        """What the scheduler reads of a branch's prediction; where the image is known, it is that of the image."""
-        prediction = prediction if takes_learned_variance(scheduler) else prediction[:, :CHANNELS]
-        if stage.known is None or stage.keep is None:
-            return prediction
-        # the noise that leads from the known image to the sample: the original sets the clean prediction instead
-        signal, level = signal_and_noise(scheduler, t)
-        noise = (scaled.float() - signal * stage.known.float()) / level
-        mixed = torch.where(stage.keep > 0, noise.to(prediction.dtype), prediction[:, :CHANNELS])
-        return torch.cat([mixed, prediction[:, CHANNELS:]], dim=1)
-
     def finish_images(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """As `finish`, from the samples of the last stage."""
         return self.finish(images, output_type, return_dict, lambda drawn: drawn.clamp(-1, 1))
+
+
+def _keep_known(stage: Stage, prediction: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:
+    """A branch's prediction, in whose place stands that of the known image where it has to stay."""
+    if stage.known is None or stage.keep is None:
+        return prediction
+    # the noise that leads from the known image to the sample: the original sets the clean prediction instead
+    signal, level = signal_and_noise(stage.scheduler, timestep)
+    noise = (scaled.float() - signal * stage.known.float()) / level
+    mixed = torch.where(stage.keep > 0, noise.to(prediction.dtype), prediction[:, :CHANNELS])
+    return torch.cat([mixed, prediction[:, CHANNELS:]], dim=1)
 
 
 def upsample(images: Tensor, size: tuple[int, int]) -> Tensor:

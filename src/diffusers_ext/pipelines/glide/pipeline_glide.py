@@ -170,7 +170,7 @@ class GlidePipeline(GlideBasePipeline):
         given = {"base": latents, "upscale": upscale_latents}
         for name, unet, scheduler in self.stage_parts():
             encoder = self.text_encoder if name == "base" else self.upscale_text_encoder
-            self._stage, stage_scale = name, float(scale) if name == "base" else 1.0
+            stage_scale = float(scale) if name == "base" else 1.0
             embeds = self.encode_prompt(texts, num_images_per_prompt, text_encoder=encoder)
             null_texts = negative * (len(texts) if len(negative) == 1 else 1)
             null_embeds = partial(self.encode_prompt, null_texts, num_images_per_prompt, text_encoder=encoder)
@@ -212,7 +212,7 @@ class GlidePipeline(GlideBasePipeline):
         texts = [text.lower() for text in texts] if self.config["lower_case"] else texts
         window = text_encoder.config["max_length"]
         tokens, cut = tokenize_texts(self.tokenizer, texts, window)
-        if self.stage == "base":  # the second stage reads the same texts
+        if text_encoder is self.text_encoder:  # the second stage reads the same texts
             warn_of_cuts(self, cut, window)
         mask = tokens != self.tokenizer.pad_token_id
         device = self._execution_device

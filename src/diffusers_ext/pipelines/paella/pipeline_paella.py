@@ -26,10 +26,7 @@ from ...conditions.regions import (
 from ...models.token_codec import decode_indices
 from ..callbacks import Callback
 from ..checks import check_integer
-from .base import (
-    Generators,
-    PaellaBasePipeline,
-)
+from .base import Generators, PaellaBasePipeline
 
 
 class PaellaPipeline(PaellaBasePipeline):
@@ -133,11 +130,11 @@ class PaellaPipeline(PaellaBasePipeline):
                 raise ValueError("Pass one of `prompt`, `prompt_embeds` and `class_labels`; received more.")
             self.check_components()
             prompt_embeds = self.encode_labels(class_labels)
-        one_picture = None
+        blank_map = None
         if regions is not None:
-            one_picture = self._check_regions(prompt, prompt_embeds, regions, *size)
+            blank_map = self._check_regions(prompt, prompt_embeds, regions, *size)
         self.check_inputs(
-            prompt if one_picture is None else None,
+            prompt if blank_map is None else None,
             *size,
             num_inference_steps=num_inference_steps,
             guidance_scale=scale,
@@ -145,7 +142,7 @@ class PaellaPipeline(PaellaBasePipeline):
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
-            prompt_embeds=prompt_embeds if one_picture is None else one_picture,
+            prompt_embeds=prompt_embeds if blank_map is None else blank_map,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
         )
@@ -162,7 +159,7 @@ class PaellaPipeline(PaellaBasePipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )
-        assert null is not None  # only without guidance
+        assert null is not None  # made at every scale: a callback may turn guidance on
         tokens = self.prepare_latents(cond.shape[0], *size, generator=generator, latents=latents)
 
         # 3. Predict all tokens, draw, renoise some of them towards the initial ones

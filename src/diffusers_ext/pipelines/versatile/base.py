@@ -44,8 +44,9 @@ from ..checks import (
     check_side,
     check_steps,
     check_timesteps,
+    sample_sides,
 )
-from ..listed_options import record_sample_size, sample_sides
+from ..listed_options import record_sample_size
 from ..tokenization import text_ids
 from .conditions import (
     NULL_PICTURES,

@@ -24,6 +24,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from ...conditions.images import image_list
 from ...conditions.masks import mask_values
 from ...models.blocks.wrappers import with_forward_hooks
+from ..clip_vectors import pil_picture
 
 # A picture of one grey value that stands for "no picture": mid-grey in the first release, black for texts since.
 NULL_PICTURES = {"grey": 127, "black": 0}
@@ -278,8 +279,7 @@ def prepare_pictures(feature_extractor: Any, images: list[Tensor], side: int) ->
 
 def stretch_picture(image: Tensor, height: int, width: int) -> Image.Image:
     """(3, H, W) in [0, 1] as an 8-bit picture of another size; its aspect is not kept."""
-    array = (image * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(array))
+    picture = pil_picture(image)
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -156,6 +156,7 @@ class VersatilePipeline(VersatileBasePipeline):
         Returns:
             `images` or `texts`, all results of the first sample first.
         """
+        # 1. Everything that can be refused before a model runs
         callback_names = self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = as_generators(generator)
         scale = self.resolve_scale(guidance_scale)
@@ -216,6 +217,8 @@ class VersatilePipeline(VersatileBasePipeline):
         if strength < 1:
             level, timesteps = start_level(timesteps, strength, scheduler_attribute(self.scheduler, "order", 1))
         self.start_run(timesteps, scale)
+
+        # 2. Initial noise, contexts, and the images to start from
         latents = self.prepare_latents(data_type, total, *size, generator=generator, latents=latents)
         contexts = self.encode_contexts(
             conditions,
@@ -231,6 +234,8 @@ class VersatilePipeline(VersatileBasePipeline):
         if sources is not None and strength < 1:
             level = timesteps[0] if exact_start and level is not None else level
             latents = self._noised_sources(sources, latents, timesteps, level, generator)
+
+        # 3. Denoise
         latents = self.denoise(
             latents,
             timesteps,
@@ -243,6 +248,7 @@ class VersatilePipeline(VersatileBasePipeline):
             callback_names=callback_names,
         )
 
+        # 4. Latents to texts or images
         if data_type == "text":
             texts: Any = latents
             if output_type != "latent":
