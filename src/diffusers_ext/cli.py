@@ -139,6 +139,22 @@ def build_parser() -> Parser:
     search.add_argument("--out", type=Path, default=Path("search-truncation"), help="folder of table and curve")
     search.set_defaults(run=run_search_truncation)
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="make an image folder with conditions of a public data set, or sketches of own pictures",
+        description="Reads the original layout and writes pictures, conditions in subfolders, and metadata.jsonl.",
+    )
+    prepare.add_argument("data", choices=("sketch", "coco-stuff", "ade20k", "diode"), help="what is read")
+    prepare.add_argument("input_dir", type=Path, help="the unpacked data set, or for sketches a folder of pictures")
+    prepare.add_argument("output_dir", type=Path, help="new folder")
+    prepare.add_argument(
+        "--edges",
+        type=Path,
+        help="sketch: folder of edge maps named as the pictures, such as HED's, white lines; default: Canny edges of "
+        "scikit-image where it is installed, else thinned Sobel edges",
+    )
+    prepare.set_defaults(run=run_prepare)
+
     commands.add_parser("scenes", help="write pictures of the built-in data set as an image folder", add_help=False)
     return parser
 
@@ -269,6 +285,14 @@ def run_search_truncation(options: argparse.Namespace) -> int:
     print("\n".join(lines))
     draw_curve(points, options.out / "curve.png", name=name)
     print(options.out / "curve.png")
+    return 0
+
+
+def run_prepare(options: argparse.Namespace) -> int:
+    from .data.prepare import prepare
+
+    count = prepare(options.data, options.input_dir, options.output_dir, edges=options.edges)
+    print(f"Wrote {options.output_dir}: {count} pictures with conditions.")
     return 0
 
 

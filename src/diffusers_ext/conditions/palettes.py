@@ -1,5 +1,8 @@
 """Label palettes: integer class maps as pictures that people can look at and draw, and back."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -29,6 +32,49 @@ def bit_palette(classes: int) -> np.ndarray:
 
 
 COCO182_PALETTE = bit_palette(182)
+
+_BLACK = np.zeros((1, 3), dtype=np.uint8)
+# what has no label is black: behind COCO-Stuff's classes as in PITI, before ADE20K's, whose numbers start at 1. ADE20K
+# is coded as COCO-Stuff is: mmsegmentation's colours for it give road and skyscraper the same (140, 140, 140).
+NAMED_PALETTES = {
+    "coco182": np.concatenate([COCO182_PALETTE, _BLACK]),
+    "ade150": np.concatenate([_BLACK, bit_palette(150)]),
+}
+
+
+def read_palette(name: str) -> np.ndarray:
+    """Colours of the labels 0, 1, ..., uint8 (labels, 3).
+
+    Args:
+        name: a name of `NAMED_PALETTES`, or a JSON file with a list of [red, green, blue].
+
+    Raises:
+        ValueError: for another name, a file that holds no such list, or two labels of one colour.
+    """
+    if name in NAMED_PALETTES:
+        return NAMED_PALETTES[name]
+    if not Path(name).is_file():
+        raise ValueError(f"The palette {name!r} is no file and none of {', '.join(NAMED_PALETTES)}.")
+    try:
+        colors = np.array(json.loads(Path(name).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"The palette {name!r} is no JSON list of [red, green, blue]: {error}.") from error
+    if colors.ndim != 2 or colors.shape[1] != 3 or colors.dtype.kind != "i" or colors.min() < 0 or colors.max() > 255:
+        raise ValueError(f"The palette {name!r} must be a list of [red, green, blue], whole numbers from 0 to 255.")
+    check_palette(colors)
+    return colors.astype(np.uint8)
+
+
+def check_palette(colors: np.ndarray) -> None:
+    """Refuses two labels of one colour, which a map in colours cannot tell apart.
+
+    Raises:
+        ValueError: naming both labels and their colour.
+    """
+    seen: dict[tuple[int, ...], int] = {}
+    for label, color in enumerate(map(tuple, np.asarray(colors).tolist())):
+        if (other := seen.setdefault(color, label)) != label:
+            raise ValueError(f"The palette has the colour {color} for labels {other} and {label}: change one of them.")
 
 
 def colorize_labels(labels: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE) -> np.ndarray:
