@@ -5,7 +5,8 @@
 
 Layouts of the originals: COCO-Stuff `images/train2017/*.jpg` with `annotations/train2017/*.png` (numbers 0 to 181, 255
 where unlabelled, which becomes 182); ADE20K's scene parsing `images/training/*.jpg` with `annotations/training/*.png`
-(0 where unlabelled, else 1 to 150); DIODE `train/**/*.png` with `*_depth.npy`, `*_depth_mask.npy` and `*_normal.npy` beside it.
+(0 where unlabelled, else 1 to 150); DIODE `train/**/*.png` with `*_depth.npy`, `*_depth_mask.npy` and
+`*_normal.npy` beside it.
 """
 
 import json
