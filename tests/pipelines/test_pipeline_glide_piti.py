@@ -218,3 +218,11 @@ def test_components_that_do_not_fit_are_named(change, message):
         pipe(**tiny_condition())
     with pytest.raises(ValueError, match="`condition_type` is 'text'"):
         PITIPipeline(**pipe.components, condition_type="text")
+    with pytest.raises(ValueError, match=r"colour \(0, 0, 0\) for labels 0 and 4"):
+        PITIPipeline(**pipe.components, label_palette=[*PALETTE, [0, 0, 0]])
+
+
+def test_the_usual_palette_knows_what_coco_leaves_unlabelled():
+    pipe = PITIPipeline(**tiny_piti().components)
+    found = pipe.read_conditions(label_map=torch.full((SIDE, SIDE), 182))
+    assert (found == -1).all()  # black

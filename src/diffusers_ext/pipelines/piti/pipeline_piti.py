@@ -21,7 +21,7 @@ from ...conditions.geometry import geometry_condition
 from ...conditions.images import image_batch
 from ...conditions.label_maps import label_batch
 from ...conditions.masks import mask_values
-from ...conditions.palettes import COCO182_PALETTE, colorize_labels
+from ...conditions.palettes import NAMED_PALETTES, check_palette, colorize_labels
 from ...conditions.sketches import distance_map
 from ...models.encoder_piti import PITIEncoder
 from ..callbacks import Callback
@@ -49,7 +49,8 @@ class PITIPipeline(GlideBasePipeline):
         upscale_scheduler: Any scheduler of diffusers that denoises with betas.
         condition_type: "label_map", "sketch" or "geometry" (normals and depth).
         label_palette: Label maps only: (r, g, b) of each label, 0 to 255, which is what the encoder sees. A list, or
-            a dict by number; the default is PITI's coding of the 182 classes of COCO-Stuff.
+            a dict by number; the default is PITI's coding of the 182 classes of COCO-Stuff, and black for label 182,
+            which is nothing.
         label_names: Label maps only: names of the labels 0, 1, ...
         default_guidance_scale: Guidance scale when a call names none, in place of the authors' 1.3.
     """
@@ -86,6 +87,8 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
             raise ValueError(
                 f"`condition_type` is {condition_type!r}: it must be one of {', '.join(CONDITION_TYPES)}."
             )
+        if label_palette is not None:
+            check_palette(np.array(read_option(record_option("label_palette", label_palette))))
         self.register_to_config(
             condition_type=condition_type,
             label_palette=record_option("label_palette", label_palette),
@@ -97,7 +100,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
     def label_palette(self) -> np.ndarray:
         """(r, g, b) of the labels 0, 1, ..., uint8 (labels, 3)."""
         palette = read_option(self.config["label_palette"])
-        return COCO182_PALETTE if palette is None else np.array(palette, dtype=np.uint8)
+        return NAMED_PALETTES["coco182"] if palette is None else np.array(palette, dtype=np.uint8)
 
     @torch.no_grad()
     def __call__(
