@@ -5,8 +5,8 @@ Nichol et al., arXiv 2112.10741; openai/glide-text2im@69b5307 (code and weights 
 same U-Net (arXiv 2205.12952), so its converter shares `convert_glide_unet`.
 """
 
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -87,7 +87,7 @@ def glide_kind(weights: Mapping[str, Any]) -> Literal["GLIDE", "PITI", "PITI enc
 def convert_glide_pipeline(
     state_dict: Mapping[str, Any],
     *,
-    upsampler: str | os.PathLike | Mapping[str, Any] | None = None,
+    upsampler: str | Path | Mapping[str, Any] | None = None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     num_heads: Sequence[int] | None = None,
     num_head_channels: Sequence[int] | None = None,
@@ -114,7 +114,7 @@ def convert_glide_pipeline(
     if large is not None:
         _check_glide(large, "`upsampler`", UPSAMPLER_CHANNELS)
     heads = one_of_each("num_heads", num_heads)
-    widths = one_of_each("num_head_channels", num_head_channels, 64)
+    widths = [width or 64 for width in one_of_each("num_head_channels", num_head_channels, 64)]
     sides = one_of_each("resolution", resolution)
     parts: dict[str, Any] = {
         "text_encoder": convert_glide_text_encoder(base, num_heads=heads[0]),
@@ -143,7 +143,7 @@ def upsampler_scheduler(sampler: Literal["ancestral", "ddim"]) -> RespacedSchedu
     return adm_scheduler("linear", timestep_respacing="fast27", variance_type="learned_range", sampler=sampler)
 
 
-def read_weights(source: str | os.PathLike | Mapping[str, Any]) -> Mapping[str, Any]:
+def read_weights(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """Weights as they are, or out of a file."""
     return source if isinstance(source, Mapping) else load_original(source)
 

@@ -4,8 +4,8 @@ Wang et al., arXiv 2205.12952; PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/
 files exist: whole models (`encoder.*`, `decoder.*`), and encoders of the first stage alone, without a prefix.
 """
 
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -39,8 +39,8 @@ _STEM = "decoder.input_blocks.0.0.weight"
 def convert_piti_pipeline(
     state_dict: Mapping[str, Any],
     *,
-    upsampler: str | os.PathLike | Mapping[str, Any] | None = None,
-    decoder: str | os.PathLike | Mapping[str, Any] | None = None,
+    upsampler: str | Path | Mapping[str, Any] | None = None,
+    decoder: str | Path | Mapping[str, Any] | None = None,
     condition_type: Literal["label_map", "sketch", "geometry"] | None = None,
     guidance: Literal["normalized", "plain"] = "normalized",
     num_heads: Sequence[int] | None = None,

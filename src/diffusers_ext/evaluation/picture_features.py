@@ -32,7 +32,7 @@ def clip_features(folder: str | Path) -> Callable[[Tensor], Tensor]:
     processor = CLIPImageProcessor.from_pretrained(prepared)
     inner = root / "image_encoder"
     network = CLIPVisionModelWithProjection.from_pretrained(inner if inner.is_dir() else root).eval()
-    side = network.config.image_size
+    side = int(network.config.image_size)  # type: ignore[arg-type]  # transformers allows a pair; CLIP has none
     mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (processor.image_mean, processor.image_std))
 
     @torch.no_grad()

@@ -231,10 +231,10 @@ def sample_sides(name: str, value: Any) -> tuple[int, int]:
     Raises:
         ValueError: For anything but one or two positive integers.
     """
-    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    sides: Any = value if isinstance(value, (list, tuple)) else (value, value)
     if isinstance(value, Mapping):  # {"height": 16, "width": 24}, or {"0": 16, "1": 24} of a `model_index.json`
         sides = [value.get(key) for key in (("height", "width") if "height" in value else ("0", "1"))]
-    whole = [isinstance(side, numbers.Integral) and not isinstance(side, bool) and side > 0 for side in sides]
+    whole = [isinstance(side, numbers.Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides]
     if whole != [True, True]:
         raise ValueError(f"`{name}` must be one side or (height, width), positive integers; received {value!r}.")
     return int(sides[0]), int(sides[1])

@@ -102,7 +102,7 @@ def _check_folder(folder: str) -> None:
 def modes_of(pipeline: type[HousePipeline]) -> list[type[HousePipeline]]:
     """The pipeline classes that load what `pipeline` saved, itself first: the editing modes of its family."""
     base = next((base for base in pipeline.__mro__ if base.__dict__.get("_one_checkpoint")), pipeline)
-    found: Any = [getattr(diffusers, name, None) for name in sys.modules[__package__.split(".")[0]].__all__]
+    found: Any = [getattr(diffusers, name, None) for name in sys.modules[__name__.partition(".")[0]].__all__]
     others = [one for one in found if isinstance(one, type) and issubclass(one, base) and one is not pipeline]
     return [pipeline, *others]
 

@@ -258,7 +258,8 @@ class Run:
         """
         while self.unread and self.unread[0].step <= up_to:
             one = self.unread.popleft()
-            if not math.isfinite(norm := one.value.tolist()):
+            norm: Any = one.value.tolist()
+            if not math.isfinite(norm):
                 samples = [index for micro in one.window for _, index in micro.keys]
                 raise FloatingPointError(
                     f"The gradient of {f'{one.of} in ' if one.of else ''}step {one.step} is not finite (norm {norm}, "

@@ -190,8 +190,9 @@ class GlideBasePipeline(HousePipeline):
             scheduler.set_timesteps(steps, device=device)
             return
         check_steps(scheduler, steps)
-        scheduler.set_timesteps(int(steps), device=device)
-        check_timesteps(scheduler, steps)
+        count = int(steps)
+        scheduler.set_timesteps(count, device=device)
+        check_timesteps(scheduler, count)
 
     @staticmethod
     def sides(unet: Any) -> tuple[int, int]:

@@ -282,4 +282,5 @@ class GlidePipeline(GlideBasePipeline):
         size = tuple(noise.shape[-2:])
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
         keep = F.interpolate(keep, size=size, mode="nearest")
-        return tuple(one.repeat_interleave(batch_size // len(one), dim=0).to(noise) for one in (images, keep))
+        known, mask = (one.repeat_interleave(batch_size // len(one), dim=0).to(noise) for one in (images, keep))
+        return known, mask

@@ -92,9 +92,9 @@ class LDMBasePipeline(HousePipeline):
         given = self.config["latent_scale"]
         if given is not None:
             return float(given)
-        if self.vqvae is None:
-            check_parts(self, "the scale of the latents", "vqvae")
-        return latent_scale(self.vqvae)
+        check_parts(self, "the scale of the latents", "vqvae")
+        first_stage: Any = self.vqvae
+        return latent_scale(first_stage)
 
     @property
     def size_multiple(self) -> int:
