@@ -102,6 +102,7 @@ def test_info_names_class_options_and_components(files, capsys):
         (["sample", "saved", "--map", "map.png"], "LDMTextPipeline takes no --map; it takes a prompt"),
         (["sample", "saved"], "LDMTextPipeline needs a prompt."),
         (["sample", "saved", "a", "--lora", "runs/none"], "There is no adapter 'runs/none'. A training with --rank"),
+        (["sample", "saved", "a", "--lora", "saved"], "--lora 'saved' is the pipeline itself"),
         (["sample", "runs/none", "a"], "There is no folder 'runs/none'. A training makes such a folder"),
         (["sample", "./none", "a"], "There is no folder './none'. Pipelines in '.': saved. A training makes"),
         (["sample", "runs/paella-scenes-64", "a"], "train_paella.py training/presets/paella-scenes-64.yaml` makes it"),
@@ -120,6 +121,14 @@ def test_what_does_not_fit_is_one_line(words, message, files, capsys):
     assert cli.main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("diffusers-ext")
+
+
+def test_variations_by_weights_that_draw_from_texts_ask_for_their_adapter(files, capsys):
+    CASES["paella"].build().save_pretrained("saved")
+    assert cli.main(["sample", "saved", "--image", "image.png", "--steps", "2", "--out", "a.png"]) == 0
+    (files / "saved" / "image_adapter").mkdir()
+    assert cli.main(["sample", "saved", "--image", "image.png", "--steps", "2"]) == 2
+    assert "pass --lora saved/image_adapter" in capsys.readouterr().err
 
 
 def test_other_files_and_boxes_are_refused(files, capsys):

@@ -34,7 +34,7 @@ class PrintVersion(argparse.Action):
 def build_parser() -> Parser:
     parser = Parser(
         prog="diffusers-ext",
-        description="Convert original checkpoints, share pipelines, write the built-in data set.",
+        description="Sample from pipelines, describe, convert and share them, and prepare data.",
     )
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -87,7 +87,9 @@ def build_parser() -> Parser:
     sample.add_argument("prompt", nargs="?", help="what to draw, for pipelines that take a text")
     sample.add_argument("--negative_prompt", help="what to move away from")
     sample.add_argument("--image", help="file of the image to edit, vary, enlarge or describe")
-    sample.add_argument("--mask", help="file of a mask: white is drawn")
+    sample.add_argument(
+        "--mask", help="file of a mask: white is drawn; of Versatile Diffusion, white is what is read of the image"
+    )
     sample.add_argument("--map", help="file of a label map")
     sample.add_argument("--sketch", help="file of a sketch")
     sample.add_argument("--normals", help="file of a map of normals")

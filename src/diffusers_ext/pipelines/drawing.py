@@ -232,6 +232,17 @@ def draw(
         raise ValueError(
             f"There is no adapter {lora!r}. A training with --rank writes {LORA_WEIGHT_NAME_SAFE} into its folder."
         )
+    if lora is not None and Path(folder).is_dir() and Path(lora).resolve() == Path(folder).resolve():
+        raise ValueError(
+            f"--lora {lora!r} is the pipeline itself: a training with --rank saves its matrices within the weights,"
+            " too, so they would apply twice. Leave --lora out, or sample the pipeline that the training started from."
+        )
+    adapter = Path(folder) / "image_adapter"  # what a Paella that draws from texts needs to draw from images
+    if lora is None and pipeline.__name__ == "PaellaImageVariationPipeline" and adapter.is_dir():
+        raise ValueError(
+            f"The weights of {folder!r} draw from texts, so variations of an image would be noise: pass"
+            f" --lora {adapter}, or a prompt beside --image to edit it."
+        )
     pipe: Any = pipeline.from_pretrained(folder, dtype=dtype)
     if lora is not None:
         pipe.load_lora_weights(lora)
