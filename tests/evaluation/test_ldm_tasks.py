@@ -62,7 +62,7 @@ def test_every_task_on_tiny_pipelines(script, folders, tmp_path, capsys):
     tasks = [row["task"] for row in rows]
     assert tasks == sorted(tasks, key=["text", "class", "layout", "semantic", "super_resolution", "inpainting",
                                        "unconditional"].index)  # fmt: skip
-    assert len(set(tasks)) == 7 and tasks.count("text") == 6 and tasks.count("class") == 2
+    assert len(set(tasks)) == 7 and tasks.count("text") == 9 and tasks.count("class") == 2
     assert all(f"| {row['task']} | {row['measured']} |" in told for row in rows)
     counts = {row["task"]: row["value"]["count"] for row in rows if isinstance(row["value"], dict)}
     layouts = [boxes(sample_scene(0, i, split="test", grounds=("plain",))) for i in range(3)]
