@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,24 @@ def test_a_text_that_is_cut_off_is_quoted_whatever_ran_before(caplog):
         pipe.encode_prompt("a red circle and a blue star on the left of a small green ring")
         assert [record.message.partition("cut off")[1] for record in caplog.records] == ["cut off"]
         run(pipe, prompt="a star")  # both stages
+
+
+def test_a_solver_made_of_a_respaced_config_runs_the_usual_steps_and_a_plain_one_takes_respacings():
+    pipe, seen = tiny_glide(upscale=False), []
+    respaced = RespacedScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", timestep_respacing="4"
+    )
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(respaced.config)
+
+    def count(pipe, step, t, tensors):
+        seen.append(int(t))
+
+    call = {"generator": torch.Generator().manual_seed(0), "callback_on_step_end": count, "output_type": "pt"}
+    assert pipe("a star", **call).images.isfinite().all() and len(seen) == 100
+    pipe.scheduler = RespacedScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
+    seen.clear()
+    pipe("a star", num_inference_steps="2,1,1", **call)
+    assert len(seen) == 4
 
 
 def test_the_kept_part_of_an_image_stays():

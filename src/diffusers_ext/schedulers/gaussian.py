@@ -61,10 +61,20 @@ def takes_learned_variance(scheduler: Any) -> bool:
 
     Asked of its constructor: a config keeps the value that another scheduler was made with.
     """
+    return str(_own_setting(scheduler, "variance_type")).startswith("learned")
+
+
+def takes_respacing(scheduler: Any) -> bool:
+    """Whether `set_timesteps` reads a respacing such as "10,10,3,2,2", and None as the configured one."""
     inner = scheduler_chain(scheduler)[-1]
-    if "variance_type" not in inspect.signature(type(inner).__init__).parameters:
-        return False
-    return str(scheduler_setting(inner, "variance_type")).startswith("learned")
+    return "timestep_respacing" in inspect.signature(type(inner).__init__).parameters
+
+
+def _own_setting(scheduler: Any, name: str) -> Any:
+    """The innermost scheduler's value of an argument of its constructor; None if it has no such argument."""
+    inner = scheduler_chain(scheduler)[-1]
+    own = name in inspect.signature(type(inner).__init__).parameters
+    return scheduler_setting(inner, name) if own else None
 
 
 def check_predicted_channels(unet: Any, scheduler: Any, channels: int, prefix: str = "") -> None:

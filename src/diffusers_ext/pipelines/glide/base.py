@@ -28,6 +28,7 @@ from ...schedulers.gaussian import (
     split_prediction,
     step_arguments,
     takes_learned_variance,
+    takes_respacing,
 )
 from ..base import HousePipeline
 from ..callbacks import Callback, report_step
@@ -183,8 +184,8 @@ class GlideBasePipeline(HousePipeline):
     def _set_steps(self, stage: str, scheduler: Any, steps: Any) -> None:
         """A number of steps, for `RespacedScheduler` also a respacing, or what the checkpoint's config says."""
         device = self._execution_device
-        respaces = scheduler_setting(scheduler, "timestep_respacing") is not None
-        if steps is None and not respaces:
+        respaces = takes_respacing(scheduler)
+        if steps is None and not (respaces and scheduler_setting(scheduler, "timestep_respacing")):
             steps = 100 if stage == "base" else 27  # the authors'
         if steps is None or (isinstance(steps, str) and respaces):
             scheduler.set_timesteps(steps, device=device)
