@@ -7,12 +7,16 @@ CompVis/latent-diffusion@a506df5:ldm/modules/image_degradation/bsrgan.py and bsr
 All random numbers are drawn before the first pixel is touched: a plan says what happens to a picture of any size, and
 applying it twice gives the same result.
 
-Differences: sides must be divisible by the scale, nothing is cut off. Everything is float until a JPEG.
+PITI (arXiv 2205.12952) trains its upsampler on inputs of the light variant with L0 smoothing among the slots, and
+without the last JPEG: PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/degradation/bsrgan_light.py (MIT).
+
+Differences: sides must be divisible by the scale, nothing is cut off. Everything is float until a JPEG. PITI's released
+code hands its L0 smoothing the wrong range and gets black pictures back (11 of 40): here it is right.
 """
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,6 +25,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from .blur import convolve, gaussian_kernel, stride_kernel
+from .l0 import l0_smooth
 from .resizing import resize
 
 INTERPOLATIONS = ("linear", "cubic", "area")
@@ -74,7 +79,14 @@ class Jpeg:
     quality: int
 
 
-Step: TypeAlias = Blur | Shrink | Stride | Fit | Noise | Jpeg
+@dataclass(frozen=True)
+class Smooth:
+    """L0 smoothing: see `l0_smooth`."""
+
+    strength: float
+
+
+Step: TypeAlias = Blur | Shrink | Stride | Fit | Noise | Jpeg | Smooth
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class BSRPlan:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What differs between the full and the light degradation."""
+    """What differs between the full, the light and PITI's degradation."""
 
     blurs: int
     anisotropic_sizes: tuple[int, int, int]  # times, from, to: times * randint(from, to) + 3
@@ -96,10 +108,14 @@ class _Setting:
     shrink_probability: float
     noise_levels: tuple[int, int]
     qualities: tuple[int, int]
+    jpeg_probability: float = 0.9
+    last_jpeg: bool = True
 
 
 _FULL = _Setting(2, (2, 2, 11), (2, 2, 11), 1.0, 0.75, (2, 25), (30, 95))
 _LIGHT = _Setting(1, (1, 2, 11), (1, 2, 4), 0.25, 0.8, (1, 2), (80, 95))
+_PITI = replace(_LIGHT, jpeg_probability=0.5, last_jpeg=False)
+_SMOOTHING = (1.2e-3, 4e-3)  # strengths of PITI's L0 smoothing
 
 
 def degrade_bicubic(image: Tensor, scale: int) -> Tensor:
@@ -140,6 +156,26 @@ def degrade_bsr(image: Tensor, scale: int, generator: Generator, *, light: bool 
     return apply_bsr_plan(image, draw_bsr_plan(scale, generator, light=light))
 
 
+def degrade_piti(image: Tensor, scale: int, generator: Generator, *, l0_prob: float = 0.2) -> Tensor:
+    """PITI's input of an upsampler: mild blur, downsampling, noise, JPEG and L0 smoothing in random order.
+
+    Args:
+        image: (3, h, w) in [-1, 1], sides divisible by `scale`.
+        scale: integer factor, 2 or more; PITI's is 4.
+        generator: on the CPU; draws the plan, from which all else follows.
+        l0_prob: how often the picture is smoothed; 0 leaves the light BSR, and every other draw as it is.
+
+    Returns:
+        float32 (3, h / scale, w / scale) in [-1, 1], on the 8-bit grid.
+
+    Raises:
+        TypeError: if `generator` is none.
+        ValueError: for another shape, dtype or range, a scale that does not fit, or no probability.
+    """
+    _check(image, scale)
+    return apply_bsr_plan(image, draw_piti_plan(scale, generator, l0_prob=l0_prob))
+
+
 def draw_bsr_plan(scale: int, generator: Generator, *, light: bool = False) -> BSRPlan:
     """Draws what `apply_bsr_plan` will do.
 
@@ -147,10 +183,26 @@ def draw_bsr_plan(scale: int, generator: Generator, *, light: bool = False) -> B
     downsampling), noise, JPEG (with probability 0.9), and a camera model that nobody has; then always a JPEG. At scale
     4 the picture is halved first with probability 1/4, and everything after it is that of scale 2.
     """
+    return _draw_plan(scale, generator, _LIGHT if light else _FULL)
+
+
+def draw_piti_plan(scale: int, generator: Generator, *, l0_prob: float = 0.2) -> BSRPlan:
+    """Draws what `apply_bsr_plan` will do for `degrade_piti`.
+
+    The slots are those of the light `draw_bsr_plan`, with L0 smoothing in the place of the camera model: before the
+    downsampling it smooths the large picture, after it the small one. JPEG has probability 0.5, and none comes last.
+    """
+    if not 0 <= l0_prob <= 1:
+        raise ValueError(f"`l0_prob` is {l0_prob}: it must lie between 0 and 1.")
+    return _draw_plan(scale, generator, _PITI, l0_prob)
+
+
+def _draw_plan(scale: int, generator: Generator, setting: _Setting, l0_prob: float | None = None) -> BSRPlan:
+    """Without `l0_prob` its slot draws nothing."""
     _check_scale(scale)
     if not isinstance(generator, Generator):
         raise TypeError(f"`generator` is {type(generator).__name__}: it must be a torch.Generator on the CPU.")
-    setting, draw = (_LIGHT if light else _FULL), _Draw(generator)
+    draw = _Draw(generator)
     steps: list[Step] = []
     factor = scale
     if scale == 4 and draw.uniform() < 0.25:
@@ -173,9 +225,15 @@ def draw_bsr_plan(scale: int, generator: Generator, *, light: bool = False) -> B
             steps.append(Fit(factor, draw.choice(INTERPOLATIONS)))
         elif slot == 4:
             steps.append(_draw_noise(draw, setting))
-        elif slot == 5 and draw.uniform() < 0.9:
+        elif slot == 5 and draw.uniform() < setting.jpeg_probability:
             steps.append(Jpeg(draw.integer(*setting.qualities)))
-    return BSRPlan(scale, (*steps, Jpeg(draw.integer(*setting.qualities))))
+        elif slot == 6 and l0_prob is not None:
+            chance, strength = draw.uniform(), draw.uniform(*_SMOOTHING)
+            if chance < l0_prob:
+                steps.append(Smooth(strength))
+    if setting.last_jpeg:
+        steps.append(Jpeg(draw.integer(*setting.qualities)))
+    return BSRPlan(scale, tuple(steps))
 
 
 def apply_bsr_plan(image: Tensor, plan: BSRPlan) -> Tensor:
@@ -197,8 +255,12 @@ def apply_bsr_plan(image: Tensor, plan: BSRPlan) -> Tensor:
             pixels = resize(pixels, before[0] // step.divisor, before[1] // step.divisor, step.method).clamp(0, 1)
         elif isinstance(step, Noise):
             pixels = (pixels + _noise(step, pixels.shape)).clamp(0, 1)
+        elif isinstance(step, Smooth):
+            pixels = ((l0_smooth(pixels * 2 - 1, step.strength) + 1) / 2).clamp(0, 1)
         else:
             pixels = _jpeg(pixels, step.quality)
+    if not isinstance(plan.steps[-1], Jpeg):  # which leaves 8 bits
+        pixels = (pixels * 255).round().clamp(0, 255) / 255
     return pixels * 2 - 1
 
 
