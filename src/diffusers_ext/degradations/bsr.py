@@ -10,8 +10,8 @@ applying it twice gives the same result.
 PITI (arXiv 2205.12952) trains its upsampler on inputs of the light variant with L0 smoothing among the slots, and
 without the last JPEG: PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/degradation/bsrgan_light.py (MIT).
 
-Differences: sides must be divisible by the scale, nothing is cut off. Everything is float until a JPEG. PITI's released
-code hands its L0 smoothing the wrong range and gets black pictures back (11 of 40): here it is right.
+Differences: sides must be divisible by the scale, nothing is cut off. Everything is float until a JPEG. PITI's
+released code hands its L0 smoothing the wrong range and gets black pictures back (11 of 40): here it is right.
 """
 
 import io
