@@ -40,6 +40,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import prune
 
 import diffusers_ext
+from diffusers_ext import NormalizedCFGScheduler
 from diffusers_ext.guidance import guide
 from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
 from diffusers_ext.training_utils.lora import add_lora, save_lora
@@ -450,6 +451,71 @@ def test_callback_sees_the_layouts_of_all_tiles():
     sample(pipe, "ldm-layout", callback_on_step_end=reader, **run)
     assert reader.got["prompt_embeds"].shape == reader.got["negative_prompt_embeds"].shape
     assert reader.got["prompt_embeds"].ndim == 4
+
+
+# --- normalised guidance: an option of latent and Versatile Diffusion, and a scheduler for all of Gaussian noise
+
+
+RESCALED = [name for name in GUIDED_ONCE if name.startswith(("ldm", "versatile"))]
+# beside those, whose scheduler guides in the next test; a cascade has a scheduler a stage
+GUIDED_BY_SCHEDULER = [name for name in GUIDED_CASES if name.startswith(("cascaded-", "glide", "piti"))]
+
+
+@pytest.mark.parametrize("name", RESCALED)
+def test_guidance_rescale_is_a_share_of_normalised_guidance(name):
+    pipe, run = CASES[name].build(), {"guidance_scale": 6.0, "output_type": "latent"}
+    plain = sample(pipe, name, **run)
+    assert equal(sample(pipe, name, guidance_rescale=0.0, **run), plain)
+    rescaled = sample(pipe, name, guidance_rescale=0.7, **run)
+    assert pipe.guidance_rescale == 0.7 and not equal(rescaled, plain)
+    assert equal(sample(pipe, name, **run), plain) and pipe.guidance_rescale == 0.0  # a call leaves nothing behind
+    unguided = run | {"guidance_scale": 1.0}
+    assert equal(sample(pipe, name, guidance_rescale=0.7, **unguided), sample(pipe, name, **unguided))
+    pipe.scheduler = NormalizedCFGScheduler(pipe.scheduler, guidance_rescale=0.7)
+    assert equal(sample(pipe, name, **run), rescaled)
+
+
+@pytest.mark.parametrize("name", RESCALED)
+def test_guidance_rescale_set_in_a_run_is_followed(name):
+    pipe = CASES[name].build()
+    first = {}
+
+    def change(pipe, step, timestep, tensors):
+        if step == 0:
+            first["latents"] = tensors["latents"]
+            pipe._guidance_rescale = 1.0
+
+    run = {"num_inference_steps": 3, "output_type": "latent"}
+    changed = sample(pipe, name, callback_on_step_end=change, **run)
+    callback = lambda pipe, step, timestep, tensors: dict(first) if step == 0 else None  # noqa: E731
+    assert equal(changed, sample(pipe, name, guidance_rescale=1.0, callback_on_step_end=callback, **run))
+    with pytest.raises(ValueError, match="`guidance_rescale` is 3.0: it must lie between 0"):
+        sample(pipe, name, callback_on_step_end=lambda pipe, *_: setattr(pipe, "_guidance_rescale", 3.0))
+
+
+@pytest.mark.parametrize("name", RESCALED)
+def test_bad_guidance_rescale_is_refused(name):
+    pipe = CASES[name].build()
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"`guidance_rescale` must lie in \[0, 1\].*0 is plain guidance"):
+            sample(pipe, name, guidance_rescale=wrong)
+    for wrong in ("high", True, None):
+        with pytest.raises(TypeError, match="`guidance_rescale` must be a number"):
+            sample(pipe, name, guidance_rescale=wrong)
+    pipe.scheduler = NormalizedCFGScheduler(pipe.scheduler)
+    with pytest.raises(ValueError, match="`guidance_rescale` is 0.5, but `scheduler` is a NormalizedCFGScheduler"):
+        sample(pipe, name, guidance_rescale=0.5)
+
+
+@pytest.mark.parametrize("name", GUIDED_BY_SCHEDULER)
+def test_a_scheduler_that_guides_gets_both_predictions(name):
+    pipe, plain = CASES[name].build(), CASES[name].build()
+    run, unguided = ({"guidance_scale": scale, "output_type": "latent"} for scale in (6.0, 1.0))
+    pipe.scheduler = NormalizedCFGScheduler(plain.scheduler, guidance_rescale=0.0)
+    assert equal(sample(pipe, name, **run), sample(plain, name, **run))
+    pipe.scheduler = NormalizedCFGScheduler(plain.scheduler)
+    assert not equal(sample(pipe, name, **run), sample(plain, name, **run))
+    assert equal(sample(pipe, name, **unguided), sample(plain, name, **unguided))
 
 
 # --- one generator an image

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from diffusers_ext import NormalizedClassifierFreeGuidance, classifier_free_guidance, normalized_guidance
 
@@ -33,6 +34,21 @@ def test_blend_scale_of_one_and_scales_a_sample():
         for index, scale in enumerate((1.5, 4.0)):
             one = normalized_guidance(COND[[index]], UNCOND[[index]], scale, statistics=statistics)
             torch.testing.assert_close(each[[index]], one)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_diffusers_rescale_is_the_same_but_for_the_mean(share):
+    """arXiv 2305.08891 scales the guided prediction about zero, arXiv 2205.12952 about its mean."""
+    centred, other = (one - one.mean((1, 2, 3), keepdim=True) for one in (COND, UNCOND))
+    guided = classifier_free_guidance(centred, other, 4.0)
+    theirs = rescale_noise_cfg(guided, centred, share)
+    torch.testing.assert_close(normalized_guidance(centred, other, 4.0, guidance_rescale=share), theirs)
+    guided = classifier_free_guidance(COND, UNCOND, 4.0)
+    ours = normalized_guidance(COND, UNCOND, 4.0, guidance_rescale=share)
+    shift = ours - rescale_noise_cfg(guided, COND, share)
+    mean, std = COND.mean((1, 2, 3)), COND.std((1, 2, 3))
+    expected = share * (mean - guided.mean((1, 2, 3)) * std / guided.std((1, 2, 3)))
+    torch.testing.assert_close(shift, expected[:, None, None, None].expand_as(shift), atol=1e-5, rtol=1e-4)
 
 
 def test_a_constant_prediction_and_half_precision_stay_finite():

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from huggingface_hub import ModelCard, create_repo
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
+from ..guidance import Mix, normalized_guidance
 from ..models.blocks.wrappers import unwrap
+from ..schedulers.gaussian import guides_itself
 from .adapters import AdapterMixin
 from .callbacks import Callback, callback_tensor_names
 from .cards import CardMixin, pipeline_card
-from .checks import check_callback_tensors, check_decoded, sample_sides
+from .checks import check_callback_tensors, check_decoded, check_fraction, sample_sides
 from .recognition import check_component, check_folder
 from .saving import check_saveable
 
@@ -43,12 +46,24 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     _needs_condition = True  # whether a call has to say what to draw, in any of its arguments
     _usual_guidance_scale: float = 1.0  # the authors', where neither the call nor the checkpoint names one
     _guidance_scale: float = 1.0
+    _guidance_rescale: float = 0.0
     _num_timesteps: int = 0
     _interrupt: bool = False
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def guidance_mix(self) -> Mix | None:
+        """The rule for `guidance.guide`: None is plain guidance, any `guidance_rescale` a share of the normalised."""
+        if self._guidance_rescale == 0:
+            return None
+        return partial(normalized_guidance, guidance_rescale=self._guidance_rescale)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -105,8 +120,18 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         check_callback_tensors(names, self._callback_tensor_inputs)
         return list(names)
 
-    def start_run(self, timesteps: Tensor, guidance_scale: float) -> None:
+    def check_rescale(self, guidance_rescale: Any) -> None:
+        """A share of normalised guidance, which a scheduler that guides by itself would not see."""
+        check_fraction("guidance_rescale", guidance_rescale, "0 is plain guidance, 1 is normalised guidance")
+        if guidance_rescale != 0 and guides_itself(self.scheduler):
+            raise ValueError(
+                f"`guidance_rescale` is {guidance_rescale}, but `scheduler` is a {type(self.scheduler).__name__},"
+                " which guides by itself: leave it at 0, and give the scheduler its own."
+            )
+
+    def start_run(self, timesteps: Tensor, guidance_scale: float, guidance_rescale: float = 0.0) -> None:
         """Resets the state for a run of these timesteps."""
+        self._guidance_rescale = float(guidance_rescale)
         self._guidance_scale = float(guidance_scale) + 0.0  # a new object: any other was set by a callback
         self._num_timesteps = len(timesteps)
         self._interrupt = False

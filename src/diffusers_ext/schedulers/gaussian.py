@@ -114,8 +114,8 @@ def guided_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of a scheduler, from the predictions that `guidance.both_branches` returned.
 
-    A scheduler whose step has a parameter `model_output_uncond` guides by itself: it gets both predictions, and
-    the scale if it has a parameter `guidance_scale`. Any other gets the guided prediction.
+    A scheduler that guides by itself gets both predictions, and the scale if its step has a parameter
+    `guidance_scale`. Any other gets the guided prediction.
 
     Args:
         cond, uncond, guidance_scale, mix, channels: as for `guidance.guide`.
@@ -128,14 +128,17 @@ def guided_step(
     """
     guided = guide(cond, uncond, guidance_scale, mix=mix, channels=channels)
     prediction = guided
-    if cond is not None and uncond is not None:
-        names, _ = _step_parameters(scheduler)
-        if "model_output_uncond" in names:
-            prediction = cond
-            arguments["model_output_uncond"] = uncond
-            if "guidance_scale" in names:
-                arguments["guidance_scale"] = guidance_scale
+    if cond is not None and uncond is not None and guides_itself(scheduler):
+        prediction = cond
+        arguments["model_output_uncond"] = uncond
+        if "guidance_scale" in _step_parameters(scheduler)[0]:
+            arguments["guidance_scale"] = guidance_scale
     return scheduler.step(prediction, timestep, sample, **arguments, return_dict=False)[0], guided
+
+
+def guides_itself(scheduler: Any) -> bool:
+    """Whether the scheduler's step takes both predictions, the second one as `model_output_uncond`."""
+    return "model_output_uncond" in _step_parameters(scheduler)[0]
 
 
 def _step_parameters(scheduler: Any) -> tuple[set[str], bool]:

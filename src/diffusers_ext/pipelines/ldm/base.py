@@ -177,6 +177,7 @@ class LDMBasePipeline(HousePipeline):
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -200,6 +201,7 @@ class LDMBasePipeline(HousePipeline):
         check_guidance_scale(guidance_scale)
         if guidance_scale != 1.0 and not (self.has_null_condition if can_guide is None else can_guide):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but {self.no_guidance_because}.")
+        self.check_rescale(guidance_rescale)
         check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
         factor, multiple = self.vae_scale_factor, self.size_multiple
@@ -273,6 +275,7 @@ class LDMBasePipeline(HousePipeline):
         *,
         num_inference_steps: int,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         eta: float,
         generator: Generators,
         latents: Tensor | None,
@@ -314,6 +317,7 @@ class LDMBasePipeline(HousePipeline):
             *size,
             num_inference_steps=num_inference_steps,
             guidance_scale=start_scale,
+            guidance_rescale=guidance_rescale,
             eta=eta,
             generator=generator,
             latents=latents,
@@ -326,7 +330,7 @@ class LDMBasePipeline(HousePipeline):
         self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
         timesteps: Tensor = self.scheduler.timesteps
-        self.start_run(timesteps, start_scale)
+        self.start_run(timesteps, start_scale, guidance_rescale)
 
         # 2. Tiles, initial noise, what is known, and the condition
         device = timesteps.device  # asking a pipeline for its device takes milliseconds
@@ -352,7 +356,9 @@ class LDMBasePipeline(HousePipeline):
             scaled = self.scheduler.scale_model_input(noisy, t)
             scale = self._guidance_scale
             cond, uncond = both_branches(partial(network, t), *condition.branches(scaled), scale)
-            noisy, prediction = guided_step(self.scheduler, cond, uncond, scale, t, noisy, **arguments)
+            noisy, prediction = guided_step(
+                self.scheduler, cond, uncond, scale, t, noisy, mix=self.guidance_mix, **arguments
+            )
             finite.append(torch.isfinite(prediction).all())
             if callback_on_step_end is not None:
                 tensors = self._callback_tensors(names, noisy, condition, prediction, scaled, t)

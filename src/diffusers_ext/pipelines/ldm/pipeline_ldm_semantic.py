@@ -125,6 +125,7 @@ image = pipe(Image.open("labels.png")).images[0]  # one label a pixel"""
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Draws images of label maps.
 
@@ -158,6 +159,10 @@ image = pipe(Image.open("labels.png")).images[0]  # one label a pixel"""
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
                 `prompt_embeds` and `negative_prompt_embeds` are the maps of the condition and of the null branch.
                 `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
+            guidance_rescale: Share in [0, 1] of normalised guidance (PITI, arXiv 2205.12952): 1 gives the guided
+                prediction the mean and the standard deviation of the conditional one, sample by sample, against the
+                oversaturation of large scales; 0 is plain guidance. The argument of diffusers (arXiv 2305.08891)
+                corrects the standard deviation alone.
 
         Returns:
             `ImagePipelineOutput` with the `images`, or a tuple that holds them.
@@ -184,6 +189,7 @@ image = pipe(Image.open("labels.png")).images[0]  # one label a pixel"""
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance_rescale=guidance_rescale,
             size_names=("label_map.height", "label_map.width") if own else ("height", "width"),
         )
 

@@ -97,6 +97,7 @@ class LDMTextPipeline(LDMBasePipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Draws images that follow prompts.
 
@@ -135,6 +136,10 @@ class LDMTextPipeline(LDMBasePipeline):
             callback_on_step_end_tensor_inputs: Names of the tensors that the callback gets, by default `["latents"]`.
                 `prompt_embeds` and `negative_prompt_embeds` are the context of the condition and of the null branch.
                 `pred_original_sample` holds the clean latents that the step's prediction amounts to, for reading only.
+            guidance_rescale: Share in [0, 1] of normalised guidance (PITI, arXiv 2205.12952): 1 gives the guided
+                prediction the mean and the standard deviation of the conditional one, sample by sample, against the
+                oversaturation of large scales; 0 is plain guidance. The argument of diffusers (arXiv 2305.08891)
+                corrects the standard deviation alone.
 
         Returns:
             `ImagePipelineOutput` with the `images`, or a tuple that holds them.
@@ -175,6 +180,7 @@ class LDMTextPipeline(LDMBasePipeline):
             return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            guidance_rescale=guidance_rescale,
             can_guide=self.has_null_condition or has_negative,
         )
 

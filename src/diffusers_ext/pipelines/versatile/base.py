@@ -229,13 +229,20 @@ class VersatileBasePipeline(HousePipeline):
             )
 
     def check_run(
-        self, num_inference_steps: int, guidance_scale: float, num_images_per_prompt: int, eta: float, output_type: str
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        num_images_per_prompt: int,
+        eta: float,
+        output_type: str,
     ) -> None:
         """The arguments that every call has, and the scheduler that they are for."""
         self.require("sampling", "unet", "scheduler")
         check_gaussian_scheduler(self.scheduler, type(self).__name__)
         check_steps(self.scheduler, num_inference_steps)
         check_guidance_scale(guidance_scale)
+        self.check_rescale(guidance_rescale)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
@@ -508,7 +515,7 @@ class VersatileBasePipeline(HousePipeline):
                 layer_choices=None if mixing == "attention" else self._draw_layer_choices(contexts, generator),
             )
             latents, noise = guided_step(
-                self.scheduler, cond, uncond, self._guidance_scale, t, latents, **step_options
+                self.scheduler, cond, uncond, self._guidance_scale, t, latents, mix=self.guidance_mix, **step_options
             )
             finite.append(torch.isfinite(noise).all())
             if callback is not None:

@@ -75,6 +75,7 @@ class VersatilePipeline(VersatileBasePipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
         text_ratio: float = 0.5,
         prompt_weights: Sequence[float] | None = None,
@@ -113,6 +114,10 @@ class VersatilePipeline(VersatileBasePipeline):
             width: Width of the image in pixels.
             num_inference_steps: The number of steps of the scheduler.
             guidance_scale: How closely the conditions are followed; 1 switches guidance off, 0 ignores the conditions.
+            guidance_rescale: The share in [0, 1] of normalised guidance (PITI, arXiv 2205.12952): 1 gives the guided
+                prediction the mean and the standard deviation of the conditional one, sample by sample, against the
+                oversaturation of large scales; 0 is plain guidance. The argument of diffusers (arXiv 2305.08891)
+                corrects the standard deviation alone.
             negative_prompt: The text to move away from, in place of the empty text; one for all samples or one each.
             text_ratio: The share of the texts beside the images, from 0 (images only) to 1 (texts only). Empty texts
                 beside images do not count, as in the original.
@@ -161,7 +166,7 @@ class VersatilePipeline(VersatileBasePipeline):
         generator = as_generators(generator)
         scale = self.resolve_scale(guidance_scale)
         size: tuple[int, int] = self.resolve_size(height, width, latents)
-        self.check_run(num_inference_steps, scale, num_images_per_prompt, eta, output_type)
+        self.check_run(num_inference_steps, scale, guidance_rescale, num_images_per_prompt, eta, output_type)
         conditions = read_conditions(
             prompt,
             image,
@@ -216,7 +221,7 @@ class VersatilePipeline(VersatileBasePipeline):
         timesteps, level = self.prepare_timesteps(num_inference_steps), None
         if strength < 1:
             level, timesteps = start_level(timesteps, strength, scheduler_attribute(self.scheduler, "order", 1))
-        self.start_run(timesteps, scale)
+        self.start_run(timesteps, scale, guidance_rescale)
 
         # 2. Initial noise, contexts, and the images to start from
         latents = self.prepare_latents(data_type, total, *size, generator=generator, latents=latents)

@@ -46,6 +46,7 @@ class VersatileEditPipeline(VersatileBasePipeline):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         text_ratio: float = 0.67,
         null_image: str | None = None,
         num_images_per_prompt: int = 1,
@@ -72,6 +73,10 @@ class VersatileEditPipeline(VersatileBasePipeline):
             width: Width of the image in pixels.
             num_inference_steps: The number of steps of each half: image to text, and text and image to image.
             guidance_scale: How closely both halves follow their contexts; 1 switches guidance off.
+            guidance_rescale: The share in [0, 1] of normalised guidance (PITI, arXiv 2205.12952): 1 gives the guided
+                prediction the mean and the standard deviation of the conditional one, sample by sample, against the
+                oversaturation of large scales; 0 is plain guidance. The argument of diffusers (arXiv 2305.08891)
+                corrects the standard deviation alone.
             text_ratio: The share of the texts in the second half; the original gives the image 0.33.
             null_image: The image that the null branch reads: "zeros" (no tokens), "grey" or "black". By default black
                 in the first half and zeros in the second one, as the authors do.
@@ -96,7 +101,7 @@ class VersatileEditPipeline(VersatileBasePipeline):
         generator = as_generators(generator)
         scale = self.resolve_scale(guidance_scale)
         height, width = self.resolve_size(height, width)
-        self.check_run(num_inference_steps, scale, num_images_per_prompt, eta, output_type)
+        self.check_run(num_inference_steps, scale, guidance_rescale, num_images_per_prompt, eta, output_type)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str):
                 raise TypeError(f"`{name}` must be one string, received {type(text).__name__}.")
@@ -119,7 +124,7 @@ class VersatileEditPipeline(VersatileBasePipeline):
         check_generator(generator, num_images_per_prompt, self._execution_device)
 
         timesteps = self.prepare_timesteps(num_inference_steps)
-        self.start_run(torch.cat([timesteps, timesteps]), scale)
+        self.start_run(torch.cat([timesteps, timesteps]), scale, guidance_rescale)
         run = {
             "eta": eta,
             "generator": generator,
