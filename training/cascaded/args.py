@@ -70,6 +70,10 @@ class CascadedArgs:
     loss_type: Literal["mse", "hybrid"] = option(
         "hybrid", "Error of the noise, or that with the variational bound of a learned variance."
     )
+    max_loss_weight: float = option(
+        1.0, "Error of the noise: a sample counts 1 / abar times, as if the error were that of v, but at most so "
+        "often. 1 is the paper's plain mean; 25 makes small networks heed the small picture many steps earlier."
+    )  # fmt: skip
 
     block_out_channels: list[int] = option([192, 384, 576, 768], "U-Net: width of each level, finest first.")
     layers_per_block: int = option(3, "U-Net: residual blocks of a level.")
@@ -142,6 +146,11 @@ class CascadedArgs:
                 f"--guidance_scale={self.guidance_scale} needs samples trained without their class: raise "
                 "--cond_dropout_prob above 0, or leave it at 1."
             )
+        if self.max_loss_weight != 1 and self.loss_type != "mse":
+            raise ValueError(
+                f"--max_loss_weight={self.max_loss_weight} goes with --loss_type mse, got --loss_type "
+                f"{self.loss_type}."
+            )
         if self.num_heads is not None and self.num_head_channels is not None:
             raise ValueError(
                 f"--num_heads={self.num_heads} and --num_head_channels={self.num_head_channels} say the same thing: "
@@ -162,6 +171,7 @@ class CascadedArgs:
         between(self, 0, 1, "cond_dropout_prob", "blur_prob", "clean_prob", "dropout")
         if self.num_train_timesteps < 2:
             raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
+        between(self, 1, 1e6, "max_loss_weight")
         between(self, 0, self.num_train_timesteps - 1, "min_timestep")
         between(self, 0, self.num_conditioning_timesteps, "truncation_level", "noise_level")
         check_guidance_scale(self.guidance_scale)
