@@ -455,6 +455,8 @@ def test_dataset_rows():
     nearness, normals = depth_and_normals(scene, 32)
     assert np.allclose(np.asarray(row["depth"]) / 255, nearness, atol=1 / 255)
     assert np.allclose(np.asarray(row["normal"]) / 255 * 2 - 1, normals, atol=2 / 255)
+    assert np.array_equal(row["normals"], normals) and row["metres"].shape == nearness.shape
+    assert np.allclose(row["metres"], 4 - 3 * nearness) and row["metres"].min() >= 1  # nearness 0 is the wall
     assert row["box_names"] == [name for name, _ in boxes(scene)]
     assert np.allclose(row["boxes"], [box for _, box in boxes(scene)])
 

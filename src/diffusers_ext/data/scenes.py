@@ -70,6 +70,7 @@ DEFAULT_MIXTURE = (0.45, 0.55, 0.0)
 RING_HOLE = 0.52  # inner radius over outer radius
 STAR_NOTCH = 0.48  # inner radius over outer radius
 CROSS_ARM = 0.34  # arm's half width over half length
+WALL_METRES = 4.0  # how far the ground is from a depth camera
 
 
 @dataclass(frozen=True)
@@ -653,6 +654,16 @@ def depth_and_normals(scene: Scene, resolution: int = 64) -> tuple[np.ndarray, n
     return nearness, normals
 
 
+def metres_and_normals(scene: Scene, resolution: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """`depth_and_normals` in the units of a depth camera: a wall `WALL_METRES` away, nearness 1 is one metre away.
+
+    Returns:
+        Metres, float32 (h, w), and the unit normals, float32 (h, w, 3).
+    """
+    nearness, normals = depth_and_normals(scene, resolution)
+    return WALL_METRES - (WALL_METRES - 1) * nearness, normals
+
+
 def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     """(name such as "red circle", (x0, y0, x1, y1) as fractions of the side) for each object."""
     return [(item.name, item.box) for item in scene.objects]
@@ -680,6 +691,8 @@ _COLUMNS = {
         np.round(depth_and_normals(scene, resolution)[0] * 255).astype(np.uint8)
     ),
     "normal": _normal_picture,
+    "metres": lambda scene, resolution: metres_and_normals(scene, resolution)[0],
+    "normals": lambda scene, resolution: metres_and_normals(scene, resolution)[1],
     "boxes": lambda scene, resolution: [list(box) for _, box in boxes(scene)],
     "box_names": lambda scene, resolution: [name for name, _ in boxes(scene)],
     "index": lambda scene, resolution: scene.index,
@@ -731,9 +744,9 @@ def load_scenes(
     Args:
         resolution: Side of the pictures, in pixels.
         columns: Any of `COLUMNS`. "image", "semantic" (mode L, class ids), "sketch", "depth" (mode L) and "normal"
-            (RGB, (n + 1) / 2) are PIL pictures, "text", "full_text", "negative_text" and "class_name" strings,
-            "negative_texts" a list of strings, "label" and "index" integers, "boxes" a list of (x0, y0, x1, y1) with
-            names in "box_names".
+            (RGB, (n + 1) / 2) are PIL pictures, "metres" (h, w) and "normals" (h, w, 3) float32 arrays, "text",
+            "full_text", "negative_text" and "class_name" strings, "negative_texts" a list of strings, "label" and
+            "index" integers, "boxes" a list of (x0, y0, x1, y1) with names in "box_names".
         seed, split, num_objects, mixture, grounds: As in `sample_scene`.
 
     The table behind it holds only scene numbers (in every column), so it is built at once and pickles small.
