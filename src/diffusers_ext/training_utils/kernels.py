@@ -1,6 +1,6 @@
 """Which kernels a training uses where PyTorch's own choice is the slower one."""
 
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
 from torch import nn
 
 
@@ -11,5 +11,5 @@ def plain_attention(network: nn.Module) -> None:
     pairs is kept.
     """
     for module in network.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
+        if isinstance(module, Attention):  # with keys and values of its own for a condition, or without
+            module.set_processor(AttnProcessor() if module.added_kv_proj_dim is None else AttnAddedKVProcessor())

@@ -1,0 +1,91 @@
+"""What train_piti.py learns: the noise in a stage's images, given what the stage is told of them.
+
+Nichol et al., arXiv 2112.10741; Wang et al., arXiv 2205.12952, section 3; the hybrid loss is that of Nichol and
+Dhariwal, arXiv 2102.09672.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
+from diffusers_ext.pipelines.glide.base import call_unet
+from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
+from diffusers_ext.training.piti.args import PITIArgs
+from diffusers_ext.training.piti.data import TextReader
+from diffusers_ext.training_utils.objective import Objective, keep_condition
+from diffusers_ext.training_utils.timesteps import TIMESTEP_SAMPLERS
+
+
+class DiffusionObjective(Objective):
+    """The loss of a stage; a subclass knows what the stage is told.
+
+    Args:
+        pipe: The pipeline of the stage.
+        args: The options.
+    """
+
+    def __init__(self, pipe: Any, args: PITIArgs):
+        super().__init__()
+        self.pipe, self.args = pipe, args
+        self.dropout_prob = args.dropout_of_condition
+        levels = int(pipe.scheduler.config["num_train_timesteps"])
+        self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)
+        self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
+
+    def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
+        """Tokens of the conditions and the vector behind them, (b, l + 1, d).
+
+        Args:
+            keep: Which samples (b,) keep their condition; all when None.
+        """
+        raise NotImplementedError
+
+    def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
+        """Draws per sample, in this order: dropping (where conditions are dropped), timestep, noise."""
+        images = batch["image"]
+        device = images.device
+        keep = keep_condition(generators, self.dropout_prob).to(device) if self.dropout_prob else None
+        timesteps, weights = self.timesteps.draw(generators, device)
+        noise = randn_tensor(images.shape, generator=generators, device=device)
+        noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
+        found = call_unet(self.pipe.unet, timesteps, noisy, None, self.embeds(batch, keep))
+        if self.hybrid is None:
+            parts = {"loss": noise_error(found, noise)}
+        else:
+            parts = self.hybrid(found, noise, images, noisy, timesteps)
+        observed = {"timesteps": timesteps, "sample_losses": parts["loss"].detach()}
+        return {name: (weights * value).mean() for name, value in parts.items()} | observed
+
+    def before_step(self, batch: Any, own: int, step: int, accelerator: Accelerator) -> None:
+        self.timesteps.refresh()
+
+    def observe(self, found: Mapping[str, Tensor], weight: float, accelerator: Accelerator) -> None:
+        self.timesteps.observe(found["timesteps"], found["sample_losses"], weight, accelerator)
+
+
+class PriorObjective(DiffusionObjective):
+    """Base U-Net and text encoder of GLIDE. A dropped caption becomes the empty text.
+
+    Args:
+        reader: Makes the tokens of a text.
+    """
+
+    null_tokens: Tensor
+
+    def __init__(self, pipe: GlidePipeline, args: PITIArgs, reader: TextReader):
+        super().__init__(pipe, args)
+        self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
+        self.pad_token_id = reader.tokenizer.pad_token_id
+        self.register_buffer("null_tokens", reader.tokens(""), persistent=False)
+
+    def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
+        tokens = batch["tokens"]
+        if keep is not None:
+            tokens = torch.where(keep[:, None], tokens, self.null_tokens)
+        states, vector = self.text_encoder(tokens, tokens != self.pad_token_id, return_dict=False)
+        return torch.cat([states, vector[:, None]], dim=1)
