@@ -208,7 +208,8 @@ def test_weighted_errors_of_the_noise_are_those_of_v_up_to_the_highest_weight():
     objective = objective_of(args)
     abar = objective.pipe.scheduler.alphas_cumprod
     timesteps = torch.tensor([0, 50, 99])
-    torch.testing.assert_close(objective.loss_weights[timesteps], torch.tensor([1 / abar[0], 1 / abar[50], 4]).float())
+    weights = torch.tensor([1 / abar[0], 1 / abar[50], 4])
+    torch.testing.assert_close(objective.error_weights[timesteps], weights.float())
     # v = sqrt(abar) noise - sqrt(1 - abar) x0, with the x0 that a wrong noise stands for
     clean, noise, wrong = torch.randn(3, 1, 3, generator=torch.Generator().manual_seed(0)).double().unbind()
     a, s = abar[50].sqrt(), (1 - abar[50]).sqrt()
@@ -216,9 +217,9 @@ def test_weighted_errors_of_the_noise_are_those_of_v_up_to_the_highest_weight():
     error = (a * (wrong - noise) - s * (other - clean)).square()
     torch.testing.assert_close(error.float(), ((wrong - noise).square() / abar[50]).float())
     plain = objective_of(upscaling(loss_type="mse"))
-    assert (plain.loss_weights == 1).all() and plain.state_dict().keys() == objective.state_dict().keys()
+    assert (plain.error_weights == 1).all() and plain.state_dict().keys() == objective.state_dict().keys()
     found = objective(batch_of(args), generators(4), 0)
-    assert found["loss"] > found["loss_simple"] > 0
+    assert found["loss"] > found["mse"] > 0
 
 
 def test_a_base_is_not_trained_below_its_least_timestep():
@@ -329,7 +330,6 @@ def test_options_of_a_base_that_do_not_fit_are_refused(words, message):
     "words, message",
     [
         (("--min_timestep", "5"), "--min_timestep=5 goes with --stage base"),
-        (("--max_loss_weight", "5"), "--max_loss_weight=5.0 goes with --loss_type mse, got --loss_type hybrid"),
         (("--max_loss_weight", "0.5"), r"--max_loss_weight must lie in \[1, 1e\+06\], got 0.5"),
         (("--low_resolution", "32"), "--low_resolution=32 must be smaller than --resolution=32 and divide it"),
         (("--low_resolution", "12"), "--low_resolution=12 must be smaller .* for a factor of 2 it is 16"),

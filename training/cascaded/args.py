@@ -146,11 +146,6 @@ class CascadedArgs:
                 f"--guidance_scale={self.guidance_scale} needs samples trained without their class: raise "
                 "--cond_dropout_prob above 0, or leave it at 1."
             )
-        if self.max_loss_weight != 1 and self.loss_type != "mse":
-            raise ValueError(
-                f"--max_loss_weight={self.max_loss_weight} goes with --loss_type mse, got --loss_type "
-                f"{self.loss_type}."
-            )
         if self.num_heads is not None and self.num_head_channels is not None:
             raise ValueError(
                 f"--num_heads={self.num_heads} and --num_head_channels={self.num_head_channels} say the same thing: "

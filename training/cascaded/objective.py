@@ -31,8 +31,8 @@ class CascadedObjective(Objective):
         self.num_timesteps = int(pipe.scheduler.config["num_train_timesteps"])
         self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
         # 1 / abar makes the error of the noise that of v (Salimans and Ho, arXiv 2202.00512, section 4: "SNR + 1")
-        weights = (1 / pipe.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
-        self.register_buffer("loss_weights", weights, persistent=False)
+        error_weights = (1 / pipe.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
+        self.register_buffer("error_weights", error_weights, persistent=False)
 
     def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
         """Draws per sample, in this order: dropping (where classes are dropped), timestep, noise, then those of
@@ -48,9 +48,11 @@ class CascadedObjective(Objective):
         noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
         found = self.unet(noisy, timesteps, labels, low, level, return_dict=False)[0]
         if self.hybrid is None:
-            error = noise_error(found, noise)
-            return {"loss": (self.loss_weights[timesteps] * error).mean(), "loss_simple": error.mean().detach()}
-        return {name: value.mean() for name, value in self.hybrid(found, noise, images, noisy, timesteps).items()}
+            parts = {"mse": noise_error(found, noise)}
+        else:
+            parts = self.hybrid(found, noise, images, noisy, timesteps)
+        parts["loss"] = self.error_weights[timesteps] * parts["mse"] + parts.get("vb", 0)
+        return {name: value.mean() for name, value in parts.items()}
 
     def augment(self, low: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor | None]:
         """The small images (b, 3, h, w) as the network sees them, and the levels (b,) that it is told.

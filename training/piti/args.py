@@ -44,6 +44,10 @@ class PITIArgs:
     loss_type: Literal["mse", "hybrid"] = option(
         "hybrid", "Error of the noise, or that with the variational bound of a learned variance."
     )
+    max_loss_weight: float = option(
+        1.0, "Error of the noise: a sample counts 1 / abar times, as if the error were that of v, but at most so "
+        "often. 1 is the authors' plain mean; 25 makes small networks heed what they are told many steps earlier."
+    )  # fmt: skip
     timestep_sampler: Literal["uniform", "loss_second_moment"] = option(
         "uniform", "Noise levels of a step: all alike, or the more often the larger their losses were."
     )
@@ -73,6 +77,7 @@ class PITIArgs:
             "rank", "num_validation_images", "num_inference_steps",
         )  # fmt: skip
         between(self, 0, 1, "cond_dropout_prob", "dropout")
+        between(self, 1, 1e6, "max_loss_weight")
         if self.num_train_timesteps < 2:
             raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
         check_guidance_scale(self.guidance_scale)

@@ -36,6 +36,9 @@ class DiffusionObjective(Objective):
         levels = int(pipe.scheduler.config["num_train_timesteps"])
         self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)
         self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
+        # 1 / abar makes the error of the noise that of v (Salimans and Ho, arXiv 2202.00512, section 4: "SNR + 1")
+        error_weights = (1 / pipe.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
+        self.register_buffer("error_weights", error_weights, persistent=False)
 
     def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
         """Tokens of the conditions and the vector behind them, (b, l + 1, d).
@@ -55,9 +58,10 @@ class DiffusionObjective(Objective):
         noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
         found = call_unet(self.pipe.unet, timesteps, noisy, None, self.embeds(batch, keep))
         if self.hybrid is None:
-            parts = {"loss": noise_error(found, noise)}
+            parts = {"mse": noise_error(found, noise)}
         else:
             parts = self.hybrid(found, noise, images, noisy, timesteps)
+        parts["loss"] = self.error_weights[timesteps] * parts["mse"] + parts.get("vb", 0)
         observed = {"timesteps": timesteps, "sample_losses": parts["loss"].detach()}
         return {name: (weights * value).mean() for name, value in parts.items()} | observed
 
