@@ -17,7 +17,7 @@ from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader, count_classes, load_rows
 from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
-from diffusers_ext.training.cascaded.validation import Validation
+from diffusers_ext.training.cascaded.validation import CascadedValidation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.kernels import plain_attention
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         train,
         transform=reader,
         num_workers=data.dataloader_num_workers,
-        on_validate=Validation(objective, reader, sets[1], train, accelerator),
+        on_validate=CascadedValidation(objective, reader, sets[1], train, accelerator),
     )
     kind = type(pipe)
     finish(

@@ -23,10 +23,9 @@ from diffusers_ext.training.clip.objective import ClipObjective
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.loop import fit
-from diffusers_ext.training_utils.record import learn_once
 from diffusers_ext.training_utils.results import finish
 from diffusers_ext.training_utils.run import start
-from diffusers_ext.training_utils.tokenizers import read_captions, train_clip_tokenizer
+from diffusers_ext.training_utils.tokenizers import learn_once, read_captions, train_clip_tokenizer
 from diffusers_ext.training_utils.validation import first_rows, mean_losses
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from functools import partial
 import torch
 
 from diffusers_ext.training.ldm.args import LDMArgs, lr_multiplier
-from diffusers_ext.training.ldm.data import cache_moments, load_rows, measure_std, read_sample
+from diffusers_ext.training.ldm.data import cache_moments, load_rows, measure_std
 from diffusers_ext.training.ldm.networks import build_pipeline, set_scale
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS
-from diffusers_ext.training.ldm.validation import Validation
+from diffusers_ext.training.ldm.validation import LDMValidation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.cache import check_cacheable
@@ -78,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     finished = fit(
-        accelerator, objective, samples, train, transform=partial(read_sample, task=task),
-        num_workers=data.dataloader_num_workers, on_validate=Validation(objective, validation_set, train, accelerator),
+        accelerator, objective, samples, train, transform=task.sample,
+        num_workers=data.dataloader_num_workers,
+        on_validate=LDMValidation(objective, validation_set, train, accelerator),
         lr_multiplier=lr_multiplier(args, train), averaged=pipe.unet, make_ema=ldm_ema,
     )  # fmt: skip
 

@@ -15,9 +15,9 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.card import card_pipeline, summary, usage
-from diffusers_ext.training.paella.conditions import make_condition
+from diffusers_ext.training.paella.conditions import freeze, make_condition
 from diffusers_ext.training.paella.data import cache_samples, class_names, condition_column, count_labels
-from diffusers_ext.training.paella.networks import build_pipeline, freeze
+from diffusers_ext.training.paella.networks import build_pipeline
 from diffusers_ext.training.paella.objective import PaellaObjective
 from diffusers_ext.training.paella.validation import Sheet
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs

@@ -14,7 +14,7 @@ from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training.piti.data import TextReader, load_rows
 from diffusers_ext.training.piti.networks import build_prior
 from diffusers_ext.training.piti.objective import PriorObjective
-from diffusers_ext.training.piti.validation import Validation
+from diffusers_ext.training.piti.validation import PITIValidation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.kernels import plain_attention
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         train,
         transform=reader,
         num_workers=data.dataloader_num_workers,
-        on_validate=Validation(objective, reader, sets[1], train, accelerator),
+        on_validate=PITIValidation(objective, reader, sets[1], train, accelerator),
     )
     kind, prompt = type(pipe), (args.validation_prompts or captions or [None])[0]
     finish(

@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ext.data.crops import Crop, draw_crop, draw_patch
-from diffusers_ext.data.preprocessing import prepare_image
+from diffusers_ext.data.crops import Crop, draw_crop, draw_patch, prepare_image
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_ext.data.crops import choose_text, draw_square, prepare_image
 from diffusers_ext.data.pictures import load_pictures
-from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
 
 
 def source(**options) -> SimpleNamespace:
@@ -141,12 +141,16 @@ def test_label_maps_go_with_their_pictures():
     for seed in range(8):
         options = {"random_flip": True}
         image = prepare_image(picture, 20, generator=torch.Generator().manual_seed(seed), **options)
-        label_map = prepare_map(labels, 20, generator=torch.Generator().manual_seed(seed), **options)
+        crop = draw_square(picture.size, 20, torch.Generator().manual_seed(seed), **options)
+        label_map = crop.labels(labels, 20)
         assert label_map.dtype == torch.int64
         torch.testing.assert_close((image[0] + 1) * 127.5, label_map.float(), rtol=0, atol=1e-3)
-    assert set(prepare_map(labels, 7).unique().tolist()) <= set(pixels.flatten().tolist())  # no mixed labels
+    shrunk = draw_square(picture.size, 7)
+    assert set(shrunk.labels(labels, 7).unique().tolist()) <= set(pixels.flatten().tolist())  # no mixed labels
+    smaller = labels.resize((15, 10), Image.Resampling.NEAREST)  # resized first, as its picture is
+    assert torch.equal(crop.labels(smaller, 20), crop.labels(smaller.resize((30, 20), Image.Resampling.NEAREST), 20))
     with pytest.raises(ValueError, match="label map has the mode 'RGB'"):
-        prepare_map(picture, 20)
+        shrunk.labels(picture, 7)
 
 
 def test_one_caption_of_several_is_drawn():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.losses.discrete import loss_weight, token_cross_entropy, token_metrics, weighted_mean
+from diffusers_ext.losses.discrete import loss_weight, token_cross_entropy, weighted_mean
 
 
 def test_cross_entropy_by_hand():
@@ -54,18 +54,6 @@ def test_weighted_mean_counts_each_image_once():
     torch.testing.assert_close(weighted_mean(losses, torch.full_like(losses, 0.3)), losses.mean())
 
 
-def test_metrics():
-    tokens = torch.tensor([[[0, 1], [2, 2]]])
-    logits = F.one_hot(torch.tensor([[[0, 1], [2, 0]]]), 3).permute(0, 3, 1, 2).float()
-    metrics = token_metrics(logits, tokens)
-    assert metrics["accuracy"].item() == pytest.approx(0.75)
-    z = math.log(math.e + 2)
-    assert metrics["perplexity"].item() == pytest.approx(math.exp((3 * (z - 1) + z) / 4), rel=1e-5)
-    uniform = token_metrics(torch.zeros(1, 8, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long))
-    assert uniform["perplexity"].item() == pytest.approx(8, rel=1e-5)
-    assert token_metrics(logits, tokens, loss=torch.tensor(2.0))["perplexity"].item() == pytest.approx(math.exp(2))
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -78,7 +66,6 @@ def test_metrics():
             lambda x, t: token_cross_entropy(x, t, label_smoothing=1.5),
             r"`label_smoothing` must lie in \[0, 1\], got 1.5",
         ),
-        (lambda x, t: token_metrics(x, t[:1]), "`logits` must have shape"),
         (lambda x, t: loss_weight(t > 0, torch.rand(3)), "`timesteps` must hold one level per image"),
         (
             lambda x, t: loss_weight(t > 0, torch.rand(2), min_weight=-0.1),

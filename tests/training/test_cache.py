@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from diffusers_ext import PaellaPipeline
 from diffusers_ext.data.image_folder import load_image_dataset
 from diffusers_ext.data.scenes import load_scenes, write_scenes
-from diffusers_ext.training.paella.conditions import make_condition
-from diffusers_ext.training.paella.networks import build_pipeline, freeze, in_batches
+from diffusers_ext.training.paella.conditions import freeze, in_batches, make_condition
+from diffusers_ext.training.paella.networks import build_pipeline
 from diffusers_ext.training_utils.cache import (
     CacheError,
     SampleCache,

@@ -12,10 +12,11 @@ from PIL import Image
 
 from diffusers_ext import CascadedBasePipeline, CascadedDiffusionPipeline, CascadedUNet, CascadedUpscalePipeline
 from diffusers_ext.data.annotations import NamedRows
+from diffusers_ext.data.labels import Classes
 from diffusers_ext.degradations.resizing import resize
 from diffusers_ext.losses.diffusion import VariationalLoss
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training.cascaded.data import Classes, Reader, load_rows
+from diffusers_ext.training.cascaded.data import Reader, load_rows
 from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import DataArgs

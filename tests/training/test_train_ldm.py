@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pickle
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -21,7 +20,7 @@ from diffusers_ext.data.annotations import ROW
 from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes, write_scenes
 from diffusers_ext.degradations.bsr import degrade_bicubic, degrade_bsr
 from diffusers_ext.training.ldm.args import LDMArgs
-from diffusers_ext.training.ldm.data import load_rows, read_picture, read_sample
+from diffusers_ext.training.ldm.data import load_rows, read_picture
 from diffusers_ext.training.ldm.networks import build_pipeline
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS as KINDS
@@ -98,7 +97,7 @@ def parts(task: str, *more: str, data: tuple[str, ...] = ()):
 
 
 def read_batch(task, rows, count: int = 2) -> dict:
-    samples = [read_sample(rows[i], keyed_generator(0, i), task) for i in range(count)]
+    samples = [task.sample(rows[i], keyed_generator(0, i)) for i in range(count)]
     return torch.utils.data.default_collate(samples)
 
 
@@ -331,7 +330,7 @@ def test_what_an_inpainting_network_is_given():
         latents = pipe.vqvae.encode(hidden).latents  # not scaled
     torch.testing.assert_close(got[:, :8], latents)
     assert torch.equal(got[:, 8:], 2 * batch["mask"][:, :, ::4, ::4] - 1)
-    other = read_sample(rows[0], keyed_generator(1, 0), task)
+    other = task.sample(rows[0], keyed_generator(1, 0))
     assert not torch.equal(other["mask"], batch["mask"][0])  # anew in every epoch
 
 
@@ -339,7 +338,7 @@ def test_layouts_follow_crop_and_flip():
     task, rows, pipe = parts("layout", "--crop_scale", "0.5", "0.5", "--random_flip")
     seen = set()
     for i in range(8):
-        sample = read_sample(rows[i], keyed_generator(0, i), task)
+        sample = task.sample(rows[i], keyed_generator(0, i))
         row, draw = rows[i], keyed_generator(0, i)
         _, across, down, mirror = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
         crop = (int(across * 17) / 32, int(down * 17) / 32, 0.5, 0.5)
@@ -358,7 +357,7 @@ def test_layouts_follow_crop_and_flip():
 @pytest.mark.parametrize("degradation", ["bicubic", "bsr", "bsr_light"])
 def test_small_pictures_are_degraded_large_ones(degradation):
     task, rows, _ = parts("super_resolution", "--degradation", degradation)
-    sample = read_sample(rows[3], keyed_generator(0, 3), task)
+    sample = task.sample(rows[3], keyed_generator(0, 3))
     draw = keyed_generator(0, 3)
     torch.rand(4, generator=draw, dtype=torch.float64)  # the crop's
     light = degradation == "bsr_light"
@@ -370,7 +369,7 @@ def test_small_pictures_are_degraded_large_ones(degradation):
 def test_reading_needs_no_networks_and_can_be_pickled():
     for task in TASKS:
         reading, rows, _ = parts(task)
-        read = pickle.loads(pickle.dumps(partial(read_sample, task=reading)))
+        read = pickle.loads(pickle.dumps(reading.sample))
         again = pickle.loads(pickle.dumps(rows))
         one, other = (read(source[1], keyed_generator(0, 1)) for source in (rows, again))
         assert all(torch.equal(one[k], other[k]) if torch.is_tensor(one[k]) else one[k] == other[k] for k in one)
@@ -492,7 +491,7 @@ def test_wrong_data_name_the_file(task, more, change, message, scenes_folder, tm
         reading, rows, _ = parts(task, *more, data=source)
         reading.check_rows(rows)
         for i in range(len(rows)):
-            read_sample(rows[i], keyed_generator(0, i), reading)
+            reading.sample(rows[i], keyed_generator(0, i))
 
     with pytest.raises(ValueError, match=message):
         read_all()

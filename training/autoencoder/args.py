@@ -1,10 +1,9 @@
 """The options of train_autoencoder.py, and what can be said against them before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from diffusers_ext.training_utils.adversarial import refuse_micro_steps
-from diffusers_ext.training_utils.args import TrainArgs, between, positive
+from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
 
 
 @dataclass
@@ -15,77 +14,56 @@ class AutoencoderArgs:
     APPLIED: ClassVar[tuple[str, ...]] = ("disc_learning_rate", "scale_samples")
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("validation_samples", "feature_model")
 
-    model: Literal["vq", "paella_vq", "gumbel_vq", "kl"] = field(
-        default="vq",
-        metadata={"help": "Nearest code (stock network or Paella's), Gumbel-softmax codes, or a Gaussian posterior."},
+    model: Literal["vq", "paella_vq", "gumbel_vq", "kl"] = option(
+        "vq", "Nearest code (stock network or Paella's), Gumbel-softmax codes, or a Gaussian posterior."
     )
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Autoencoder to fine-tune; the sizes below then come from it."}
+    pretrained_model_name_or_path: str | None = option(
+        None, "Autoencoder to fine-tune; the sizes below then come from it."
     )
-    subfolder: str | None = field(default=None, metadata={"help": "Where it lies there: `vae` in a pipeline."})
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [16, 32, 64, 96],
-        metadata={"help": "Width of each level; the factor is 2^(levels - 1), for paella_vq 2^levels."},
+    subfolder: str | None = option(None, "Where it lies there: `vae` in a pipeline.")
+    block_out_channels: list[int] = option(
+        [16, 32, 64, 96], "Width of each level; the factor is 2^(levels - 1), for paella_vq 2^levels."
     )
-    bottleneck_blocks: int = field(default=12, metadata={"help": "paella_vq: blocks of the decoder's deepest level."})
-    layers_per_block: int = field(default=1, metadata={"help": "ResNet blocks a level."})
-    norm_num_groups: int = field(default=8, metadata={"help": "Groups of the group norms."})
-    mid_block_add_attention: bool = field(default=True, metadata={"help": "Self-attention in the middle block."})
-    attention_levels: list[int] = field(
-        default_factory=list, metadata={"help": "Levels (0: full size) with self-attention after each block."}
+    bottleneck_blocks: int = option(12, "paella_vq: blocks of the decoder's deepest level.")
+    layers_per_block: int = option(1, "ResNet blocks a level.")
+    norm_num_groups: int = option(8, "Groups of the group norms.")
+    mid_block_add_attention: bool = option(True, "Self-attention in the middle block.")
+    attention_levels: list[int] = option([], "Levels (0: full size) with self-attention after each block.")
+    latent_channels: int = option(16, "Channels between encoder and decoder.")
+    vq_embed_dim: int | None = option(None, "Width of a code; latent_channels when unset.")
+    num_vq_embeddings: int = option(512, "Codes in the codebook.")
+    l1_weight: float = option(1.0, "Weight of the mean absolute error.")
+    l2_weight: float = option(0.0, "Weight of the mean squared error.")
+    perceptual_model: str = option("none", "`none`, `lpips`, or a folder with a CLIP model.")
+    perceptual_weight: float = option(1.0, "Weight of the perceptual distance.")
+    lpips_dropout: bool = option(False, "Dropout before LPIPS's heads in training, as (by accident) the originals.")
+    reduction: Literal["sum", "mean"] | None = option(
+        None, "Of these three over a picture's elements; when unset, kl: sum, else mean."
     )
-    latent_channels: int = field(default=16, metadata={"help": "Channels between encoder and decoder."})
-    vq_embed_dim: int | None = field(default=None, metadata={"help": "Width of a code; latent_channels when unset."})
-    num_vq_embeddings: int = field(default=512, metadata={"help": "Codes in the codebook."})
-    l1_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
-    l2_weight: float = field(default=0.0, metadata={"help": "Weight of the mean squared error."})
-    perceptual_model: str = field(default="none", metadata={"help": "`none`, `lpips`, or a folder with a CLIP model."})
-    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of the perceptual distance."})
-    lpips_dropout: bool = field(
-        default=False, metadata={"help": "Dropout before LPIPS's heads in training, as (by accident) the originals."}
+    kl_weight: float = option(1e-6, "KL: weight of the divergence from N(0, 1), in nats.")
+    logvar_init: float = option(0.0, "KL: log-variance of the output elements.")
+    learn_logvar: bool = option(False, "KL: learn it (the original keeps it fixed).")
+    commitment_beta: float = option(0.25, "VQ: weight of the commitment term.")
+    codebook_weight: float = option(1.0, "VQ: weight of codebook and commitment together.")
+    plain_fraction: float = option(0.12, "VQ: share of the steps before the codebook is started.")
+    kmeans_samples: int = option(512, "VQ: pictures whose latents the k-means start uses; 0: a random start.")
+    restart_steps: int = option(60, "VQ: give unused codes a new place every so many steps.")
+    restart_fraction: float = option(0.7, "VQ: share of the steps after which restarts end.")
+    gumbel_temperature: list[float] = option([1.0, 0.0625], "Gumbel: first and last temperature (cosine between).")
+    gumbel_kl_weight: float = option(1e-4, "Gumbel: weight of the divergence from uniform codes.")
+    disc_start: int | None = option(None, "First step with the PatchGAN; none when unset.")
+    disc_weight: float = option(0.8, "Weight of the adversarial term (times the adaptive one).")
+    disc_loss: Literal["hinge", "vanilla"] = option("hinge", "The discriminator's loss.")
+    disc_channels: int = option(64, "Width of the discriminator's first layer.")
+    disc_layers: int = option(3, "Strided layers of the discriminator.")
+    disc_learning_rate: float | None = option(None, "learning_rate when unset.")
+    disc_fresh_forward: bool = option(
+        False, "Reconstruct anew for the discriminator, with the step's weights and new draws."
     )
-    reduction: Literal["sum", "mean"] | None = field(
-        default=None, metadata={"help": "Of these three over a picture's elements; when unset, kl: sum, else mean."}
-    )
-    kl_weight: float = field(default=1e-6, metadata={"help": "KL: weight of the divergence from N(0, 1), in nats."})
-    logvar_init: float = field(default=0.0, metadata={"help": "KL: log-variance of the output elements."})
-    learn_logvar: bool = field(default=False, metadata={"help": "KL: learn it (the original keeps it fixed)."})
-    commitment_beta: float = field(default=0.25, metadata={"help": "VQ: weight of the commitment term."})
-    codebook_weight: float = field(default=1.0, metadata={"help": "VQ: weight of codebook and commitment together."})
-    plain_fraction: float = field(
-        default=0.12, metadata={"help": "VQ: share of the steps before the codebook is started."}
-    )
-    kmeans_samples: int = field(
-        default=512, metadata={"help": "VQ: pictures whose latents the k-means start uses; 0: a random start."}
-    )
-    restart_steps: int = field(default=60, metadata={"help": "VQ: give unused codes a new place every so many steps."})
-    restart_fraction: float = field(default=0.7, metadata={"help": "VQ: share of the steps after which restarts end."})
-    gumbel_temperature: list[float] = field(
-        default_factory=lambda: [1.0, 0.0625],
-        metadata={"help": "Gumbel: first and last temperature (cosine between)."},
-    )
-    gumbel_kl_weight: float = field(
-        default=1e-4, metadata={"help": "Gumbel: weight of the divergence from uniform codes."}
-    )
-    disc_start: int | None = field(default=None, metadata={"help": "First step with the PatchGAN; none when unset."})
-    disc_weight: float = field(
-        default=0.8, metadata={"help": "Weight of the adversarial term (times the adaptive one)."}
-    )
-    disc_loss: Literal["hinge", "vanilla"] = field(default="hinge", metadata={"help": "The discriminator's loss."})
-    disc_channels: int = field(default=64, metadata={"help": "Width of the discriminator's first layer."})
-    disc_layers: int = field(default=3, metadata={"help": "Strided layers of the discriminator."})
-    disc_learning_rate: float | None = field(default=None, metadata={"help": "learning_rate when unset."})
-    disc_fresh_forward: bool = field(
-        default=False,
-        metadata={"help": "Reconstruct anew for the discriminator, with the step's weights and new draws."},
-    )
-    scale_samples: int = field(
-        default=256,
-        metadata={"help": "Pictures that measure scaling_factor = 1 / std(latents) at the end; 0: keep it."},
-    )
-    validation_samples: int = field(default=64, metadata={"help": "Pictures of a validation."})
-    feature_model: str | None = field(
-        default=None, metadata={"help": "Folder with a CLIP image tower: report the Frechet distance of its vectors."}
+    scale_samples: int = option(256, "Pictures that measure scaling_factor = 1 / std(latents) at the end; 0: keep it.")
+    validation_samples: int = option(64, "Pictures of a validation.")
+    feature_model: str | None = option(
+        None, "Folder with a CLIP image tower: report the Frechet distance of its vectors."
     )
 
     def __post_init__(self):
@@ -120,8 +98,16 @@ class AutoencoderArgs:
 
 
 def check_accumulation(args: AutoencoderArgs, train: TrainArgs) -> None:
-    """Refuses micro-steps with the PatchGAN; see `refuse_micro_steps`."""
-    if args.disc_start is not None:
-        refuse_micro_steps(
-            train, "with --disc_start the adaptive weight is one of a whole batch", otherwise="--disc_start none"
+    """Refuses micro-steps with the PatchGAN, also those that `--total_batch_size` makes on this many processes.
+
+    Raises:
+        ValueError: names the batch a process that needs none.
+    """
+    steps, batch = train.gradient_accumulation_steps, train.train_batch_size
+    if steps > 1 and args.disc_start is not None:
+        asked = "--gradient_accumulation_steps" if train.total_batch_size is None else "--total_batch_size"
+        raise ValueError(
+            f"{asked}={getattr(train, asked[2:])} makes {steps} micro-steps of {batch} samples a process, but with "
+            "--disc_start the adaptive weight is one of a whole batch: pass --train_batch_size "
+            f"{steps * batch}, more processes, or --disc_start none."
         )

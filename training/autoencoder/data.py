@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffusers_ext.data.preprocessing import prepare_image
+from diffusers_ext.data.crops import prepare_image
 from diffusers_ext.training_utils.args import DataArgs
 
 

@@ -8,19 +8,11 @@ from torch import Generator, Tensor
 
 from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.crops import draw_crop
-from diffusers_ext.data.labels import find_classes
+from diffusers_ext.data.labels import Classes, as_asked, find_classes
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.degradations.resizing import resize
 from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training_utils.args import DataArgs
-
-
-@dataclass(frozen=True)
-class Classes:
-    """How many there are, and their names where they have any."""
-
-    count: int
-    names: list[str] | None = None
 
 
 def load_rows(args: CascadedArgs, data: DataArgs) -> tuple[NamedRows, NamedRows]:
@@ -38,12 +30,7 @@ def count_classes(sets: tuple[NamedRows, NamedRows], args: CascadedArgs, data: D
     """
     if args.condition != "class":
         return None
-    found, asked = Classes(*find_classes([rows.dataset for rows in sets], data)), args.num_labels
-    if asked is None or asked == found.count:
-        return found
-    if found.names is None:  # numbers, of which the data need not hold all
-        return Classes(asked)
-    raise ValueError(f"--num_labels={asked}, but the data have {found.count} classes.")
+    return as_asked(find_classes([rows.dataset for rows in sets], data), args.num_labels)
 
 
 # Without networks, so that loader processes can be started with it on every platform.

@@ -2,13 +2,13 @@
 
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.data.labels import Classes
 from diffusers_ext.models.unet_cascaded import CascadedUNet
 from diffusers_ext.pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
 from diffusers_ext.pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
 from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from diffusers_ext.schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training.cascaded.data import Classes
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 IMAGE_CHANNELS = 3

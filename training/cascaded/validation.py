@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,9 +18,7 @@ from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader
 from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses, save_sheet
-
-LOSS_SAMPLES = 64  # held-out pictures for the loss
+from diffusers_ext.training_utils.validation import Validation
 
 
 @dataclass
@@ -124,37 +123,27 @@ class Neighbours:
         return [2 * images.float().to(self.pipe.device) - 1 for images in drawn]
 
 
-@dataclass
-class Validation:
-    """Figures and images of held-out rows, cut in their middle; every draw is the same each time."""
+class CascadedValidation(Validation):
+    """Held-out images, cut in their middle."""
 
-    objective: CascadedObjective
-    reader: Reader
-    rows: NamedRows
-    train: TrainArgs
-    accelerator: Accelerator
-
-    def __post_init__(self):
+    def __init__(
+        self, objective: CascadedObjective, reader: Reader, rows: NamedRows, train: TrainArgs, accelerator: Accelerator
+    ):
         """Refuses before the first step what the pipelines would refuse after it.
 
         Raises:
             ValueError: See `Neighbours`.
         """
-        self.pipe, self.args = self.objective.pipe, self.objective.args
-        self.neighbours = Neighbours(self.pipe, self.args)
+        super().__init__(objective, reader.without_augmentation(), rows, train, accelerator)
+        self.neighbours = Neighbours(objective.pipe, objective.args)
         (batch, _), *_ = self.batches(1)
         self.neighbours.check(*self.conditions(batch))
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Figures after this step; the samples become `validation-<step>.png`.
-
-        The sheet has a row for each stage; where a cascade starts from small images these come first, and the true
-        large ones last.
+    def pictures(self) -> tuple[Image.Image, dict[str, float]]:
+        """A row for each stage; where a cascade starts from small images these come first, and the true large ones
+        last, from which the samples' peak signal-to-noise ratio is measured.
         """
-        self.pipe.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            losses = mean_losses(self.objective, self.batches(LOSS_SAMPLES, self.train.train_batch_size), step)
-        count = min(self.args.num_validation_images, len(self.rows))
+        count = min(self.objective.args.num_validation_images, len(self.rows))
         (batch, _), *_ = self.batches(count)
         rows = self.neighbours.draw(*self.conditions(batch), count)
         figures = {}
@@ -163,14 +152,7 @@ class Validation:
             rows = [batch["low"], *rows, batch["image"]]
         side = max(images.shape[-1] for images in rows)
         shown = torch.cat([F.interpolate(images, (side, side)) for images in rows])  # nearest: pixels stay pixels
-        sheet = picture_grid(shown, columns=count if len(rows) > 1 else min(count, 8))
-        save_sheet(sheet, self.train, step)
-        return losses | figures
-
-    def batches(self, count: int, batch_size: int | None = None) -> Batches:
-        """Samples of the first rows, without augmentation."""
-        read, device = self.reader.without_augmentation(), self.accelerator.device
-        return first_rows(self.rows, count, read, self.train.seed, batch_size=batch_size, device=device)
+        return picture_grid(shown, columns=count if len(rows) > 1 else min(count, 8)), figures
 
     @staticmethod
     def conditions(batch: dict[str, Tensor]) -> tuple[list[int] | None, Tensor | None]:

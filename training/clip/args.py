@@ -1,8 +1,8 @@
 """The options of train_clip.py that are its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from diffusers_ext.training_utils.args import between
+from diffusers_ext.training_utils.args import between, option
 from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
 ONE_PICTURE = (
@@ -14,43 +14,36 @@ ONE_PICTURE = (
 class ClipArgs:
     """The two towers."""
 
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "CLIP to go on with, and its tokenizer: the sizes below are theirs then."}
+    pretrained_model_name_or_path: str | None = option(
+        None, "CLIP to go on with, and its tokenizer: the sizes below are theirs then."
     )
-    vocab_size: int = field(default=1024, metadata={"help": "Largest size of the byte-level BPE vocabulary."})
-    max_length: int = field(
-        default=32, metadata={"help": "Window of the text tower in tokens, start and end included."}
+    vocab_size: int = option(1024, "Largest size of the byte-level BPE vocabulary.")
+    max_length: int = option(32, "Window of the text tower in tokens, start and end included.")
+    text_width: int = option(128, "Width of the text tower.")
+    text_layers: int = option(3, "Layers of the text tower.")
+    vision_width: int = option(128, "Width of the image tower.")
+    vision_layers: int = option(4, "Layers of the image tower.")
+    patch_size: int = option(8, "Side of an image patch in pixels.")
+    num_attention_heads: int = option(4, "Heads of both towers.")
+    projection_dim: int = option(128, "Width of the shared embedding.")
+    negative_caption_column: str | None = option(
+        None, "Column with wrong captions of a picture, used as extra negatives."
     )
-    text_width: int = field(default=128, metadata={"help": "Width of the text tower."})
-    text_layers: int = field(default=3, metadata={"help": "Layers of the text tower."})
-    vision_width: int = field(default=128, metadata={"help": "Width of the image tower."})
-    vision_layers: int = field(default=4, metadata={"help": "Layers of the image tower."})
-    patch_size: int = field(default=8, metadata={"help": "Side of an image patch in pixels."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Heads of both towers."})
-    projection_dim: int = field(default=128, metadata={"help": "Width of the shared embedding."})
-    negative_caption_column: str | None = field(
-        default=None, metadata={"help": "Column with wrong captions of a picture, used as extra negatives."}
+    num_negative_captions: int = option(
+        1, "Draws from that column for each picture; more than 1 is for columns of lists."
     )
-    num_negative_captions: int = field(
-        default=1, metadata={"help": "Draws from that column for each picture; more than 1 is for columns of lists."}
+    paraphrase_column: str | None = option(
+        None, "Column with another true caption: adds the contrast among captions to the loss."
     )
-    paraphrase_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with another true caption: adds the contrast among captions to the loss."},
+    patch_weight: float = option(
+        0.0,
+        "Weight of a second contrast, of the mean of the patch tokens in place of the class token. CLIP "
+        "itself trains no patch token of its last layer, but Versatile Diffusion reads them all.",
     )
-    patch_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a second contrast, of the mean of the patch tokens in place of the class token. CLIP "
-            "itself trains no patch token of its last layer, but Versatile Diffusion reads them all."
-        },
-    )
-    caption_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of a captioning loss: a one-layer decoder, dropped afterwards, writes the caption (the "
-            "paraphrase, if there is one) from the mean of all tokens, which has to say what belongs together then."
-        },
+    caption_weight: float = option(
+        0.0,
+        "Weight of a captioning loss: a one-layer decoder, dropped afterwards, writes the caption (the "
+        "paraphrase, if there is one) from the mean of all tokens, which has to say what belongs together then.",
     )
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from diffusers_ext.data.preprocessing import choose_text, prepare_image
+from diffusers_ext.data.crops import choose_text, prepare_image
 from diffusers_ext.training.clip.args import ONE_PICTURE, ClipArgs
 from diffusers_ext.training_utils.args import DataArgs
 

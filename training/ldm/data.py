@@ -1,4 +1,4 @@
-"""The data of train_ldm.py: rows as training samples, the spread of their latents, and a cache of them."""
+"""The data of train_ldm.py: the rows, the spread of their latents, and a cache of them."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
-from diffusers_ext.training.ldm.networks import encode_moments
+from diffusers_ext.training.ldm.objective import encode_moments
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.cache import CachedRows, digest_network, digest_rows, open_cache
 from diffusers_ext.training_utils.objective import draw_posterior
@@ -26,37 +26,13 @@ def load_rows(task: Task) -> tuple[NamedRows, NamedRows]:
     return train_set, validation_set
 
 
-# At module level and without networks, so that loader processes can be started with it on every platform.
-
-
-def read_sample(example: dict[str, Any], generator: Generator, task: Task) -> dict[str, Tensor | str]:
-    """A row as a training sample: the picture (or its cached moments) and the task's raw condition, cropped alike.
-
-    Draws, in this order: four of the crop, then those of the condition.
-
-    Raises:
-        ValueError: the row does not fit; the message names its picture.
-    """
-    cached = {"moments": example["moments"]} if "moments" in example else {}
+def read_picture(row: dict[str, Any], generator: Generator | None = None, *, task: Task) -> dict[str, Tensor]:
+    """The picture of `task.sample` alone, with its draws, and the (width, height) that it had in its file."""
+    picture = row[task.data.image_column]
     try:
-        size = example["size"].tolist() if cached else example[task.data.image_column].size
-        crop = task.crop(tuple(size), generator)
-        if cached:
-            return cached | task.read(example, None, crop, generator)
-        image = crop.image(example[task.data.image_column], task.data.resolution, task.resampling)
-        return {"image": image} | task.read(example, image, crop, generator)
+        image = task.crop(picture.size, generator or Generator()).image(picture, task.data.resolution, task.resampling)
     except ValueError as error:
-        raise ValueError(f"{example[ROW]}: {error}") from error
-
-
-def read_picture(example: dict[str, Any], generator: Generator | None = None, *, task: Task) -> dict[str, Tensor]:
-    """The picture of `read_sample` alone, with its draws, and the (width, height) that it had in its file."""
-    picture = example[task.data.image_column]
-    try:
-        crop = task.crop(picture.size, generator or Generator())
-        image = crop.image(picture, task.data.resolution, task.resampling)
-    except ValueError as error:
-        raise ValueError(f"{example[ROW]}: {error}") from error
+        raise ValueError(f"{row[ROW]}: {error}") from error
     return {"image": image, "size": torch.tensor(picture.size)}
 
 

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
-from torch import Tensor, nn
+from torch import nn
 
+from diffusers_ext.data.labels import Classes
 from diffusers_ext.models.unet_ldm import LDMUNet
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.pipelines.ldm.first_stage import FirstStage, first_stage_channels, first_stage_factor
 from diffusers_ext.schedulers.gaussian import ldm_scheduler
 from diffusers_ext.training.ldm.args import CONTEXT_TASKS, LDMArgs
-from diffusers_ext.training.ldm.tasks.base import Names, Task
+from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training.ldm.tasks.table import TASKS
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
@@ -109,7 +109,7 @@ def load_first_stage(args: LDMArgs) -> FirstStage:
 
 
 def build_pipeline(
-    task: Task, names: Names | None = None, captions: Sequence[str] = (), train: TrainArgs | None = None
+    task: Task, names: Classes | None = None, captions: Sequence[str] = (), train: TrainArgs | None = None
 ) -> LDMBasePipeline:
     """The pipeline that is trained: the pretrained one, or new networks around a first stage.
 
@@ -137,7 +137,7 @@ def build_pipeline(
     return pipe
 
 
-def new_pipeline(task: Task, names: Names | None, captions: Sequence[str], train: TrainArgs) -> LDMBasePipeline:
+def new_pipeline(task: Task, names: Classes | None, captions: Sequence[str], train: TrainArgs) -> LDMBasePipeline:
     args = task.args
     vqvae = load_first_stage(args)
     factor, channels = first_stage_factor(vqvae), first_stage_channels(vqvae)
@@ -158,7 +158,7 @@ def new_pipeline(task: Task, names: Names | None, captions: Sequence[str], train
     return task.pipeline(**parts, **task.new_config(names))
 
 
-def load_pipeline(task: Task, names: Names | None) -> LDMBasePipeline:
+def load_pipeline(task: Task, names: Classes | None) -> LDMBasePipeline:
     """The pipeline to fine-tune.
 
     Raises:
@@ -181,14 +181,6 @@ def load_pipeline(task: Task, names: Names | None) -> LDMBasePipeline:
     if args.guidance_scale is not None and "default_guidance_scale" in pipe.config:
         pipe.register_to_config(default_guidance_scale=args.guidance_scale)
     return pipe
-
-
-@torch.no_grad()
-def encode_moments(vqvae: FirstStage, images: Tensor) -> Tensor:
-    """What a first stage makes of pictures (b, 3, H, W): latents of a VQModel, else moments (b, 2c, h, w); float32."""
-    with torch.autocast(images.device.type, enabled=False):
-        encoded = vqvae.encode(images)
-    return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
 
 def set_scale(pipe: LDMBasePipeline, std: float, args: LDMArgs) -> None:

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from diffusers_ext.losses.diffusion import latent_diffusion_loss, vlb_weights
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.pipelines.ldm.denoising import call_unet
-from diffusers_ext.training.ldm.networks import encode_moments
+from diffusers_ext.pipelines.ldm.first_stage import FirstStage
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.objective import Objective, draw_integers, draw_posterior, keep_condition
@@ -106,3 +106,11 @@ class LDMObjective(Objective):
         """Hands a measured scale to the pipeline: after resuming, that of the checkpoint."""
         if self.args.scale_by_std:
             self.pipe.register_to_config(latent_scale=float(self.latent_scale))
+
+
+@torch.no_grad()
+def encode_moments(vqvae: FirstStage, images: Tensor) -> Tensor:
+    """What a first stage makes of pictures (b, 3, H, W): latents of a VQModel, else moments (b, 2c, h, w); float32."""
+    with torch.autocast(images.device.type, enabled=False):
+        encoded = vqvae.encode(images)
+    return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents

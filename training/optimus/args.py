@@ -1,8 +1,8 @@
 """The options of the text autoencoder's recipe."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from diffusers_ext.training_utils.args import TrainArgs, between, positive
+from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
 from diffusers_ext.training_utils.schedules import CyclicalAnnealing
 from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
@@ -11,42 +11,35 @@ from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 class OptimusArgs:
     """Both networks, where they start, and the loss."""
 
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "AutoencoderOptimus to fine-tune, a folder with its tokenizers in subfolders."}
+    pretrained_model_name_or_path: str | None = option(
+        None, "AutoencoderOptimus to fine-tune, a folder with its tokenizers in subfolders."
     )
-    pretrained_encoder_name_or_path: str | None = field(
-        default=None, metadata={"help": "BERT to start from, with its tokenizer; goes with the decoder's."}
+    pretrained_encoder_name_or_path: str | None = option(
+        None, "BERT to start from, with its tokenizer; goes with the decoder's."
     )
-    pretrained_decoder_name_or_path: str | None = field(
-        default=None, metadata={"help": "GPT-2 to start from, with its tokenizer; goes with the encoder's."}
+    pretrained_decoder_name_or_path: str | None = option(
+        None, "GPT-2 to start from, with its tokenizer; goes with the encoder's."
     )
-    latent_dim: int = field(default=768, metadata={"help": "Width of the vector that a sentence becomes."})
-    vocab_size: int = field(default=1024, metadata={"help": "Largest size of each new tokenizer (byte-level BPE)."})
-    encoder_hidden_size: int = field(default=128, metadata={"help": "Width of a new encoder."})
-    encoder_num_layers: int = field(default=3, metadata={"help": "Layers of a new encoder."})
-    decoder_hidden_size: int = field(default=128, metadata={"help": "Width of a new decoder."})
-    decoder_num_layers: int = field(default=3, metadata={"help": "Layers of a new decoder."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Heads of both new networks."})
-    initializer_range: float | None = field(
-        default=None,
-        metadata={"help": "Standard deviation of new networks' weights; 1 / sqrt(encoder_hidden_size) when unset."},
+    latent_dim: int = option(768, "Width of the vector that a sentence becomes.")
+    vocab_size: int = option(1024, "Largest size of each new tokenizer (byte-level BPE).")
+    encoder_hidden_size: int = option(128, "Width of a new encoder.")
+    encoder_num_layers: int = option(3, "Layers of a new encoder.")
+    decoder_hidden_size: int = option(128, "Width of a new decoder.")
+    decoder_num_layers: int = option(3, "Layers of a new decoder.")
+    num_attention_heads: int = option(4, "Heads of both new networks.")
+    initializer_range: float | None = option(
+        None, "Standard deviation of new networks' weights; 1 / sqrt(encoder_hidden_size) when unset."
     )
-    max_word_pieces: int = field(default=77, metadata={"help": "Longer sentences are cut for the encoder."})
-    max_length: int = field(
-        default=30, metadata={"help": "Tokens of the decoder, start and end included; longer sentences are cut."}
-    )
-    lower_case: bool = field(default=True, metadata={"help": "As Versatile Diffusion encodes sentences."})
-    dropout: float = field(default=0.1, metadata={"help": "Of both networks."})
-    beta: float = field(default=1.0, metadata={"help": "Peak weight of the KL divergence; 0: an autoencoder."})
-    beta_cycles: int = field(default=10, metadata={"help": "How often the weight goes from 0 to its peak."})
-    beta_zero_fraction: float = field(default=0.5, metadata={"help": "Share of a cycle in which the weight is 0."})
-    beta_rise_fraction: float = field(default=0.25, metadata={"help": "Share of a cycle in which it rises."})
-    free_bits: float = field(
-        default=0.5, metadata={"help": "Latent dimensions whose KL is not above this (in nats) do not count."}
-    )
-    length_weighted_loss: bool = field(
-        default=True, metadata={"help": "Divide a sentence's cross-entropy by its number of tokens."}
-    )
+    max_word_pieces: int = option(77, "Longer sentences are cut for the encoder.")
+    max_length: int = option(30, "Tokens of the decoder, start and end included; longer sentences are cut.")
+    lower_case: bool = option(True, "As Versatile Diffusion encodes sentences.")
+    dropout: float = option(0.1, "Of both networks.")
+    beta: float = option(1.0, "Peak weight of the KL divergence; 0: an autoencoder.")
+    beta_cycles: int = option(10, "How often the weight goes from 0 to its peak.")
+    beta_zero_fraction: float = option(0.5, "Share of a cycle in which the weight is 0.")
+    beta_rise_fraction: float = option(0.25, "Share of a cycle in which it rises.")
+    free_bits: float = option(0.5, "Latent dimensions whose KL is not above this (in nats) do not count.")
+    length_weighted_loss: bool = option(True, "Divide a sentence's cross-entropy by its number of tokens.")
 
     def __post_init__(self):
         if (self.pretrained_encoder_name_or_path is None) != (self.pretrained_decoder_name_or_path is None):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diffusers_ext.data.preprocessing import choose_text
+from diffusers_ext.data.crops import choose_text
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, target_ids
 from diffusers_ext.training.optimus.args import OptimusArgs
 

@@ -10,8 +10,7 @@ from diffusers_ext.pipelines.versatile.optimus_text import vocabulary_options
 from diffusers_ext.training.optimus.args import OptimusArgs
 from diffusers_ext.training.optimus.data import Tokenizers
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.record import learn_once
-from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, train_bpe
+from diffusers_ext.training_utils.tokenizers import BERT_TOKENS, learn_once, train_bpe
 from diffusers_ext.training_utils.weights import load_whole
 
 PARTS = ("encoder", "decoder")

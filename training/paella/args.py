@@ -1,10 +1,10 @@
 """The options of train_paella.py that are its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import between, positive
+from diffusers_ext.training_utils.args import between, option, positive
 
 CLIP_HELP = "CLIP, for text and image: a folder, a name on the Hub, or open_clip:<model>/<tag or file>."
 
@@ -17,55 +17,39 @@ class PaellaArgs:
     APPLIED: ClassVar[tuple[str, ...]] = ("text_encoder_lr", "guidance_scale", "typical_mass")
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "validation_prompts", "cache_dir")
 
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Paella pipeline to fine-tune; its networks replace those named below."}
+    pretrained_model_name_or_path: str | None = option(
+        None, "Paella pipeline to fine-tune; its networks replace those named below."
     )
-    pretrained_vqvae_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer (VQ autoencoder)."})
-    pretrained_clip_name_or_path: str | None = field(default=None, metadata={"help": CLIP_HELP})
-    condition: Literal["text", "image", "class", "semantic"] = field(
-        default="text", metadata={"help": "CLIP text vector, CLIP image vector, one-hot class, or one-hot label map."}
+    pretrained_vqvae_name_or_path: str | None = option(None, "Tokenizer (VQ autoencoder).")
+    pretrained_clip_name_or_path: str | None = option(None, CLIP_HELP)
+    condition: Literal["text", "image", "class", "semantic"] = option(
+        "text", "CLIP text vector, CLIP image vector, one-hot class, or one-hot label map."
     )
-    num_labels: int | None = field(
-        default=None, metadata={"help": "Classes, for --condition class and semantic; counted in the data when unset."}
+    num_labels: int | None = option(
+        None, "Classes, for --condition class and semantic; counted in the data when unset."
     )
-    semantic_column: str = field(default="semantic", metadata={"help": "Column with the label map (integer picture)."})
-    train_text_encoder: bool = field(
-        default=False,
-        metadata={"help": "Train CLIP's text tower as well; the paper keeps it frozen."},
+    semantic_column: str = option("semantic", "Column with the label map (integer picture).")
+    train_text_encoder: bool = option(False, "Train CLIP's text tower as well; the paper keeps it frozen.")
+    text_encoder_lr: float | None = option(None, "The text tower's; learning_rate when unset.")
+    cond_dropout_prob: float = option(0.1, "Samples trained with the zero vector.")
+    block_out_channels: list[int] = option([320, 640, 1280], "Width of each level, finest first.")
+    down_layers_per_block: list[int] = option([4, 8, 16], "Residual blocks of each level on the way down.")
+    up_layers_per_block: list[int] = option([16, 8, 4], "Residual blocks of each level on the way up, deepest first.")
+    time_embed_dim: int = option(64, "Width of the sinusoidal embedding of the noise level.")
+    kernel_size: int = option(3, "Side of the depthwise kernels.")
+    layer_scale_init: float = option(1e-6, "First value of the residual branches' scales.")
+    label_smoothing: float = option(0.1, "Of the cross-entropy.")
+    rank: int | None = option(None, "Train LoRA matrices of this rank instead of all weights.")
+    cache_dir: str | None = option(
+        None,
+        "Folder for each picture's tokens and condition: computed once, then trained from. Excludes "
+        "augmentation; refused with other data or encoders.",
     )
-    text_encoder_lr: float | None = field(
-        default=None, metadata={"help": "The text tower's; learning_rate when unset."}
-    )
-    cond_dropout_prob: float = field(default=0.1, metadata={"help": "Samples trained with the zero vector."})
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [320, 640, 1280], metadata={"help": "Width of each level, finest first."}
-    )
-    down_layers_per_block: list[int] = field(
-        default_factory=lambda: [4, 8, 16], metadata={"help": "Residual blocks of each level on the way down."}
-    )
-    up_layers_per_block: list[int] = field(
-        default_factory=lambda: [16, 8, 4],
-        metadata={"help": "Residual blocks of each level on the way up, deepest first."},
-    )
-    time_embed_dim: int = field(default=64, metadata={"help": "Width of the sinusoidal embedding of the noise level."})
-    kernel_size: int = field(default=3, metadata={"help": "Side of the depthwise kernels."})
-    layer_scale_init: float = field(default=1e-6, metadata={"help": "First value of the residual branches' scales."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "Of the cross-entropy."})
-    rank: int | None = field(
-        default=None, metadata={"help": "Train LoRA matrices of this rank instead of all weights."}
-    )
-    cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for each picture's tokens and condition: computed once, then trained from. Excludes "
-            "augmentation; refused with other data or encoders."
-        },
-    )
-    guidance_scale: float = field(default=5.0, metadata={"help": "For the validation pictures."})
-    typical_mass: float = field(default=0.2, metadata={"help": "Saved as the scheduler's default."})
-    num_inference_steps: int = field(default=12, metadata={"help": "For the validation pictures."})
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the validation pictures; captions of the data when unset."}
+    guidance_scale: float = option(5.0, "For the validation pictures.")
+    typical_mass: float = option(0.2, "Saved as the scheduler's default.")
+    num_inference_steps: int = option(12, "For the validation pictures.")
+    validation_prompts: list[str] | None = option(
+        None, "Prompts of the validation pictures; captions of the data when unset."
     )
 
     def __post_init__(self):

@@ -1,11 +1,13 @@
 """What Paella is conditioned on, one class a kind: CLIP's vector of a caption or of the image, a class, a label map.
 
-A sample passes three methods. `read` and `collate` work in the loader's processes, to which the object is sent, so it
-holds no networks: they leave to the GPU what only the GPU can do. `tensor` makes of a batch what the U-Net is given. A
-cache keeps what frozen networks make of a sample: a training from it reads with `recall` in place of `read`.
+A sample passes three methods. `read` (which asks the kind for what is `given`) and `collate` work in the loader's
+processes, to which the object is sent, so it holds no networks: they leave to the GPU what only the GPU can do.
+`tensor` makes of a batch what the U-Net is given, with the frozen `Encoders`. A cache keeps what these make of a
+sample: a training from it reads with `recall` in place of `read`.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +16,68 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from diffusers_ext.data.preprocessing import choose_text, prepare_image, prepare_map
-from diffusers_ext.models.token_codec import downsample_factor
+from diffusers_ext.data.crops import Crop, choose_text, draw_square
+from diffusers_ext.models.token_codec import downsample_factor, encode_indices
 from diffusers_ext.pipelines.clip_vectors import prepare_pictures
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.pipelines.tokenization import text_window, tokenize_texts
 from diffusers_ext.training.paella.args import PaellaArgs
-from diffusers_ext.training.paella.networks import Encoders
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.cache import digest_network, digest_saved
 
 Sample = dict[str, Any]
+
+
+@dataclass
+class Encoders:
+    """The frozen networks. They run in float32 whatever the training's precision, as when the pipeline samples.
+
+    Args:
+        batch_size: How many vectors a GPU computes at a time. A CPU computes them one by one, so that a cache holds
+            what a training without it computes.
+    """
+
+    vqvae: Any
+    text_encoder: Any
+    image_encoder: Any
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.vqvae.device
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens (b, h, w) of images (b, 3, H, W) in [-1, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            return encode_indices(self.vqvae, images)
+
+    @torch.no_grad()
+    def vectors(self, tower: Any, inputs: Tensor) -> Tensor:
+        """Vectors (b, d) that a tower of CLIP makes of token ids or of pixels."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            size = 1 if inputs.device.type == "cpu" else self.batch_size
+            return in_batches(lambda rows: tower(rows)[0], inputs, size)
+
+
+def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
+    """`function(inputs)`, computed on exactly `batch_size` rows at a time (the last ones are repeated to fill up).
+
+    The last bits of a result depend on the sizes of a call, for which a library picks its kernels, and on a CPU even
+    on a sample's place among the others (the rest of a vectorised loop rounds otherwise). One row at a time gives a
+    sample the same bits in any company; on a GPU, where this is slow, calls of one size come close to it.
+    """
+    results = []
+    for rows in inputs.split(batch_size):
+        filled = torch.cat([rows, rows[-1:].expand(batch_size - len(rows), *rows.shape[1:])])
+        results.append(function(filled)[: len(rows)])
+    return torch.cat(results)
+
+
+def freeze(pipe: PaellaPipeline, device: torch.device, batch_size: int) -> Encoders:
+    """The networks of the pipeline that are not trained, on the device. (The text tower may be thawed afterwards.)"""
+    for network in filter(None, (pipe.vqvae, pipe.text_encoder, pipe.image_encoder)):
+        network.requires_grad_(False).eval().to(device)
+    return Encoders(pipe.vqvae, pipe.text_encoder, pipe.image_encoder, batch_size)
 
 
 @dataclass
@@ -41,11 +94,16 @@ class Condition:
 
     def read(self, row: Sample, generator: Generator) -> Sample:
         """A sample: the cropped `image` (3, h, w) in [-1, 1], and what belongs to the condition."""
-        image = prepare_image(
-            row[self.data.image_column], self.data.resolution, generator=generator,
-            center_crop=self.data.center_crop, random_flip=self.data.random_flip,
-        )  # fmt: skip
-        return {"image": image}
+        data, picture = self.data, row[self.data.image_column]
+        crop = draw_square(
+            picture.size, data.resolution, generator, center_crop=data.center_crop, random_flip=data.random_flip
+        )
+        image = crop.image(picture, data.resolution)
+        return {"image": image, **self.given(row, image, crop, generator)}
+
+    def given(self, row: Sample, image: Tensor, crop: Crop, generator: Generator) -> Sample:
+        """What belongs to the condition of a row whose cropped image is `image`."""
+        raise NotImplementedError
 
     def read_all(self, row: Sample) -> Sample:
         """What a cache is made of: nothing is chosen at random."""
@@ -88,8 +146,8 @@ class Captions(Condition):
     window: int
     pad_to_window = True  # as the pipeline does it
 
-    def read(self, row: Sample, generator: Generator) -> Sample:
-        return {**super().read(row, generator), "text": choose_text(row[self.column], generator)}
+    def given(self, row: Sample, image: Tensor, crop: Crop, generator: Generator) -> Sample:
+        return {"text": choose_text(row[self.column], generator)}
 
     def read_all(self, row: Sample) -> Sample:
         captions = row[self.column]
@@ -150,9 +208,8 @@ class Images(Condition):
 
     feature_extractor: Any
 
-    def read(self, row: Sample, generator: Generator) -> Sample:
-        sample = super().read(row, generator)
-        return {**sample, "pixels": prepare_pictures(self.feature_extractor, [(sample["image"] + 1) / 2])[0]}
+    def given(self, row: Sample, image: Tensor, crop: Crop, generator: Generator) -> Sample:
+        return {"pixels": prepare_pictures(self.feature_extractor, [(image + 1) / 2])[0]}
 
     def recall(self, kept: Sample, generator: Generator) -> Sample:
         return {**super().recall(kept, generator), "vectors": kept["vectors"][0]}
@@ -178,9 +235,8 @@ class Classes(Condition):
 
     num_labels: int
 
-    def read(self, row: Sample, generator: Generator) -> Sample:
-        label = self.known(torch.tensor(int(row[self.column])))
-        return {**super().read(row, generator), "label": label}
+    def given(self, row: Sample, image: Tensor, crop: Crop, generator: Generator) -> Sample:
+        return {"label": self.known(torch.tensor(int(row[self.column])))}
 
     def recall(self, kept: Sample, generator: Generator) -> Sample:
         self.known(kept["label"])  # a cache serves networks of any size
@@ -213,14 +269,8 @@ class LabelMaps(Classes):
 
     token_side: int
 
-    def read(self, row: Sample, generator: Generator) -> Sample:
-        again = generator.clone_state()  # the same crop and flip as the image
-        sample = Condition.read(self, row, generator)
-        labels = prepare_map(
-            row[self.column], self.data.resolution, generator=again, center_crop=self.data.center_crop,
-            random_flip=self.data.random_flip,
-        )  # fmt: skip
-        return {**sample, "map": self.known(labels)}
+    def given(self, row: Sample, image: Tensor, crop: Crop, generator: Generator) -> Sample:
+        return {"map": self.known(crop.labels(row[self.column], self.data.resolution))}
 
     def recall(self, kept: Sample, generator: Generator) -> Sample:
         self.known(kept["map"])

@@ -7,8 +7,7 @@ from accelerate import Accelerator
 from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.training.paella.args import PaellaArgs
-from diffusers_ext.training.paella.conditions import Condition
-from diffusers_ext.training.paella.networks import Encoders
+from diffusers_ext.training.paella.conditions import Condition, Encoders
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.cache import SampleCache, digest_network, digest_rows, open_cache
 

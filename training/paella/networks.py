@@ -1,15 +1,10 @@
-"""The networks around Paella's U-Net: the pipeline that is trained, and those of its parts that stay as they are."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+"""The pipeline that is trained: a pretrained one, or a new U-Net among pretrained networks."""
 
 import torch
 from diffusers import VQModel
-from torch import Tensor
 
 from diffusers_ext.conversion.open_clip import load_open_clip
-from diffusers_ext.models.token_codec import Tokenizer, downsample_factor, encode_indices
+from diffusers_ext.models.token_codec import Tokenizer, downsample_factor
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.models.vq_gumbel import GumbelVQModel
 from diffusers_ext.models.vq_paella import PaellaVQModel
@@ -18,58 +13,6 @@ from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoi
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training_utils.clip import CLIP_COMPONENTS, load_clip
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
-
-
-@dataclass
-class Encoders:
-    """The frozen networks. They run in float32 whatever the training's precision, as when the pipeline samples.
-
-    Args:
-        batch_size: How many vectors a GPU computes at a time. A CPU computes them one by one, so that a cache holds
-            what a training without it computes.
-    """
-
-    vqvae: Any
-    text_encoder: Any
-    image_encoder: Any
-    batch_size: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.vqvae.device
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """Tokens (b, h, w) of images (b, 3, H, W) in [-1, 1]."""
-        with torch.autocast(images.device.type, enabled=False):
-            return encode_indices(self.vqvae, images)
-
-    @torch.no_grad()
-    def vectors(self, tower: Any, inputs: Tensor) -> Tensor:
-        """Vectors (b, d) that a tower of CLIP makes of token ids or of pixels."""
-        with torch.autocast(inputs.device.type, enabled=False):
-            size = 1 if inputs.device.type == "cpu" else self.batch_size
-            return in_batches(lambda rows: tower(rows)[0], inputs, size)
-
-
-def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
-    """`function(inputs)`, computed on exactly `batch_size` rows at a time (the last ones are repeated to fill up).
-
-    The last bits of a result depend on the sizes of a call, for which a library picks its kernels, and on a CPU even
-    on a sample's place among the others (the rest of a vectorised loop rounds otherwise). One row at a time gives a
-    sample the same bits in any company; on a GPU, where this is slow, calls of one size come close to it.
-    """
-    results = []
-    for rows in inputs.split(batch_size):
-        filled = torch.cat([rows, rows[-1:].expand(batch_size - len(rows), *rows.shape[1:])])
-        results.append(function(filled)[: len(rows)])
-    return torch.cat(results)
-
-
-def freeze(pipe: PaellaPipeline, device: torch.device, batch_size: int) -> Encoders:
-    """The networks of the pipeline that are not trained, on the device. (The text tower may be thawed afterwards.)"""
-    for network in filter(None, (pipe.vqvae, pipe.text_encoder, pipe.image_encoder)):
-        network.requires_grad_(False).eval().to(device)
-    return Encoders(pipe.vqvae, pipe.text_encoder, pipe.image_encoder, batch_size)
 
 
 def build_unet(args: PaellaArgs, *, num_vq_embeddings: int = 8192, condition_dim: int = 1024) -> PaellaUNet:

@@ -11,8 +11,7 @@ from torch import Generator, Tensor
 from diffusers_ext.losses.discrete import token_cross_entropy
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.training.paella.args import PaellaArgs
-from diffusers_ext.training.paella.conditions import Condition
-from diffusers_ext.training.paella.networks import Encoders
+from diffusers_ext.training.paella.conditions import Condition, Encoders
 from diffusers_ext.training_utils.objective import Objective, keep_condition
 
 

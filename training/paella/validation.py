@@ -8,8 +8,7 @@ import torch
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.training.paella.args import PaellaArgs
-from diffusers_ext.training.paella.conditions import Condition
-from diffusers_ext.training.paella.networks import Encoders
+from diffusers_ext.training.paella.conditions import Condition, Encoders
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.validation import first_rows, save_sheet
 

@@ -7,9 +7,8 @@ from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from diffusers_ext.data.annotations import ROW, NamedRows
-from diffusers_ext.data.crops import draw_crop
+from diffusers_ext.data.crops import choose_text, draw_crop
 from diffusers_ext.data.pictures import load_pictures
-from diffusers_ext.data.preprocessing import choose_text
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training_utils.args import DataArgs

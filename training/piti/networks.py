@@ -14,8 +14,7 @@ from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.record import learn_once
-from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
+from diffusers_ext.training_utils.tokenizers import learn_once, train_clip_tokenizer
 from diffusers_ext.training_utils.weights import load_whole_pipeline
 
 GPT2_VOCABULARY = 50257

@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from diffusers_ext.data.annotations import NamedRows
@@ -15,28 +15,23 @@ from diffusers_ext.pipelines.checks import check_timesteps
 from diffusers_ext.training.piti.data import TextReader
 from diffusers_ext.training.piti.objective import DiffusionObjective
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.validation import Batches, first_rows, mean_losses, save_sheet
-
-LOSS_SAMPLES = 64  # held-out pictures for the loss
+from diffusers_ext.training_utils.validation import Validation
 
 
-@dataclass
-class Validation:
-    """Figures and pictures of held-out rows, cut in their middle; every draw is the same each time."""
+class PITIValidation(Validation):
+    """Held-out pictures, cut in their middle."""
 
-    objective: DiffusionObjective
-    reader: TextReader
-    rows: NamedRows
-    train: TrainArgs
-    accelerator: Accelerator
-
-    def __post_init__(self):
+    def __init__(
+        self, objective: DiffusionObjective, reader: TextReader, rows: NamedRows, train: TrainArgs,
+        accelerator: Accelerator,
+    ):  # fmt: skip
         """Refuses before the first step what the pipeline would refuse after it.
 
         Raises:
             ValueError: The number of steps does not fit the scheduler.
         """
-        self.pipe, self.args = self.objective.pipe, self.objective.args
+        super().__init__(objective, reader.without_augmentation(), rows, train, accelerator)
+        self.pipe, self.args = objective.pipe, objective.args
         steps, scheduler = self.args.num_inference_steps, copy.deepcopy(self.pipe.scheduler)
         self.pipe.check_components()
         try:
@@ -45,16 +40,10 @@ class Validation:
         except ValueError as error:
             raise ValueError(f"--num_inference_steps: {error}") from error
 
-    def __call__(self, step: int) -> dict[str, float]:
-        """Figures after this step; the samples become `validation-<step>.png`."""
-        self.pipe.to(self.accelerator.device)
-        with self.accelerator.autocast():
-            losses = mean_losses(self.objective, self.batches(LOSS_SAMPLES, self.train.train_batch_size), step)
-        count = min(self.args.num_validation_images, len(self.rows))
-        (batch, _), *_ = self.batches(count)
+    def pictures(self) -> tuple[Image.Image, dict[str, float]]:
+        (batch, _), *_ = self.batches(min(self.args.num_validation_images, len(self.rows)))
         images = self.draw(batch)
-        save_sheet(picture_grid(images, columns=min(len(images), 8)), self.train, step)
-        return losses
+        return picture_grid(images, columns=min(len(images), 8)), {}
 
     def draw(self, batch: Mapping[str, Any]) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1]; image k depends on generator k alone."""
@@ -63,8 +52,3 @@ class Validation:
         steps = self.args.num_inference_steps
         drawn = self.pipe(prompts, num_inference_steps=steps, generator=generators, output_type="pt").images
         return 2 * drawn.float() - 1
-
-    def batches(self, count: int, batch_size: int | None = None) -> Batches:
-        """Samples of the first rows, without augmentation."""
-        read, device = self.reader.without_augmentation(), self.accelerator.device
-        return first_rows(self.rows, count, read, self.train.seed, batch_size=batch_size, device=device)

@@ -1,12 +1,12 @@
 """The options of Versatile Diffusion's recipe, and the names of its flows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from diffusers_ext.pipelines.checks import check_guidance_scale, check_steps, check_timesteps
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
-from diffusers_ext.training_utils.args import between, positive
+from diffusers_ext.training_utils.args import between, option, positive
 
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
 
@@ -25,72 +25,53 @@ class VersatileArgs:
     APPLIED: ClassVar[tuple[str, ...]] = ("lr_scales", "guidance_scale")
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_inference_steps", "validation_samples", "cache_dir")
 
-    flows: list[str] = field(
-        default_factory=lambda: list(FLOWS), metadata={"help": f"What is trained: some of {', '.join(FLOWS)}."}
+    flows: list[str] = option(list(FLOWS), f"What is trained: some of {', '.join(FLOWS)}.")
+    flow_weights: list[str] = option([], "Weights of flows in the loss: image-to-text=0.5 ...; 1 by default.")
+    lr_scales: list[str] = option([], "Multiples of the learning rate: global=0.1 data.image=0.2 ...; 1 by default.")
+    pretrained_model_name_or_path: str | None = option(
+        None, "Result of an earlier stage: the network to go on with, and all parts."
     )
-    flow_weights: list[str] = field(
-        default_factory=list, metadata={"help": "Weights of flows in the loss: image-to-text=0.5 ...; 1 by default."}
+    pretrained_unet_name_or_path: str | None = option(
+        None, "VersatileUNet to start from, such as a converted Stable Diffusion."
     )
-    lr_scales: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Multiples of the learning rate: global=0.1 data.image=0.2 ...; 1 by default."},
+    pretrained_vae_name_or_path: str | None = option(None, "AutoencoderKL of the images.")
+    pretrained_optimus_name_or_path: str | None = option(
+        None, "Text autoencoder with its tokenizers, a result of train_optimus.py."
     )
-    pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Result of an earlier stage: the network to go on with, and all parts."}
+    pretrained_clip_name_or_path: str | None = option(
+        None, "CLIP of both contexts: a folder, a name on the Hub, or open_clip:<model>/<tag or file>."
     )
-    pretrained_unet_name_or_path: str | None = field(
-        default=None, metadata={"help": "VersatileUNet to start from, such as a converted Stable Diffusion."}
+    untrained_parts: list[str] = option(
+        [], "To try the recipe out: vae, optimus or both, tiny and untrained where no option names one."
     )
-    pretrained_vae_name_or_path: str | None = field(default=None, metadata={"help": "AutoencoderKL of the images."})
-    pretrained_optimus_name_or_path: str | None = field(
-        default=None, metadata={"help": "Text autoencoder with its tokenizers, a result of train_optimus.py."}
+    contexts_like: str | None = option(
+        None, "New context layers start as a copy of those of this type: image or text."
     )
-    pretrained_clip_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "CLIP of both contexts: a folder, a name on the Hub, or open_clip:<model>/<tag or file>."},
+    block_out_channels: list[int] = option([320, 640, 1280, 1280], "Width of each level, finest first.")
+    layers_per_block: int = option(2, "Residual blocks of each level on the way down.")
+    attention_levels: list[int] = option(
+        [], "Levels (0: finest) with contexts besides the middle; all but the last if unset."
     )
-    untrained_parts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "To try the recipe out: vae, optimus or both, tiny and untrained where no option names one."
-        },
+    num_attention_heads: int = option(8, "Heads of every attention.")
+    norm_num_groups: int = option(32, "Groups of every normalisation.")
+    text_positions: int = option(4, "Tokens that a text latent is treated as.")
+    dropout: float = option(0.0, "In residual blocks and transformers.")
+    cond_dropout_prob: float = option(0.1, "Samples of a flow trained without context.")
+    clean_captions: bool = option(True, "Remove addresses, HTML, brackets and symbols from what the text flows see.")
+    paraphrase_column: str | None = option(
+        None, "Column with another caption: the context of text-to-text; else the same one."
     )
-    contexts_like: str | None = field(
-        default=None, metadata={"help": "New context layers start as a copy of those of this type: image or text."}
+    rank: int | None = option(
+        None, "Train LoRA matrices of this rank beside the contexts' attentions instead of all weights."
     )
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [320, 640, 1280, 1280], metadata={"help": "Width of each level, finest first."}
+    guidance_scale: float = option(7.5, "For the validation samples.")
+    num_inference_steps: int = option(25, "For the validation samples.")
+    cache_dir: str | None = option(
+        None,
+        "Folder for the pictures' latents and context tokens: computed once, then trained from. Excludes "
+        "augmentation.",
     )
-    layers_per_block: int = field(default=2, metadata={"help": "Residual blocks of each level on the way down."})
-    attention_levels: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Levels (0: finest) with contexts besides the middle; all but the last if unset."},
-    )
-    num_attention_heads: int = field(default=8, metadata={"help": "Heads of every attention."})
-    norm_num_groups: int = field(default=32, metadata={"help": "Groups of every normalisation."})
-    text_positions: int = field(default=4, metadata={"help": "Tokens that a text latent is treated as."})
-    dropout: float = field(default=0.0, metadata={"help": "In residual blocks and transformers."})
-    cond_dropout_prob: float = field(default=0.1, metadata={"help": "Samples of a flow trained without context."})
-    clean_captions: bool = field(
-        default=True, metadata={"help": "Remove addresses, HTML, brackets and symbols from what the text flows see."}
-    )
-    paraphrase_column: str | None = field(
-        default=None, metadata={"help": "Column with another caption: the context of text-to-text; else the same one."}
-    )
-    rank: int | None = field(
-        default=None,
-        metadata={"help": "Train LoRA matrices of this rank beside the contexts' attentions instead of all weights."},
-    )
-    guidance_scale: float = field(default=7.5, metadata={"help": "For the validation samples."})
-    num_inference_steps: int = field(default=25, metadata={"help": "For the validation samples."})
-    cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder for the pictures' latents and context tokens: computed once, then trained from. Excludes "
-            "augmentation."
-        },
-    )
-    validation_samples: int = field(default=64, metadata={"help": "Held-out samples whose loss is reported."})
+    validation_samples: int = option(64, "Held-out samples whose loss is reported.")
 
     def __post_init__(self):
         unknown = [flow for flow in self.flows if flow not in FLOWS]

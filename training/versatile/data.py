@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import default_collate
 
 from diffusers_ext.data.captions import clean_caption
-from diffusers_ext.data.preprocessing import choose_text, prepare_image
+from diffusers_ext.data.crops import choose_text, prepare_image
 from diffusers_ext.pipelines.tokenization import text_ids
 from diffusers_ext.pipelines.versatile.conditions import prepare_pictures
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_piece_window

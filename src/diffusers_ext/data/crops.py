@@ -1,8 +1,10 @@
-"""Square crops at random scales, and everything that must be cut alike: picture, label map, boxes, low resolution.
+"""What is drawn of a row: a square of its picture, of everything that must be cut alike, and one of its captions.
 
-The crops of the latent-diffusion trainings (Rombach et al., arXiv 2112.10752, appendix D and E; CompVis/
-latent-diffusion@a506df5:ldm/data/imagenet.py and CompVis/taming-transformers@3ba01b2:taming/data/image_transforms.py,
-MIT): a square of random side and place is cut and then resized. Difference: cutting and resizing are one operation.
+First stages, CLIP, Paella and Versatile Diffusion are trained on squares of a resized picture (`draw_square`); latent
+diffusion and cascades on squares of random side and place that are resized (`draw_crop`). The latter are the crops of
+the latent-diffusion trainings (Rombach et al., arXiv 2112.10752, appendix D and E; CompVis/latent-diffusion@a506df5:
+ldm/data/imagenet.py and CompVis/taming-transformers@3ba01b2:taming/data/image_transforms.py, MIT). Difference: cutting
+and resizing are one operation.
 """
 
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class Crop:
         size: (width, height) of the picture in pixels.
         left, top, side: of the square, in pixels.
         flip: mirror what was cut.
+        resized: (width, height) to which the picture is resized before the square is cut out of it.
     """
 
     size: tuple[int, int]
@@ -31,11 +34,12 @@ class Crop:
     top: int
     side: int
     flip: bool = False
+    resized: tuple[int, int] | None = None
 
     @property
     def box(self) -> tuple[float, float, float, float]:
         """(x, y, width, height) relative to the picture, before mirroring."""
-        width, height = self.size
+        width, height = self.resized or self.size
         return self.left / width, self.top / height, self.side / width, self.side / height
 
     def image(self, image: Image.Image, resolution: int, resampling: Resampling = "bicubic") -> Tensor:
@@ -50,14 +54,14 @@ class Crop:
         """The square of a picture of class numbers, int64 (resolution, resolution), nearest neighbour.
 
         Raises:
-            ValueError: the map has several channels, or another size than the picture.
+            ValueError: the map has several channels, or (unless both are resized first) another size than the picture.
         """
         if len(label_map.getbands()) != 1:
             raise ValueError(
                 f"A label map has the mode {label_map.mode!r}, but must have one channel whose pixels are class "
                 "numbers (mode L, P or I)."
             )
-        if label_map.size != self.size:
+        if self.resized is None and label_map.size != self.size:
             raise ValueError(
                 f"The label map has {label_map.width}x{label_map.height} pixels, its picture "
                 f"{self.size[0]}x{self.size[1]}: both must be of one size."
@@ -65,11 +69,8 @@ class Crop:
         return torch.from_numpy(self._cut(label_map, resolution, "nearest").astype(np.int64))
 
     def _cut(self, image: Image.Image, resolution: int, resampling: Resampling) -> np.ndarray:
-        x, y, width, height = self.box
-        # rounded, so that whole pixels stay whole and nothing is resampled
-        left, right = (round(edge * image.width, 6) for edge in (x, x + width))
-        top, bottom = (round(edge * image.height, 6) for edge in (y, y + height))
-        enlarges = right - left < resolution
+        width, height = self.resized or self.size
+        enlarges = self.side * image.width < resolution * width
         method = {
             "bicubic": Image.Resampling.BICUBIC,
             "nearest": Image.Resampling.NEAREST,
@@ -77,10 +78,41 @@ class Crop:
             "area": Image.Resampling.BILINEAR if enlarges else Image.Resampling.BOX,
         }[resampling]
         gap = None if resampling == "nearest" else 3.0
-        pixels = np.asarray(
-            image.resize((resolution, resolution), method, box=(left, top, right, bottom), reducing_gap=gap)
-        )
+        if self.resized is not None:
+            image = image.resize(self.resized, method, reducing_gap=gap)
+        # rounded, so that whole pixels stay whole and nothing is resampled
+        left, right = (round(x * image.width / width, 6) for x in (self.left, self.left + self.side))
+        top, bottom = (round(y * image.height / height, 6) for y in (self.top, self.top + self.side))
+        square, box = (resolution, resolution), (left, top, right, bottom)
+        pixels = np.asarray(image.resize(square, method, box=box, reducing_gap=gap))
         return pixels[:, ::-1] if self.flip else pixels
+
+
+def draw_square(
+    size: tuple[int, int],
+    resolution: int,
+    generator: torch.Generator | None = None,
+    *,
+    center_crop: bool = False,
+    random_flip: bool = False,
+) -> Crop:
+    """A square of `resolution` pixels of the picture whose shorter side is resized to as many.
+
+    Args:
+        size: (width, height) of the picture.
+        resolution: side of the square.
+        generator: three draws, whatever the options: place (two), mirroring.
+        center_crop: take the centre instead of a random place.
+        random_flip: mirror with probability 1/2.
+    """
+    scale = resolution / min(size)
+    width, height = resized = (max(resolution, round(size[0] * scale)), max(resolution, round(size[1] * scale)))
+    across, down, mirror = torch.rand(3, generator=generator).tolist()
+    if center_crop:
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+    else:
+        left, top = int(across * (width - resolution + 1)), int(down * (height - resolution + 1))
+    return Crop(size, left, top, resolution, random_flip and mirror < 0.5, resized)
 
 
 def draw_crop(
@@ -148,3 +180,28 @@ def draw_patch(
         for draw, length in ((across, size[0]), (down, size[1]))
     )
     return Crop(size, left, top, side, random_flip and mirror < 0.5)
+
+
+def prepare_image(
+    image: Image.Image,
+    resolution: int,
+    *,
+    generator: torch.Generator | None = None,
+    center_crop: bool = False,
+    random_flip: bool = False,
+) -> Tensor:
+    """The square of `draw_square`, float32 (3, resolution, resolution) in [-1, 1]."""
+    crop = draw_square(image.size, resolution, generator, center_crop=center_crop, random_flip=random_flip)
+    return crop.image(image, resolution)
+
+
+def choose_text(captions: str | list[str], generator: torch.Generator | None = None) -> str:
+    """One of a sample's captions (one draw).
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    options = [captions] if isinstance(captions, str) else captions
+    if len(options) == 0:
+        raise ValueError("A sample has an empty list of captions: give it a caption, or remove it.")
+    return options[int(torch.randint(len(options), (), generator=generator))]

@@ -49,6 +49,7 @@ __all__ = [
     "decode_image",
     "load_image_dataset",
     "load_image_splits",
+    "wanted_columns",
 ]
 
 
@@ -138,7 +139,7 @@ def load_image_dataset(
     Raises:
         ValueError: With the name of the file or column that is wrong, and the way out.
     """
-    wanted = _columns(image_column, caption_column, label_column, columns, text_columns, captions_from_names)
+    wanted = wanted_columns(image_column, caption_column, label_column, columns, text_columns, captions_from_names)
     source = _open(train_data_dir, dataset_name, dataset_config_name, cache_dir)
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1 or None, but is {max_samples}.")
@@ -165,16 +166,11 @@ class ImageSplits:
 
 
 def load_image_splits(
+    columns: Columns,
     train_data_dir: str | os.PathLike[str] | None = None,
     dataset_name: str | None = None,
     *,
     dataset_config_name: str | None = None,
-    image_column: str = "image",
-    caption_column: str = "text",
-    label_column: str = "label",
-    columns: Sequence[str] = (),
-    text_columns: Sequence[str] = (),
-    captions_from_names: bool = False,
     max_samples: int | None = None,
     cache_dir: str | None = None,
 ) -> ImageSplits:
@@ -186,15 +182,14 @@ def load_image_splits(
     Raises:
         ValueError: As `load_image_dataset`; or a folder's validation split has a class that `train` lacks.
     """
-    wanted = _columns(image_column, caption_column, label_column, columns, text_columns, captions_from_names)
     source = _open(train_data_dir, dataset_name, dataset_config_name, cache_dir)
-    rows = source.read("train", wanted)
+    rows = source.read("train", columns)
     dataset, repeats = _draw(rows, max_samples)
     name = next((name for name in ("validation", "test") if name in source.splits), "")
     validation = None
     if name:
         try:
-            validation = source.read(name, wanted, like=rows.dataset).dataset
+            validation = source.read(name, columns, like=rows.dataset).dataset
         except ValueError as error:
             if train_data_dir is not None:
                 raise
@@ -207,10 +202,13 @@ def repeat_rows(dataset: Dataset, repeats: Sequence[int] | None) -> Dataset:
     return dataset if repeats is None else dataset.select(np.repeat(np.arange(len(dataset)), repeats))
 
 
-def _columns(image: str, caption: str, label: str, columns: Sequence[str], texts: Sequence[str], names: bool):
+def wanted_columns(
+    image: str, caption: str, label: str, columns: Sequence[str], texts: Sequence[str], captions_from_names: bool
+) -> Columns:
+    """What the columns are called, and those of them that every row must fill: see `load_image_dataset`."""
     needed = tuple(dict.fromkeys((image, *columns, *texts)))
     captions = tuple(dict.fromkeys(name for name in (caption, *texts) if name in needed))
-    return Columns(image, caption, label, needed, captions, names, all=not (columns or texts))
+    return Columns(image, caption, label, needed, captions, captions_from_names, all=not (columns or texts))
 
 
 @dataclass(frozen=True)

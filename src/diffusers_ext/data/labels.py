@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, list[str] | None]:
-    """Number and names (`None`: they only have numbers) of the classes in the column `source.label_column`.
+class Classes(NamedTuple):
+    """How many classes there are, and their names: `None` where they only have numbers."""
+
+    count: int
+    names: list[str] | None = None
+
+
+def find_classes(sets: Sequence[Dataset], source: PictureSource) -> Classes:
+    """The classes in the column `source.label_column`.
 
     Args:
         sets: Training and validation set of `source`; either may hold a number that the other lacks.
@@ -31,11 +38,11 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, l
     from datasets import ClassLabel
 
     if source.dataset_name == "scenes":
-        return len(CLASS_NAMES), list(CLASS_NAMES)
+        return Classes(len(CLASS_NAMES), list(CLASS_NAMES))
     column = source.label_column
     feature = sets[0].features[column]
     if isinstance(feature, ClassLabel):
-        return len(feature.names), list(feature.names)
+        return Classes(len(feature.names), list(feature.names))
     count = 0
     for dataset in sets:
         for index, label in enumerate(column_values(dataset, column)):
@@ -46,7 +53,23 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> tuple[int, l
                 )
             count = max(count, label + 1)
     logger.info("The largest label in %r is %d: %d classes (--num_labels sets more).", column, count - 1, count)
-    return count, None
+    return Classes(count)
+
+
+def as_asked(found: Classes, num_labels: int | None, *, rows_are_checked: bool = True) -> Classes:
+    """The classes of the data, or so many as `--num_labels` asks for where they only have numbers.
+
+    Args:
+        rows_are_checked: A row with a larger number is named by a later check (`check_classes`), so pass it here.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    if num_labels in (None, found.count):
+        return found
+    if found.names is None and (rows_are_checked or found.count < num_labels):  # the data need not hold all of them
+        return Classes(num_labels)
+    raise ValueError(f"--num_labels={num_labels}, but the data have {found.count} classes.")
 
 
 def check_classes(sets: Sequence[Dataset], source: PictureSource, num_labels: int) -> None:

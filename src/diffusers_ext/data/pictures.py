@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .image_folder import load_image_splits, repeat_rows
+from .image_folder import load_image_splits, repeat_rows, wanted_columns
 from .scenes import COLUMNS, load_scenes
 
 if TYPE_CHECKING:
@@ -59,16 +59,14 @@ def load_pictures(
         if source.dataset_config_name:
             options |= _scenes_options(source.dataset_config_name)
         return load_scenes(size, **options), load_scenes(VALIDATION_SAMPLES, split="validation", **options)
+    from_names = getattr(source, "captions_from_names", False)
     splits = load_image_splits(
+        wanted_columns(
+            source.image_column, source.caption_column, source.label_column, wanted, text_columns, from_names
+        ),
         source.train_data_dir,
         source.dataset_name,
         dataset_config_name=source.dataset_config_name,
-        image_column=source.image_column,
-        caption_column=source.caption_column,
-        label_column=source.label_column,
-        columns=wanted,
-        text_columns=text_columns,
-        captions_from_names=getattr(source, "captions_from_names", False),
         max_samples=source.max_train_samples,
     )
     dataset, validation = splits.train, splits.validation

@@ -1,11 +1,10 @@
-"""Losses and logged figures for discrete token prediction: Paella, arXiv 2211.07292.
+"""Losses for discrete token prediction: Paella, arXiv 2211.07292.
 
 Original code (MIT): dome272/Paella@b1f88ef (v1, unweighted), @e1ab72b (v3, weighted).
 
 Letters in shape comments: b images, v token classes, (h, w) the token grid.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +29,11 @@ def token_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none", "sample"):
         raise ValueError(f"`reduction` must be one of 'mean', 'sum', 'none', 'sample', got {reduction!r}.")
-    _check_shapes(logits, tokens)
+    if logits.ndim < 2 or tokens.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            f"`logits` must have shape (b, v, h, w) and `tokens` (b, h, w), got {tuple(logits.shape)} and "
+            f"{tuple(tokens.shape)}."
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"`label_smoothing` must lie in [0, 1], got {label_smoothing}.")
     # rows (b*h*w, v): the class axis last is the fast layout of the CPU kernel
@@ -79,30 +82,3 @@ def weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
     if losses.shape != weight.shape:
         raise ValueError(f"`losses` and `weight` differ in shape: {tuple(losses.shape)} and {tuple(weight.shape)}.")
     return ((losses * weight).flatten(1).sum(dim=1) / weight.flatten(1).sum(dim=1)).mean()
-
-
-@torch.no_grad()
-def token_metrics(logits: Tensor, tokens: Tensor, loss: Tensor | None = None) -> dict[str, Tensor]:
-    """What the original logs: `accuracy` (share of positions whose argmax is the token) and `perplexity` (exp(loss)).
-
-    Args:
-        logits: (b, v, h, w).
-        tokens: LongTensor (b, h, w), the clean tokens.
-        loss: the mean loss in nats, whose exponential the original calls perplexity. Default: the unsmoothed
-            cross-entropy, which is the perplexity proper.
-
-    Returns:
-        Two scalar tensors on the device of `logits` (no host synchronisation).
-    """
-    _check_shapes(logits, tokens)
-    if loss is None:
-        loss = token_cross_entropy(logits, tokens, label_smoothing=0.0)
-    return {"accuracy": (logits.argmax(dim=1) == tokens).float().mean(), "perplexity": loss.detach().float().exp()}
-
-
-def _check_shapes(logits: Tensor, tokens: Tensor) -> None:
-    if logits.ndim < 2 or tokens.shape != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(
-            f"`logits` must have shape (b, v, h, w) and `tokens` (b, h, w), got {tuple(logits.shape)} and "
-            f"{tuple(tokens.shape)}."
-        )

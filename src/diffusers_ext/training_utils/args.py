@@ -44,35 +44,24 @@ class DataArgs:
 
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("dataloader_num_workers",)  # see TrainArgs
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "`scenes` (built in), or the name of a data set on the Hub."}
+    dataset_name: str | None = option(None, "`scenes` (built in), or the name of a data set on the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of the Hub data set; the grounds of `scenes`.")
+    train_data_dir: str | None = option(
+        None, "Folder of pictures: with metadata.jsonl, with text files, class folders, or plain."
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the Hub data set; the grounds of `scenes`."}
+    image_column: str = option("image", "Column that holds the picture.")
+    caption_column: str = option("text", "Column that holds the caption or captions.")
+    label_column: str = option("label", "Column that holds the integer class label.")
+    captions_from_names: bool = option(
+        False, "Make captions of the names of files, or of class folders, where a folder has no captions."
     )
-    train_data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of pictures: with metadata.jsonl, with text files, class folders, or plain."},
+    max_train_samples: int | None = option(
+        None, "Use only so many samples, drawn from all (`scenes`: how many to make; 100,000 when unset)."
     )
-    image_column: str = field(default="image", metadata={"help": "Column that holds the picture."})
-    caption_column: str = field(default="text", metadata={"help": "Column that holds the caption or captions."})
-    label_column: str = field(default="label", metadata={"help": "Column that holds the integer class label."})
-    captions_from_names: bool = field(
-        default=False,
-        metadata={"help": "Make captions of the names of files, or of class folders, where a folder has no captions."},
-    )
-    max_train_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Use only so many samples, drawn from all (`scenes`: how many to make; 100,000 when unset)."
-        },
-    )
-    resolution: int = field(default=64, metadata={"help": "Side of the square training pictures in pixels."})
-    center_crop: bool = field(default=False, metadata={"help": "Crop the centre instead of a random place."})
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures left to right."})
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that load data; results do not depend on it."}
-    )
+    resolution: int = option(64, "Side of the square training pictures in pixels.")
+    center_crop: bool = option(False, "Crop the centre instead of a random place.")
+    random_flip: bool = option(False, "Mirror half of the pictures left to right.")
+    dataloader_num_workers: int = option(0, "Processes that load data; results do not depend on it.")
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.train_data_dir is None):
@@ -96,7 +85,7 @@ class Origin:
         sections: All dataclasses of the command line.
         sources: Where precision and accumulation come from.
         checkpoint: The one that is resumed, with its manifest.
-        learnt: What was learnt from the data at the start, see `record.learn_once`.
+        learnt: What was learnt from the data at the start, see `tokenizers.learn_once`.
         stopped_by: The signal that ended training before its last step.
     """
 
@@ -123,72 +112,53 @@ class TrainArgs:
         "hub_private_repo", "license", "total_batch_size",  # which the micro-steps follow from
     )  # fmt: skip
 
-    output_dir: str = field(
-        default="runs/unnamed", metadata={"help": "The final result lies here, checkpoints below it."}
+    output_dir: str = option("runs/unnamed", "The final result lies here, checkpoints below it.")
+    seed: int = option(0, "All draws are a function of it (and of epoch and sample).")
+    train_batch_size: int = option(16, "Samples per process and micro-step.")
+    gradient_accumulation_steps: int = option(1, "Micro-steps per optimizer step.")
+    total_batch_size: int | None = option(
+        None,
+        "Samples of an optimizer step, all processes together: the micro-steps follow from it, from "
+        "train_batch_size and from the number of processes.",
     )
-    seed: int = field(default=0, metadata={"help": "All draws are a function of it (and of epoch and sample)."})
-    train_batch_size: int = field(default=16, metadata={"help": "Samples per process and micro-step."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-steps per optimizer step."})
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Samples of an optimizer step, all processes together: the micro-steps follow from it, from "
-            "train_batch_size and from the number of processes."
-        },
+    max_train_steps: int = option(1000, "Optimizer steps in all.")
+    max_train_minutes: float | None = option(
+        None, "Stop after so many minutes with a checkpoint; `--resume_from_checkpoint latest` goes on."
     )
-    max_train_steps: int = field(default=1000, metadata={"help": "Optimizer steps in all."})
-    max_train_minutes: float | None = field(
-        default=None,
-        metadata={"help": "Stop after so many minutes with a checkpoint; `--resume_from_checkpoint latest` goes on."},
-    )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "A schedule name of diffusers."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of linear warm-up."})
+    learning_rate: float = option(3e-4, "Peak learning rate.")
+    lr_scheduler: str = option("constant_with_warmup", "A schedule name of diffusers.")
+    lr_warmup_steps: int = option(0, "Optimizer steps of linear warm-up.")
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
-    weight_decay_matrices_only: bool = field(
-        default=False,
-        metadata={"help": "No weight decay of norms, biases and single numbers such as CLIP's scale of the logits."},
+    weight_decay_matrices_only: bool = option(
+        False, "No weight decay of norms, biases and single numbers such as CLIP's scale of the logits."
     )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "Autocast of the forward pass."}
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Autocast of the forward pass.")
+    gradient_checkpointing: bool = option(False, "Trade compute for memory.")
+    use_ema: bool = option(False, "Keep, validate and export an exponential moving average.")
+    ema_decay: float = option(0.9999, "Its largest decay; it starts near 0 and rises.")
+    checkpointing_steps: int = option(500, "Save a training checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(2, "Keep so many of the newest checkpoints.")
+    resume_from_checkpoint: str | None = option(
+        None, "`latest` (the newest complete one, if any), the name of one in output_dir, or a path."
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory."})
-    use_ema: bool = field(default=False, metadata={"help": "Keep, validate and export an exponential moving average."})
-    ema_decay: float = field(default=0.9999, metadata={"help": "Its largest decay; it starts near 0 and rises."})
-    checkpointing_steps: int = field(default=500, metadata={"help": "Save a training checkpoint every so many steps."})
-    checkpoints_total_limit: int | None = field(
-        default=2, metadata={"help": "Keep so many of the newest checkpoints."}
+    resume_with_changes: bool = option(
+        False, "Go on from a checkpoint of other options, although they change the run."
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "`latest` (the newest complete one, if any), the name of one in output_dir, or a path."},
+    validation_steps: int | None = option(None, "Validate every so many steps (and at the end).")
+    logging_steps: int = option(50, "Write a line to <output_dir>/log.jsonl every so many steps.")
+    report_to: str | None = option(
+        None,
+        "Trackers of accelerate: tensorboard, wandb, ...; several with commas between, `all` that are "
+        "installed, or `none`.",
     )
-    resume_with_changes: bool = field(
-        default=False, metadata={"help": "Go on from a checkpoint of other options, although they change the run."}
-    )
-    validation_steps: int | None = field(
-        default=None, metadata={"help": "Validate every so many steps (and at the end)."}
-    )
-    logging_steps: int = field(
-        default=50, metadata={"help": "Write a line to <output_dir>/log.jsonl every so many steps."}
-    )
-    report_to: str | None = field(
-        default=None,
-        metadata={
-            "help": "Trackers of accelerate: tensorboard, wandb, ...; several with commas between, `all` that are "
-            "installed, or `none`."
-        },
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the final result to the Hub."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "user/name on the Hub; the folder's name when unset."}
-    )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Create the Hub repository as private."})
-    license: str | None = field(default=None, metadata={"help": "Licence of the weights, for the model card."})
+    push_to_hub: bool = option(False, "Upload the final result to the Hub.")
+    hub_model_id: str | None = option(None, "user/name on the Hub; the folder's name when unset.")
+    hub_private_repo: bool = option(False, "Create the Hub repository as private.")
+    license: str | None = option(None, "Licence of the weights, for the model card.")
     origin: Origin = field(default_factory=Origin, init=False, repr=False, compare=False)
 
     def __post_init__(self):

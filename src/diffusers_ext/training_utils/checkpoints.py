@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 logger = logging.getLogger(__name__)
 
@@ -336,16 +337,23 @@ def check_finite_state(parts: Mapping[str, Any], what: str) -> None:
 
 def first_not_finite(state: Any, name: str = "") -> str | None:
     """The name of the first tensor in nested mappings and lists that holds infinity or no number."""
+    tensors = dict(_floating_tensors(state, name))
+    # one number of all, and one pass: it is finite only if they are (their squares may overflow, so ask each then)
+    if not tensors or bool(torch.isfinite(get_total_norm(tensors.values()))):
+        return None
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def _floating_tensors(state: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(state, Tensor):
-        is_finite = not state.is_floating_point() or state.is_meta or bool(torch.isfinite(state).all())
-        return None if is_finite else name
+        if state.is_floating_point() and not state.is_meta:
+            yield name, state.detach().float() if state.itemsize == 1 else state.detach()  # float8 has no norms
+        return
     pairs = (
         state.items() if isinstance(state, Mapping) else enumerate(state) if isinstance(state, list | tuple) else ()
     )
     for key, value in pairs:
-        if (found := first_not_finite(value, f"{name}.{key}" if name else str(key))) is not None:
-            return found
-    return None
+        yield from _floating_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def load_state(folder: Path, parts: Mapping[str, Any], optional: Collection[str] = ()) -> None:

@@ -1,6 +1,7 @@
 """What `accelerate launch`, `accelerate config` and the environment say about a run, and what it does about it."""
 
 import os
+from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -74,3 +75,18 @@ def launch_words(train: TrainArgs) -> list[str]:
     if (machines := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
         words += ["--num_machines", str(machines)]
     return [*words, "--mixed_precision", train.mixed_precision]
+
+
+def launcher_process() -> int | None:
+    """The number of the process `accelerate launch` that started this one, where the system tells (Linux).
+
+    None where something else did, such as a shell, whose end means nothing.
+    """
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return None
+    names = [Path(word).name for word in words]
+    launches = ("accelerate", "launch") in zip(names, names[1:], strict=False)
+    return parent if launches or {"accelerate-launch", "accelerate.commands.launch"} & set(names) else None

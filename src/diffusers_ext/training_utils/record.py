@@ -10,7 +10,7 @@ import math
 import platform
 import secrets
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .args import TrainArgs, all_options
 from .checkpoints import Branches, CheckpointError, replace_file
@@ -27,7 +26,6 @@ from .checkpoints import Branches, CheckpointError, replace_file
 logger = logging.getLogger(__name__)
 
 OPTIONS = "options.json"
-LEARNT = "learnt"  # folder of a checkpoint: what was learnt from the data at the start
 PACKAGES = (
     "diffusers_ext",
     "diffusers",
@@ -133,31 +131,6 @@ def compare(manifest: Mapping[str, Any], record: Record, train: TrainArgs) -> tu
     if moved:
         warned.append(f"The checkpoint was written by other versions, so results may differ: {', '.join(moved)}")
     return refused, [line for name, line in described.items() if name in applies], warned
-
-
-def learn_once(train: TrainArgs, name: str, learn: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """A tokenizer that is learnt from the data: by a resumed run it is read from the checkpoint.
-
-    Learnt again from data that have changed it would give other numbers to the words, silently.
-    """
-    if train.origin.checkpoint is None:
-        tokenizer = learn()
-    else:
-        folder = train.origin.checkpoint[0] / LEARNT / name
-        if folder.is_dir():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        else:
-            logger.warning("%s holds no %s (it is of an older version): it is learnt again.", folder.parents[1], name)
-            tokenizer = learn()
-    train.origin.learnt[name] = tokenizer
-    return tokenizer
-
-
-def save_learnt(train: TrainArgs, folder: Path) -> None:
-    """Writes what was learnt at the start into a checkpoint."""
-    learnt: dict[str, PreTrainedTokenizerBase] = train.origin.learnt
-    for name, tokenizer in learnt.items():
-        tokenizer.save_pretrained(folder / LEARNT / name)
 
 
 def _samples_per_step(options: Mapping[str, Any], processes: int) -> int:

@@ -44,9 +44,10 @@ from .log import RunLog
 from .objective import Objective
 from .optimizers import SkippedSteps, options_of_this_run
 from .plan import DROPOUT_STREAM, LOSS_STREAM, MicroBatch, StepPlan, Window, keyed_generator, load_micro_batches, mix
-from .record import Record, check_same_run, make_record, save_learnt, write_options
+from .record import Record, check_same_run, make_record, write_options
 from .result_folder import recover_result
 from .stopping import Reading, Stop
+from .tokenizers import save_learnt
 
 logger = logging.getLogger(__name__)
 

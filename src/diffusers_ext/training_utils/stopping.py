@@ -1,4 +1,8 @@
-"""When a run ends before its last step: the time limit, SIGTERM and Ctrl-C, for all processes at the same step."""
+"""When a run ends before its last step: the time limit, SIGTERM and Ctrl-C, for all processes at the same step.
+
+`accelerate launch` does not hand a SIGTERM on to its trainer when that is a single process, and no launcher can hand
+on a SIGKILL. So a trainer whose launcher is gone ends as if it had got a SIGTERM itself.
+"""
 
 import os
 import signal
@@ -9,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from .launch import launcher_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Launchers hand on a Ctrl-C that their processes have got from the terminal as well: that is no second one.
@@ -45,6 +51,7 @@ class Stop:
     def __init__(self, accelerator: Accelerator, minutes: float | None):
         self.accelerator, self.minutes, self.started = accelerator, minutes, time.monotonic()
         self.signal: int | None = None
+        self.launcher = launcher_process()
         self.caught, self.before = 0.0, {}
         self.last: Reading | None = None
 
@@ -71,6 +78,9 @@ class Stop:
 
     def reason(self) -> str | None:
         """Why the run ends after this step, on all processes alike; called once a step by each."""
+        if self.launcher not in (None, os.getppid()):
+            self.launcher = None
+            self._catch(signal.SIGTERM, None)
         limit = self.minutes is not None and time.monotonic() - self.started > 60 * self.minutes
         asked = [float(self.signal == number) for number in SIGNALS] + [float(limit)]
         if self.accelerator.num_processes > 1:

@@ -1,15 +1,22 @@
 """Small tokenizers, learnt from the captions or sentences of the data: byte-level BPE, which knows every text.
 
 Pretrained vocabularies (CLIP's, BERT's, GPT-2's) are downloads; a small network trains on these instead. A recipe
-calls them through `record.learn_once`, so that a resumed run keeps the tokenizer that it began with.
+learns them with `learn_once`, and checkpoints keep them, so that a resumed run has the tokenizer that it began with.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .args import TrainArgs
+
+logger = logging.getLogger(__name__)
+
+LEARNT = "learnt"  # folder of a checkpoint
 SMALLEST_VOCABULARY = 259  # 256 bytes; start, end, padding
 BERT_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 CLIP_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
@@ -62,3 +69,27 @@ def read_captions(dataset: Any, column: str, limit: int = 20_000) -> list[str]:
     rows = dataset.select_columns([column]).select(range(min(len(dataset), limit)))
     values = (row[column] for row in rows)
     return [text for value in values for text in ([value] if isinstance(value, str) else value)]
+
+
+def learn_once(train: TrainArgs, name: str, learn: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The tokenizer that `learn` makes of the data; a resumed run reads it from the checkpoint.
+
+    Learnt again from data that have changed it would give other numbers to the words, silently.
+    """
+    if train.origin.checkpoint is None:
+        tokenizer = learn()
+    else:
+        folder = train.origin.checkpoint[0] / LEARNT / name
+        if folder.is_dir():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            logger.warning("%s holds no %s (it is of an older version): it is learnt again.", folder.parents[1], name)
+            tokenizer = learn()
+    train.origin.learnt[name] = tokenizer
+    return tokenizer
+
+
+def save_learnt(train: TrainArgs, folder: Path) -> None:
+    """Writes the tokenizers that were learnt into a checkpoint."""
+    for name, tokenizer in train.origin.learnt.items():
+        tokenizer.save_pretrained(folder / LEARNT / name)

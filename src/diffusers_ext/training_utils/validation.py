@@ -1,10 +1,12 @@
 """What every validation shares: the rows, which it sees alike, their mean losses, and the sheet of samples."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Generator
@@ -14,6 +16,8 @@ from .args import TrainArgs
 from .checkpoints import replace_file
 from .objective import Objective
 from .plan import LOSS_STREAM, keyed_generator
+
+LOSS_SAMPLES = 64  # held-out rows for the loss
 
 Batches = Iterable[tuple[Any, list[Generator]]]
 
@@ -64,3 +68,40 @@ def mean_losses(objective: Objective, batches: Batches, step: int) -> dict[str, 
 def save_sheet(sheet: Image.Image, train: TrainArgs, step: int) -> None:
     """Writes `<output_dir>/validation-<step>.png`; the model card shows the last one."""
     replace_file(Path(train.output_dir) / f"validation-{step}.png", sheet.save)
+
+
+@dataclass
+class Validation:
+    """Called with a step: the loss of held-out rows, and what the pipeline in training draws for the first of them.
+
+    Every draw is the same each time.
+
+    Args:
+        objective: Has the pipeline, `pipe`.
+        read: `(row, generator) -> sample`, without augmentation.
+        rows: Map-style.
+    """
+
+    objective: Any
+    read: Callable[[Any, Generator], Any]
+    rows: Any
+    train: TrainArgs
+    accelerator: Accelerator
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Figures after this step; the samples become `validation-<step>.png`."""
+        self.objective.pipe.to(self.accelerator.device)
+        with self.accelerator.autocast():
+            losses = mean_losses(self.objective, self.batches(LOSS_SAMPLES, self.train.train_batch_size), step)
+        sheet, figures = self.pictures()
+        save_sheet(sheet, self.train, step)
+        return losses | figures
+
+    def batches(self, count: int, batch_size: int | None = None) -> Batches:
+        """The first rows; all at once when `batch_size` is unset."""
+        device = self.accelerator.device
+        return first_rows(self.rows, count, self.read, self.train.seed, batch_size=batch_size, device=device)
+
+    def pictures(self) -> tuple[Image.Image, dict[str, float]]:
+        """A sheet of samples, and figures of them."""
+        raise NotImplementedError

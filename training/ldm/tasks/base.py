@@ -6,20 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
-from diffusers_ext.data.annotations import NamedRows
+from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.crops import Crop, Resampling, draw_crop
+from diffusers_ext.data.labels import Classes, as_asked
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.training.ldm.args import CONTEXT_TASKS, LDMArgs
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
-
-
-@dataclass(frozen=True)
-class Names:
-    """What the classes of a task are called: `names` is None where they only have numbers."""
-
-    count: int
-    names: list[str] | None = None
-    palette: list[list[int]] | None = None
 
 
 @dataclass
@@ -39,6 +31,7 @@ class Task:
     pipeline: ClassVar[type[LDMBasePipeline]]
     stock: ClassVar[str | None] = None  # the class of diffusers whose repositories the pipeline also loads
     conditioner: ClassVar[str | None] = None  # the component that is trained along with the U-Net
+    raw_condition: ClassVar[str | None] = None  # what `read` calls that which the conditioner is given
     has_one_answer: ClassVar[bool] = False  # whether a sample should be the original
 
     args: LDMArgs
@@ -57,11 +50,11 @@ class Task:
         """The columns that the task reads beside the picture."""
         return ()
 
-    def names_in(self, sets: Sequence[NamedRows]) -> Names | None:
+    def names_in(self, sets: Sequence[NamedRows]) -> Classes | None:
         """The classes of the data as they are found there; None for a task without."""
         return None
 
-    def find_names(self, sets: Sequence[NamedRows]) -> Names | None:
+    def find_names(self, sets: Sequence[NamedRows]) -> Classes | None:
         """The classes of the data, or None for a task without.
 
         Args:
@@ -70,13 +63,10 @@ class Task:
         Raises:
             ValueError: a label is none, or their number is not that of `--num_labels`.
         """
-        found, asked = self.names_in(sets), self.args.num_labels
-        if found is None or asked is None or asked == found.count:
-            return found
-        # numbers, of which the data need not hold all; `check_rows` names a picture with a label that is too large
-        if found.names is None and (found.count < asked or self.args.task == "class"):
-            return Names(asked)
-        raise ValueError(f"--num_labels={asked}, but the data have {found.count} classes.")
+        found = self.names_in(sets)
+        if found is None:
+            return None
+        return as_asked(found, self.args.num_labels, rows_are_checked=self.args.task == "class")
 
     def check_rows(self, rows: NamedRows) -> None:
         """Refuses now labels that would stop the training in its middle; not called for `scenes`.
@@ -84,6 +74,25 @@ class Task:
         Raises:
             ValueError: naming the picture.
         """
+
+    def sample(self, row: dict[str, Any], generator: Generator) -> dict[str, Tensor | str]:
+        """A row as a training sample: the picture (or its cached moments) and the raw condition, cropped alike.
+
+        Draws, in this order: four of the crop, then those of the condition.
+
+        Raises:
+            ValueError: the row does not fit; the message names its picture.
+        """
+        try:
+            if "moments" in row:
+                crop = self.crop(tuple(row["size"].tolist()), generator)
+                return {"moments": row["moments"], **self.read(row, None, crop, generator)}
+            picture = row[self.data.image_column]
+            crop = self.crop(picture.size, generator)
+            image = crop.image(picture, self.data.resolution, self.resampling)
+            return {"image": image, **self.read(row, image, crop, generator)}
+        except ValueError as error:
+            raise ValueError(f"{row[ROW]}: {error}") from error
 
     def crop(self, size: tuple[int, int], generator: Generator) -> Crop:
         """Where a picture of this (width, height) is cut; four draws."""
@@ -121,7 +130,7 @@ class Task:
         """The tokenizer of a task whose condition is text."""
         return None
 
-    def new_config(self, names: Names | None) -> dict[str, Any]:
+    def new_config(self, names: Classes | None) -> dict[str, Any]:
         """What a new pipeline's constructor takes beside its networks."""
         return {
             "null_condition": self.args.dropout_of_condition > 0,
@@ -154,7 +163,7 @@ class Task:
 
     def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor | None:
         """What the conditioner is given (or the U-Net, where there is none) for a collated batch."""
-        return None
+        return None if self.raw_condition is None else batch[self.raw_condition]
 
     # ---- validation
 

@@ -8,22 +8,23 @@ from torch import Generator, Tensor
 
 from diffusers_ext.data.annotations import NamedRows, check_labels
 from diffusers_ext.data.crops import Crop
-from diffusers_ext.data.labels import find_classes
+from diffusers_ext.data.labels import Classes, find_classes
 from diffusers_ext.models.encoders_ldm import LDMClassEmbedder
 from diffusers_ext.pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
 from diffusers_ext.training.ldm.args import LDMArgs
-from diffusers_ext.training.ldm.tasks.base import Names, Task
+from diffusers_ext.training.ldm.tasks.base import Task
 
 
 class ClassLabel(Task):
     pipeline = LDMClassConditionalPipeline
     conditioner = "class_embedder"
+    raw_condition = "label"  # (b,)
 
     def columns(self) -> tuple[str, ...]:
         return (self.data.label_column,)
 
-    def names_in(self, sets: Sequence[NamedRows]) -> Names:
-        return Names(*find_classes([rows.dataset for rows in sets], self.data))
+    def names_in(self, sets: Sequence[NamedRows]) -> Classes:
+        return find_classes([rows.dataset for rows in sets], self.data)
 
     def check_rows(self, rows: NamedRows) -> None:
         if self.num_labels is not None:
@@ -42,7 +43,7 @@ class ClassLabel(Task):
         null = num_labels if args.dropout_of_condition else None  # one more row
         return LDMClassEmbedder(num_labels + (null is not None), args.cross_attention_dim, null_class=null)
 
-    def new_config(self, names: Names | None) -> dict[str, Any]:
+    def new_config(self, names: Classes | None) -> dict[str, Any]:
         found = {} if names is None else {"class_names": names.names}
         return {**found, "default_guidance_scale": self.args.guidance_scale}
 
@@ -59,9 +60,6 @@ class ClassLabel(Task):
 
     def null_condition(self, pipe: Any) -> Tensor:
         return torch.tensor(pipe.class_embedder.config["null_class"])
-
-    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor:
-        return batch["label"]  # (b,)
 
     def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {

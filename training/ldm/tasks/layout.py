@@ -12,11 +12,11 @@ from torch import Generator, Tensor
 from diffusers_ext.conditions.layout import LayoutObject, LayoutTokenizer
 from diffusers_ext.data.annotations import FLAGS, NamedRows, box_names, layout_objects
 from diffusers_ext.data.crops import Crop
-from diffusers_ext.data.labels import find_classes
+from diffusers_ext.data.labels import Classes, find_classes
 from diffusers_ext.models.encoders_ldm import LDMLayoutEncoder
 from diffusers_ext.pipelines.ldm.pipeline_ldm_layout import LDMLayoutPipeline
 from diffusers_ext.training.ldm.args import LDMArgs
-from diffusers_ext.training.ldm.tasks.base import Names, Task
+from diffusers_ext.training.ldm.tasks.base import Task
 
 LAYOUT_FLAGS: dict[str, tuple[str, ...]] = {"none": (), "group": FLAGS[:1], "all": FLAGS}
 
@@ -27,11 +27,12 @@ class Layout(Task):
 
     Args:
         layout: How.
-        categories: Names in the data to numbers of categories.
+        categories: Classes in the data to numbers of categories.
     """
 
     pipeline = LDMLayoutPipeline
     conditioner = "layout_encoder"
+    raw_condition = "tokens"  # (b, l)
 
     layout: LayoutTokenizer | None = None
     categories: dict[str | int, int] | None = None
@@ -43,14 +44,14 @@ class Layout(Task):
     def columns(self) -> tuple[str, ...]:
         return (self.args.boxes_column, self.args.box_names_column, *self.flags)
 
-    def names_in(self, sets: Sequence[NamedRows]) -> Names:
+    def names_in(self, sets: Sequence[NamedRows]) -> Classes:
         if self.data.dataset_name == "scenes":
-            return Names(*find_classes([rows.dataset for rows in sets], self.data))
+            return find_classes([rows.dataset for rows in sets], self.data)
         found = [self._names(rows) for rows in sets]
         names = sorted({name for part in found for name in part}, key=lambda name: (isinstance(name, str), name))
         if all(isinstance(name, int) for name in names):
-            return Names(max(map(int, names), default=-1) + 1)
-        return Names(len(names), [str(name) for name in names])
+            return Classes(max(map(int, names), default=-1) + 1)
+        return Classes(len(names), [str(name) for name in names])
 
     def check_rows(self, rows: NamedRows) -> None:
         if self.categories is not None and (unknown := set(self._names(rows)) - self.categories.keys()):
@@ -90,7 +91,7 @@ class Layout(Task):
             encoder.position_embedding.weight.mul_(args.token_init_std)
         return encoder
 
-    def new_config(self, names: Names | None) -> dict[str, Any]:
+    def new_config(self, names: Classes | None) -> dict[str, Any]:
         found = {} if names is None else {"class_names": names.names}
         return {
             **super().new_config(names),
@@ -123,9 +124,6 @@ class Layout(Task):
 
     def null_condition(self, pipe: Any) -> Tensor:
         return torch.full((pipe.layout_tokenizer.length,), pipe.layout_tokenizer.none_token)
-
-    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor:
-        return batch["tokens"]  # (b, l)
 
     def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows = [self.objects(row, row[self.data.image_column].size) for row in examples]

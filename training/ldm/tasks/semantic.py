@@ -9,25 +9,26 @@ from torch import Generator, Tensor
 from diffusers_ext.conditions.palettes import SCENES_CLASSES, SCENES_PALETTE
 from diffusers_ext.data.annotations import NamedRows
 from diffusers_ext.data.crops import Crop
-from diffusers_ext.data.labels import count_map_labels
+from diffusers_ext.data.labels import Classes, count_map_labels
 from diffusers_ext.models.encoders_ldm import LDMSpatialRescaler
 from diffusers_ext.pipelines.ldm.pipeline_ldm_semantic import LDMSemanticPipeline
 from diffusers_ext.training.ldm.args import LDMArgs
-from diffusers_ext.training.ldm.tasks.base import Names, Task
+from diffusers_ext.training.ldm.tasks.base import Task
 
 
 class Semantic(Task):
     pipeline = LDMSemanticPipeline
     conditioner = "spatial_rescaler"
+    raw_condition = "map"  # (b, H, W)
 
     def columns(self) -> tuple[str, ...]:
         return (self.args.semantic_column,)
 
-    def names_in(self, sets: Sequence[NamedRows]) -> Names:
+    def names_in(self, sets: Sequence[NamedRows]) -> Classes:
         if self.data.dataset_name == "scenes":
-            return Names(len(SCENES_CLASSES), list(SCENES_CLASSES), SCENES_PALETTE.tolist())
+            return Classes(len(SCENES_CLASSES), list(SCENES_CLASSES))
         datasets = [rows.dataset for rows in sets]
-        return Names(self.args.num_labels or count_map_labels(datasets, self.args.semantic_column, self.data))
+        return Classes(self.args.num_labels or count_map_labels(datasets, self.args.semantic_column, self.data))
 
     def read(
         self, example: dict[str, Any], image: Tensor | None, crop: Crop, generator: Generator
@@ -52,15 +53,14 @@ class Semantic(Task):
         assert num_labels is not None
         return LDMSpatialRescaler(num_labels, args.rescaler_channels, num_stages)
 
-    def new_config(self, names: Names | None) -> dict[str, Any]:
-        found = {} if names is None else {"label_names": names.names, "label_palette": names.palette}
+    def new_config(self, names: Classes | None) -> dict[str, Any]:
+        found = {} if names is None else {"label_names": names.names}
+        if self.data.dataset_name == "scenes":
+            found["label_palette"] = SCENES_PALETTE.tolist()
         return {**super().new_config(names), **found}
 
     def known_labels(self, pipe: Any) -> int:
         return pipe.spatial_rescaler.config["in_channels"]
-
-    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor:
-        return batch["map"]  # (b, H, W)
 
     def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {"label_map": batch["map"], "guidance_scale": self.args.guidance_scale}

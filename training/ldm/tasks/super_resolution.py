@@ -20,6 +20,7 @@ class SuperResolution(Task):
 
     pipeline = LDMUpscalePipeline
     stock = "LDMSuperResolutionPipeline"
+    raw_condition = "low"  # (b, 3, h, w)
     has_one_answer = True
 
     def __post_init__(self) -> None:
@@ -58,9 +59,6 @@ class SuperResolution(Task):
     @staticmethod
     def concatenated_channels(args: LDMArgs, latent_channels: int) -> int:
         return 3
-
-    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor:
-        return batch["low"]  # (b, 3, h, w)
 
     def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {"image": (batch["low"] + 1) / 2, "guidance_scale": self.args.guidance_scale}

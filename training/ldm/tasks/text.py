@@ -10,15 +10,13 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from diffusers_ext.data.crops import Crop
-from diffusers_ext.data.preprocessing import choose_text
+from diffusers_ext.data.crops import Crop, choose_text
 from diffusers_ext.pipelines.ldm.pipeline_ldm_text import LDMTextPipeline
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training.ldm.args import LDMArgs
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.args import TrainArgs
-from diffusers_ext.training_utils.record import learn_once
-from diffusers_ext.training_utils.tokenizers import train_clip_tokenizer
+from diffusers_ext.training_utils.tokenizers import learn_once, train_clip_tokenizer
 
 
 @dataclass
@@ -28,6 +26,7 @@ class Text(Task):
     pipeline = LDMTextPipeline
     stock = "LDMTextToImagePipeline"
     conditioner = "bert"
+    raw_condition = "tokens"  # (b, l); the encoder attends to padding
 
     tokenizer: PreTrainedTokenizerBase | None = None
     window: int = 0
@@ -80,9 +79,6 @@ class Text(Task):
 
     def null_condition(self, pipe: Any) -> Tensor:
         return tokenize_texts(pipe.tokenizer, [""], pipe.text_window)[0][0]
-
-    def condition(self, pipe: Any, batch: dict[str, Any]) -> Tensor:
-        return batch["tokens"]  # (b, l); the encoder attends to padding
 
     def call(self, pipe: Any, batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         prompts = self.args.validation_prompts or batch["text"]
