@@ -24,6 +24,7 @@ from diffusers_ext.training.autoencoder.validation import Validation
 from diffusers_ext.training_utils.adversarial import fit_adversarial
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.results import finish
 from diffusers_ext.training_utils.run import start
 from diffusers_ext.training_utils.validation import first_rows
@@ -101,4 +102,4 @@ def last_report(train: TrainArgs) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

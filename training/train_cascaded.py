@@ -20,6 +20,7 @@ from diffusers_ext.training.cascaded.objective import CascadedObjective
 from diffusers_ext.training.cascaded.validation import CascadedValidation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
@@ -98,4 +99,4 @@ def describe_stage(args: CascadedArgs, data: DataArgs) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

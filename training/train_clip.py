@@ -22,6 +22,7 @@ from diffusers_ext.training.clip.networks import build_clip, build_processor, lo
 from diffusers_ext.training.clip.objective import ClipObjective
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.results import finish
 from diffusers_ext.training_utils.run import start
@@ -96,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

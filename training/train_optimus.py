@@ -20,6 +20,7 @@ from diffusers_ext.training.optimus.objective import SentenceObjective
 from diffusers_ext.training.optimus.validation import reconstruct, write_pairs
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.plan import keyed_generator
 from diffusers_ext.training_utils.results import finish
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

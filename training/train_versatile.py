@@ -34,6 +34,7 @@ from diffusers_ext.training.versatile.validation import draw_validation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.cache import check_cacheable
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.results import finish
@@ -118,4 +119,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversion.catalogue import KINDS
+from .places import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,7 +314,8 @@ def real_images(source: str, count: int, side: int) -> Any:
         path for path in Path(source).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     )
     if not paths:
-        raise ValueError(f"--real {source!r} holds no images: name a folder of them, or scenes.")
+        hint = "" if Path(source).exists() else did_you_mean(source)
+        raise ValueError(f"--real {source!r} holds no images: name a folder of them, or scenes.{hint}")
     images = []
     for path in paths[:count]:
         picture = decode_image(str(path))

@@ -453,7 +453,7 @@ def test_presets_are_found_by_name(tmp_path, monkeypatch):
     by_path = train_paella.parse_args([str(PRESETS / "paella-smoke.yaml")])
     for name in ("paella-smoke", "paella-smoke.yaml"):
         assert train_paella.parse_args([name]) == by_path
-    with pytest.raises(ValueError, match="'training/paella-smok.yaml' is not .* the nearest names are paella-smoke, "):
+    with pytest.raises(ValueError, match="'training/paella-smok.yaml' is not .* Did you mean paella-smoke or "):
         train_paella.parse_args(["training/paella-smok.yaml"])
     (tmp_path / "paella-smoke").mkdir()  # such as the last run's folder
     assert train_paella.parse_args(["paella-smoke"]) == by_path

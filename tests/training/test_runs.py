@@ -534,6 +534,7 @@ def test_precision_is_the_command_lines_then_the_launchers_then_the_presets(
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     _, train = parse((DataArgs, TrainArgs), [str(tmp_path / "p.yaml"), *words])
     assert train.mixed_precision == precision and train.origin.sources["mixed_precision"] == source
+    assert train.origin.sources["gradient_accumulation_steps"] == "the default"  # which the preset does not name
 
 
 def test_arguments_that_were_built_by_hand_follow_the_launcher_too(tmp_path, caplog):

@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..places import did_you_mean
+
 Rules = Sequence[tuple[str, str]]
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -84,7 +86,7 @@ def load_original(path: str | Path, *, allow_pickle: bool = False) -> dict[str, 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"`path` is {str(path)!r}: there is no such file.")
+        raise FileNotFoundError(f"`path` is {str(path)!r}: there is no such file.{did_you_mean(path)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

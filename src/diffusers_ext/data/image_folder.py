@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..conditions.pixels import read_rgb
+from ..places import did_you_mean
 from .annotations import RowName
 from .folder_contents import IMAGE_SUFFIXES, METADATA_NAMES
 from .layouts import SPLIT_FOLDERS, Columns, Rows, caption_from_file_name, read_folder, split_folders
@@ -247,7 +248,7 @@ def _open(
     if folder is not None:
         path = Path(folder)
         if not path.is_dir():
-            raise ValueError(f"`train_data_dir` must be a folder, but {str(path)!r} is not one.")
+            raise ValueError(f"`train_data_dir` must be a folder, but {str(path)!r} is not one.{did_you_mean(path)}")
         return _Source(f"the folder {os.fspath(folder)!r}", split_folders(path) or {"": path}, cache_dir)
     try:
         splits: Any = datasets.load_dataset(str(dataset_name), config, cache_dir=cache_dir)

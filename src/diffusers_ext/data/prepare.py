@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..places import no_such
 from .image_folder import IMAGE_SUFFIXES, decode_image
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def prepare(
     source, target = Path(input_dir), Path(output_dir)
     if target.exists():
         raise ValueError(f"`output_dir` {str(target)!r} exists: name a new folder.")
+    if not source.is_dir():
+        raise ValueError(f"`input_dir`: {no_such('folder', source)}")
     if kind == "sketch":
         return _write(target, _sketches(source, None if edges is None else Path(edges)), source)
     if kind == "diode":

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import ModelCard, create_repo
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from torch import Tensor, nn
 
 from ..guidance import Mix, normalized_guidance
 from ..models.blocks.wrappers import unwrap
+from ..places import did_you_mean
 from ..schedulers.gaussian import guides_itself
 from .adapters import AdapterMixin
 from .callbacks import Callback, callback_tensor_names
@@ -241,6 +242,17 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         network = _visible_component(name, network)
         check_component(type(self), name, network, house_pipelines())
         return network
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in diffusers; the error for a name that is not found names the folders that are near to it."""
+        try:
+            return super().load_config(pretrained_model_name_or_path, **kwargs)
+        except (OSError, HFValidationError) as error:
+            place = str(pretrained_model_name_or_path)
+            if Path(place).exists() or not (hint := did_you_mean(place)):
+                raise
+            raise OSError(f"{error}{hint}") from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

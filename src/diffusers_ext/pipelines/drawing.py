@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 
+from ..places import did_you_mean, is_local, no_such
 from .base import HousePipeline
 
 # option of the command -> the argument of `__call__` that it fills: the first that the pipeline has
@@ -60,7 +61,8 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
         index: Any = DiffusionPipeline.load_config(folder)
     except OSError as error:
         raise ValueError(
-            f"{folder!r} is no folder here, and no pipeline of that name was found on the Hub ({error}) {MAKES}"
+            f"{folder!r} is no folder here, and no pipeline of that name was found on the Hub ({error})"
+            f"{did_you_mean(folder)} {MAKES}"
         ) from error
     name = index["_class_name"]
     name = name[-1] if isinstance(name, (list, tuple)) else name  # of a folder of `export-hub --no-import`
@@ -70,20 +72,13 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
     return found
 
 
-def _is_local(name: str) -> bool:
-    """Whether a name is meant as a path, not as a repository of the Hub: `runs/x` where there is a folder `runs`."""
-    path = Path(name)
-    below_a_folder = len(path.parts) == 2 and (path.parent.is_dir() or path.parts[0] in ("runs", "checkpoints"))
-    return path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or below_a_folder
-
-
 def _check_folder(folder: str) -> None:
     """Refuses what is meant as a folder and holds no pipeline, with what makes one."""
     path = Path(folder)
-    if not path.exists() and _is_local(folder):
+    if not path.exists() and is_local(folder):
         beside = sorted(one.parent.name for one in path.parent.glob("*/model_index.json"))
         holds = f" Pipelines in {str(path.parent)!r}: {', '.join(beside)}." if beside else ""
-        raise ValueError(f"There is no folder {folder!r}.{holds} {MAKES}")
+        raise ValueError(f"{no_such('folder', folder)}{holds} {MAKES}")
     if not path.is_dir() or (path / "model_index.json").is_file():
         return
     checkpoints = sorted(path.glob("checkpoint-*/"))
@@ -224,13 +219,13 @@ def draw(
         if name in arguments:
             path = Path(arguments[name])
             if not path.is_file():
-                raise ValueError(f"There is no image {str(path)!r}.")
+                raise ValueError(no_such("image", path))
             arguments[name] = Image.open(path)
     if "class_labels" in arguments and str(arguments["class_labels"]).isdecimal():
         arguments["class_labels"] = int(arguments["class_labels"])
-    if lora is not None and _is_local(lora) and not Path(lora).exists():
+    if lora is not None and is_local(lora) and not Path(lora).exists():
         raise ValueError(
-            f"There is no adapter {lora!r}. A training with --rank writes {LORA_WEIGHT_NAME_SAFE} into its folder."
+            f"{no_such('adapter', lora)} A training with --rank writes {LORA_WEIGHT_NAME_SAFE} into its folder."
         )
     if lora is not None and Path(folder).is_dir() and Path(lora).resolve() == Path(folder).resolve():
         raise ValueError(

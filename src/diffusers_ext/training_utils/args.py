@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import HfArgumentParser
 
+from ..places import did_you_mean, is_local, is_path
 from .presets import find_preset, optional_fields, preset_words, take_unset, without_the_source
 
 logger = logging.getLogger(__name__)
@@ -255,33 +257,41 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         SystemExit: a value of the wrong type (argparse prints the options).
     """
     words, optional = list(sys.argv[1:] if argv is None else argv), optional_fields(dataclass_types)
-    given = options_given(words)
+    given, of_the_preset = options_given(words), frozenset()
     if words and not words[0].startswith("-"):
         preset, words = preset_words(find_preset(words[0]), optional), words[1:]
+        of_the_preset = options_given(preset)
         words = without_the_source(preset, words) + words
     words, unset = take_unset(words, optional)
     parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**dict.fromkeys(unset))  # None, also where the default is something else
-    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
+    *sections, unknown = parsed
+    if unknown:
+        raise ValueError(unknown_words(unknown, [name for section in sections for name in vars(section)]))
+    parsed = tuple(sections)
     for train in (section for section in parsed if isinstance(section, TrainArgs)):
         train.origin.sections = parsed
-        apply_launcher(train, given)
+        apply_launcher(train, given, of_the_preset)
     return parsed
 
 
-def apply_launcher(train: TrainArgs, given: Collection[str] = ()) -> None:
+def apply_launcher(train: TrainArgs, given: Collection[str] = (), preset: Collection[str] = ()) -> None:
     """Settles precision and accumulation: the command line, then what the launcher was told, then the preset.
 
     Args:
         train: Gets the values, and in `origin.sources` where each is from.
         given: Options that stand on the command line.
+        preset: Options that a preset sets.
 
     Raises:
         ValueError: the launcher names a precision or an accumulation that there is not.
     """
     for name, (variable, silent) in LAUNCHER.items():
         told = os.environ.get(variable, "").lower()
-        train.origin.sources[name] = "the command line" if name in given else "the preset"
+        train.origin.sources[name] = (
+            "the command line" if name in given else "the preset" if name in preset else "the default"
+        )
         if name in given or told in silent:
             continue
         if name == "mixed_precision" and told not in PRECISIONS:
@@ -295,6 +305,16 @@ def apply_launcher(train: TrainArgs, given: Collection[str] = ()) -> None:
         train.origin.sources[name] = "the launcher"
 
 
+def unknown_words(words: Sequence[str], known: Sequence[str]) -> str:
+    """A message about words that are no options, or belong to one that is none, with the options that are near."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if not options:
+        return f"{' '.join(words)} belongs to no option. A preset comes first: [preset] [--field value ...]."
+    near = get_close_matches(options[0][2:].replace("-", "_"), known, n=3)
+    hint = f" Did you mean {' or '.join('--' + name for name in near)}?" if near else ""
+    return f"There is no option {' and no option '.join(options)}.{hint} --help lists all."
+
+
 def options_given(words: Sequence[str]) -> frozenset[str]:
     """The names of the options on a command line."""
     return frozenset(word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--"))
@@ -306,24 +326,35 @@ def all_options(train: TrainArgs) -> dict[str, Any]:
     return {name: getattr(section, name) for section in sections for name in vars(section) if is_option(section, name)}
 
 
-def check_bundled(train: TrainArgs) -> None:
-    """Refuses options that name a folder below checkpoints/ which is not there, as a preset may outside a clone.
-
-    The libraries would look for it on the Hub.
+def check_places(train: TrainArgs) -> None:
+    """Refuses options that name a folder which is not there; the libraries would look for it on the Hub.
 
     Raises:
-        ValueError: names the option, the folder and the way out.
+        ValueError: names the option, the folder, those with names near to it, and the way out.
     """
     for name, value in all_options(train).items():
-        if isinstance(value, str) and Path(value).parts[:1] == ("checkpoints",) and not Path(value).exists():
-            in_a_clone = Path("checkpoints").is_dir()
-            where = (
-                "it is not among the bundled ones: train or convert it first"
-                if in_a_clone
-                else "the bundled checkpoints lie in a clone of the repository, not in the package: run from "
-                "the clone's top folder"
-            )
-            raise ValueError(f"--{name} is {value}, a folder that is not here; {where}, or name another --{name}.")
+        if name.endswith(("_name_or_path", "_model")) or name in ("train_data_dir", "stages_before", "stages_after"):
+            for place in value if isinstance(value, list) else [value]:
+                if isinstance(place, str) and not Path(place).exists():
+                    check_missing(name, place)
+
+
+def check_missing(name: str, place: str) -> None:
+    """Refuses a path that does not exist; of what may be a name on the Hub it says which folders are near."""
+    if not (is_path(place) or name == "train_data_dir"):
+        if is_local(place) and (hint := did_you_mean(place)):
+            logger.warning("--%s is %s: there is no such folder, so it is looked up on the Hub.%s", name, place, hint)
+        return
+    if Path(place).parts[:1] == ("checkpoints",) and not Path("checkpoints").is_dir():
+        where = (
+            "; the bundled checkpoints lie in a clone of the repository, not in the package: run from the clone's top "
+            f"folder, or name another --{name}."
+        )
+    elif Path(place).parts[:1] == ("checkpoints",):
+        where = f"; it is not among the bundled ones: train or convert it first, or name another --{name}."
+    else:
+        where = "."
+    raise ValueError(f"--{name} is {place}, a folder that is not here{where}{did_you_mean(place)}")
 
 
 def is_option(section: Any, name: str) -> bool:

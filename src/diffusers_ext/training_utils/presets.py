@@ -11,6 +11,8 @@ from typing import get_args, get_type_hints
 
 import yaml
 
+from ..places import did_you_mean
+
 logger = logging.getLogger(__name__)
 
 SOURCES = ("dataset_name", "train_data_dir")
@@ -36,10 +38,10 @@ def find_preset(word: str) -> Path:
     if word.removesuffix(".yaml") in installed:
         return installed[word.removesuffix(".yaml")]
     near = get_close_matches(path.stem, installed, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else did_you_mean(word)
     raise ValueError(
-        f"The preset {word!r} is not a .yaml file that exists, nor the name of an installed one"
-        + (f"; the nearest names are {', '.join(near)}." if near else ".")
-        + " Presets lie in training/presets/ and are called by path or by name, such as paella-smoke."
+        f"The preset {word!r} is not a .yaml file that exists, nor the name of an installed one.{hint}"
+        " Presets lie in training/presets/ and are called by path or by name, such as paella-smoke."
     )
 
 

@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
-from .args import TrainArgs, apply_launcher, check_bundled
+from .args import TrainArgs, apply_launcher, check_places
 from .checkpoints import (
     CheckpointError,
     check_finite_state,
@@ -56,14 +56,14 @@ def start(args: TrainArgs) -> Accelerator:
     """The accelerator of a run, its folder ready and the checkpoint found from which it goes on.
 
     Raises:
-        ValueError: see `apply_launcher`, `check_bundled` and `make_accelerator`.
+        ValueError: see `apply_launcher`, `check_places` and `make_accelerator`.
         FolderInUse: another run trains in the folder.
         CheckpointError: the one that is asked for is damaged, or the folder holds checkpoints and none is asked for:
             those of the older run would count as the newest.
     """
     if not args.origin.sources:
         apply_launcher(args)
-    check_bundled(args)
+    check_places(args)
     accelerator = make_accelerator(args)
     args.resolve_batch(accelerator.num_processes)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from ..places import no_such
+
 LIBRARY = "diffusers_ext"
 COMPONENT_LIBRARIES = ("diffusers", "transformers", LIBRARY)
 
@@ -63,6 +65,8 @@ def read_saved(folder: str | Path) -> SavedFolder:
             its weights hold LoRA matrices, which do not load.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(no_such("folder", folder))
     if (folder / "model_index.json").is_file():
         saved = _read_pipeline(folder)
     elif (folder / "config.json").is_file():

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ...models.unet_cascaded import CascadedUNet
+from ...places import did_you_mean
 from ..base import LOOKUP_ARGUMENTS
 from .stage import CascadedStage
 
@@ -51,6 +52,7 @@ class StageSource:
             raise ValueError(
                 f"{self.name!r} holds no pipeline: a stage of a cascade is a folder with a model_index.json, or the"
                 f" name of such a repository on the Hub. ({' '.join(str(error).split())})"
+                f"{'' if self.is_folder else did_you_mean(self.name)}"
             ) from error
         recorded = index["_class_name"]
         found = getattr(diffusers, recorded[-1] if isinstance(recorded, list) else recorded, None)
