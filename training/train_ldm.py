@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from diffusers_ext.training.ldm.args import LDMArgs, lr_multiplier
-from diffusers_ext.training.ldm.data import cache_moments, load_rows, measure_std
+from diffusers_ext.training.ldm.data import cache_moments, check_first_stage, load_rows, measure_std
 from diffusers_ext.training.ldm.networks import build_pipeline, set_scale
 from diffusers_ext.training.ldm.objective import LDMObjective
 from diffusers_ext.training.ldm.tasks.table import TASKS
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         for rows in (train_set, validation_set):
             task.check_rows(rows)
     set_scale(pipe, measure_std(pipe, train_set, task, train.seed, accelerator.device), args)
+    if accelerator.is_main_process:
+        check_first_stage(pipe, train_set, task, train.seed, accelerator.device)
 
     objective = LDMObjective(pipe, task)
     if args.rank:

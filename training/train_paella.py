@@ -16,7 +16,13 @@ from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.card import card_pipeline, summary, usage
 from diffusers_ext.training.paella.conditions import freeze, make_condition
-from diffusers_ext.training.paella.data import cache_samples, class_names, condition_column, count_labels
+from diffusers_ext.training.paella.data import (
+    cache_samples,
+    check_tokenizer,
+    class_names,
+    condition_column,
+    count_labels,
+)
 from diffusers_ext.training.paella.networks import build_pipeline
 from diffusers_ext.training.paella.objective import PaellaObjective
 from diffusers_ext.training.paella.validation import Sheet
@@ -64,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         groups.append({"params": list(tower.parameters()), "lr": args.text_encoder_lr or train.learning_rate})
 
     condition = make_condition(args, data, pipe, column)
+    if accelerator.is_main_process:
+        check_tokenizer(args, pipe, condition, encoders, train_set, train.seed)
     if args.cache_dir:
         train_set = cache_samples(args, condition, encoders, train_set, accelerator)
     objective = PaellaObjective(pipe, condition, encoders, args)

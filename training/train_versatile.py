@@ -18,7 +18,7 @@ from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
 from diffusers_ext.pipelines.versatile.pipeline_versatile import VersatilePipeline
 from diffusers_ext.training.versatile.args import VersatileArgs, parts_of, read_factors
-from diffusers_ext.training.versatile.data import FlowRows, cache_pictures
+from diffusers_ext.training.versatile.data import FlowRows, cache_pictures, check_autoencoder
 from diffusers_ext.training.versatile.networks import (
     add_context_lora,
     check_resolution,
@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     logger.info("%d pictures, %d parameters of %s", len(train_set), trained, ", ".join(args.flows))
     samples = train_set
+    if accelerator.is_main_process:
+        check_autoencoder(encoders, train_set, reader, train.seed)
     if args.cache_dir:
         samples = cache_pictures(args.cache_dir, encoders, train_set, reader, accelerator, train)
     weights = {flow: 1.0 for flow in args.flows} | read_factors("flow_weights", args.flow_weights)

@@ -18,9 +18,16 @@ import train_paella
 import train_versatile
 import yaml
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
+from diffusers_ext import LDMTextPipeline, LDMUpscalePipeline, PaellaPipeline
+from diffusers_ext.conditions.images import image_batch
+from diffusers_ext.data.scenes import load_scenes
+from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.models.unet_paella import PaellaUNet
+from diffusers_ext.pipelines.ldm.first_stage import decode_first_stage, encode_first_stage
+from diffusers_ext.training_utils.weights import warn_of_size
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -127,6 +134,37 @@ def test_every_preset_starts_on_an_own_folder(preset, pictures, predecessors, tm
     assert "1 of 12 rows are held out" in caplog.text
     for name in ("negative_caption_column", "paraphrase_column", "cache_dir", "dataset_config_name"):
         assert (f"--{name}" in caplog.text) == (name in options)  # told what does not count any more
+    # no first stage here shows noise
+    draws = [flow for flow in options.get("flows", ["text-to-image"]) if flow.endswith("-to-image")]
+    stands = {"ldm", "paella", *(["versatile"] if draws and "vae" not in options.get("untrained_parts", []) else [])}
+    warned = "does not show these pictures: it gives 8 of them back with a PSNR of" in caplog.text
+    assert warned == (preset.stem.split("-")[0] in stands)
+
+
+def test_first_stages_that_show_the_pictures_say_nothing(caplog):
+    images = [image_batch(row["image"]) * 2 - 1 for row in load_scenes(4)]
+    for folder, kind in (("kl-f4", AutoencoderKL), ("vq-f4", VQModel)):
+        vqvae = kind.from_pretrained(f"checkpoints/{folder}-scenes-64")
+        found = warn_of_first_stage(
+            images, lambda batch, vqvae=vqvae: decode_first_stage(vqvae, encode_first_stage(vqvae, batch)), folder, ""
+        )
+        assert 25 < found < 60
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_another_size_than_the_pretrained_pipeline_draws(resolution, caplog):
+    for kind, folder in (
+        (LDMTextPipeline, "ldm-text"),
+        (PaellaPipeline, "paella"),
+        (LDMUpscalePipeline, "ldm-super-resolution"),
+    ):
+        caplog.clear()
+        pipe = kind.from_pretrained(f"checkpoints/{folder}-scenes-64")
+        warn_of_size(pipe, folder, resolution)
+        has_a_size = kind is not LDMUpscalePipeline  # which takes that of its picture
+        wanted = f"--resolution is 32, but {folder} was trained on 64 x 64, which its result goes on to draw"
+        assert (wanted in caplog.text) == (has_a_size and resolution == 32)
 
 
 def test_recipes_are_all_there():

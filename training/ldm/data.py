@@ -9,14 +9,18 @@ from torch import Generator, Tensor
 
 from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.pictures import load_pictures
+from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
+from diffusers_ext.pipelines.ldm.first_stage import decode_first_stage, encode_first_stage
 from diffusers_ext.training.ldm.objective import encode_moments
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.cache import CachedRows, digest_network, digest_rows, open_cache
 from diffusers_ext.training_utils.objective import draw_posterior
 from diffusers_ext.training_utils.validation import first_rows
+from diffusers_ext.training_utils.weights import warn_of_size
 
 SCALE_SAMPLES = 64  # pictures whose latents are measured
+SHOWN_SAMPLES = 8  # pictures that the first stage is tried on
 
 
 def load_rows(task: Task) -> tuple[NamedRows, NamedRows]:
@@ -45,6 +49,24 @@ def measure_std(pipe: LDMBasePipeline, rows: NamedRows, task: Task, seed: int, d
         has_posterior = moments.shape[1] != pipe.unet.config["out_channels"]
         found.append(draw_posterior(moments, generators) if has_posterior else moments)
     return float(torch.cat(found).cpu().double().std())
+
+
+def check_first_stage(pipe: LDMBasePipeline, rows: NamedRows, task: Task, seed: int, device: torch.device) -> None:
+    """Warns where the first stage does not show the pictures, or the pipeline draws another size than they have."""
+    args = task.args
+    read = partial(read_picture, task=task)
+    batches = first_rows(rows, SHOWN_SAMPLES, read, seed, batch_size=1, device=device)
+    place = args.pretrained_vqvae_name_or_path
+    if args.pretrained_model_name_or_path:
+        place = f"of {args.pretrained_model_name_or_path}"
+        warn_of_size(pipe, args.pretrained_model_name_or_path, task.data.resolution)
+    warn_of_first_stage(
+        (batch["image"] for batch, _ in batches),
+        lambda images: decode_first_stage(pipe.vqvae, encode_first_stage(pipe.vqvae, images)),
+        name=str(place),
+        way_out="Train one on them with training/train_autoencoder.py --model kl (or vq), and then a new network on "
+        "it: --pretrained_vqvae_name_or_path.",
+    )
 
 
 def cache_moments(

@@ -6,10 +6,17 @@ from accelerate import Accelerator
 
 from diffusers_ext.data.labels import count_map_labels, find_classes
 from diffusers_ext.data.scenes import CLASS_NAMES
+from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
+from diffusers_ext.models.token_codec import decode_indices
+from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.conditions import Condition, Encoders
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.cache import SampleCache, digest_network, digest_rows, open_cache
+from diffusers_ext.training_utils.validation import first_rows
+from diffusers_ext.training_utils.weights import warn_of_size
+
+SHOWN_SAMPLES = 8  # pictures that the tokenizer is tried on
 
 
 def condition_column(args: PaellaArgs, data: DataArgs) -> str:
@@ -36,6 +43,26 @@ def class_names(dataset: Any, args: PaellaArgs, data: DataArgs) -> list[str] | N
     else:
         names = getattr(dataset.features[data.label_column], "names", None)  # of a ClassLabel
     return names if names is not None and len(names) == args.num_labels else None
+
+
+def check_tokenizer(
+    args: PaellaArgs, pipe: PaellaPipeline, condition: Condition, encoders: Encoders, rows: Any, seed: int
+) -> None:
+    """Warns where the tokenizer does not show the pictures, or the pipeline draws another size than they have."""
+    place = str(args.pretrained_vqvae_name_or_path)
+    if args.pretrained_model_name_or_path:
+        place = f"of {args.pretrained_model_name_or_path}"
+        warn_of_size(pipe, args.pretrained_model_name_or_path, condition.data.resolution)
+    batches = first_rows(
+        rows, SHOWN_SAMPLES, condition.read, seed, batch_size=1, collate=condition.collate, device=encoders.device
+    )
+    warn_of_first_stage(
+        (batch["image"] for batch, _ in batches),
+        lambda images: decode_indices(encoders.vqvae, encoders.tokens(images)),
+        name=place,
+        way_out="Train one on them with training/train_autoencoder.py, and then a new network on it: "
+        "--pretrained_vqvae_name_or_path.",
+    )
 
 
 def cache_samples(

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from diffusers_ext.data.captions import clean_caption
 from diffusers_ext.data.crops import choose_text, prepare_image
+from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.pipelines.tokenization import text_ids
 from diffusers_ext.pipelines.versatile.conditions import prepare_pictures
 from diffusers_ext.pipelines.versatile.optimus_text import sentence_ids, word_piece_window
@@ -23,9 +24,11 @@ from diffusers_ext.training.versatile.args import VersatileArgs, parts_of
 from diffusers_ext.training.versatile.objective import FlowEncoders
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.cache import CachedRows, digest_network, digest_rows, digest_saved, open_cache
+from diffusers_ext.training_utils.validation import first_rows
 
 # What takes the place of a picture in a cached row: the posterior's parameters (2c, h, w), and the tokens (l, d).
 CACHED = ("moments", "image_tokens")
+SHOWN_SAMPLES = 8  # pictures that the image autoencoder is tried on
 
 
 @dataclass
@@ -111,6 +114,22 @@ class FlowRows:
                 self.encoder_tokenizer, sentences, max_word_pieces=self.sentence_window
             )
         return batch
+
+
+def check_autoencoder(encoders: FlowEncoders, rows: Any, reader: FlowRows, seed: int) -> None:
+    """Warns where the image autoencoder does not show the pictures, unless it is new or no flow makes images."""
+    args = reader.args
+    vae, stage = args.pretrained_vae_name_or_path, args.pretrained_model_name_or_path
+    if "image" not in types_of(args.flows)[1] or (vae is None and stage is None):
+        return
+    batches = first_rows(rows, SHOWN_SAMPLES, reader.read, seed, batch_size=1, device=encoders.vae.device)
+    warn_of_first_stage(
+        (batch["image"] for batch, _ in batches),
+        lambda images: encoders.vae.decode(encoders.vae.encode(images).latent_dist.mode()).sample,
+        name=vae or f"of {stage}",
+        way_out="Train one on them with training/train_autoencoder.py --model kl, and then a new network on it, stage "
+        "by stage: --pretrained_vae_name_or_path.",
+    )
 
 
 def types_of(flows: Sequence[str]) -> tuple[set[str], set[str]]:

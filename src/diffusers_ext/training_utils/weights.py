@@ -7,6 +7,7 @@ would train on what nobody trained, to its end.
 import importlib
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .checkpoints import first_not_finite
+
+logger = logging.getLogger(__name__)
 
 NETWORKS = (ModelMixin, transformers.PreTrainedModel)
 
@@ -71,6 +74,23 @@ def load_whole_pipeline(kind: Any, place: str | Path) -> Any:
         if found is not None:
             networks[name] = load_whole(found, place, subfolder=name)
     return kind.from_pretrained(place, **networks)
+
+
+def warn_of_size(pipe: Any, place: str | Path, resolution: int) -> None:
+    """Says so where a pretrained pipeline draws pictures of another size, by default, than it is now trained on.
+
+    Pipelines whose pictures take the size of another picture, or of a label map, have none by default.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "height" not in parameters or "label_map" in parameters:
+        return
+    height, width = pipe.resolve_size(None, None)
+    if (height, width) != (resolution, resolution):
+        logger.warning(
+            "--resolution is %d, but %s was trained on %d x %d, which its result goes on to draw by default: pass "
+            "--resolution %d, or height=%d and width=%d whenever you draw.",
+            resolution, place, width, height, height, resolution, resolution,
+        )  # fmt: skip
 
 
 def _class_of(entry: Any) -> type | None:
