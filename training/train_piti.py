@@ -17,6 +17,7 @@ from diffusers_ext.training.piti.objective import PriorObjective
 from diffusers_ext.training.piti.validation import PITIValidation
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
+from diffusers_ext.training_utils.command import run_command
 from diffusers_ext.training_utils.kernels import plain_attention
 from diffusers_ext.training_utils.loop import fit
 from diffusers_ext.training_utils.lora import add_lora
@@ -79,4 +80,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
