@@ -12,6 +12,12 @@ def test_classes_count_alike_and_unknown_labels_are_wrong():
     assert mean_iou([np.array([[0, 0, 2, 1]])], [wanted], 3) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
+def test_the_ground_may_be_left_out():
+    wanted = np.array([[0, 0, 0, 1]])
+    assert mean_iou([np.array([[0, 0, 1, 1]])], [wanted], 3, left_out=(0,)) == pytest.approx(1 / 2)
+    assert np.isnan(mean_iou([wanted], [wanted], 3, left_out=(0, 1)))
+
+
 def test_counts_run_over_all_maps():
     wanted = [np.array([[0, 1]]), np.array([[0, 0]])]
     found = [np.array([[0, 1]]), np.array([[1, 0]])]

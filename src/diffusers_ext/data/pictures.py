@@ -57,7 +57,7 @@ def load_pictures(
         size = source.max_train_samples or SCENES_SAMPLES
         options: dict[str, Any] = {"resolution": source.resolution, "columns": wanted}
         if source.dataset_config_name:
-            options |= _scenes_options(source.dataset_config_name)
+            options |= scenes_options(source.dataset_config_name)
         return load_scenes(size, **options), load_scenes(VALIDATION_SAMPLES, split="validation", **options)
     from_names = getattr(source, "captions_from_names", False)
     splits = load_image_splits(
@@ -97,7 +97,7 @@ def split_rows(count: int, first: int) -> tuple[list[int], list[int]]:
     return sorted(order[:first].tolist()), sorted(order[first:].tolist())
 
 
-def _scenes_options(configuration: str) -> dict[str, Any]:
+def scenes_options(configuration: str) -> dict[str, Any]:
     """The arguments of `load_scenes` that the words of a configuration stand for; a wrong ground is refused there."""
     words = configuration.split("+")
     counts = [NUMBERS[word] for word in words if word in NUMBERS]

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def mean_iou(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_classes: int) -> float:
+def mean_iou(
+    found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_classes: int, *, left_out: Sequence[int] = ()
+) -> float:
     """Intersection over union of each class, counted over all pixels of all maps, and averaged over the classes.
 
     A class that neither side shows is left out; a label of `num_classes` or more in `found` is right nowhere.
@@ -13,9 +15,10 @@ def mean_iou(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_clas
     Args:
         found, wanted: maps (h, w) of integers, pair by pair of one shape.
         num_classes: labels are 0 to `num_classes` - 1.
+        left_out: classes that do not enter the average, such as the ground.
 
     Returns:
-        In [0, 1].
+        In [0, 1]; not-a-number if no class is left.
 
     Raises:
         ValueError: other numbers or shapes of maps, or a label of `wanted` outside the range.
@@ -37,4 +40,6 @@ def mean_iou(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], num_clas
         ).reshape(counts.shape)  # fmt: skip
     shared = np.diagonal(counts)  # of the first `num_classes` rows
     union = counts[:-1].sum(axis=1) + counts.sum(axis=0) - shared
-    return float((shared[union > 0] / union[union > 0]).mean())
+    counted = union > 0
+    counted[list(left_out)] = False
+    return float((shared[counted] / union[counted]).mean()) if counted.any() else float("nan")
