@@ -52,17 +52,25 @@ def check_sampling_options(parser: argparse.ArgumentParser, args: argparse.Names
     except ValueError as error:
         parser.error(f"--scenes: {error}")
     for folder in folders:
-        if not (Path(folder) / "model_index.json").is_file():
-            parser.error(f"{folder!r} is no pipeline folder: it holds no model_index.json")
-        kind = PITIPipeline.load_config(folder)["_class_name"]
-        if kind != PITIPipeline.__name__:
-            parser.error(f"{folder!r} holds a {kind}: this command measures a {PITIPipeline.__name__}")
+        check_folder(parser, folder)
 
 
-def held_out_scenes(configuration: str, count: int) -> list[Scene]:
-    """Scenes 0, 1, ... of the test split; the configuration is that of a training's `--dataset_config_name`."""
+def check_folder(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Ends with a message at a folder that holds no PITI pipeline."""
+    if not (Path(folder) / "model_index.json").is_file():
+        parser.error(f"{folder!r} is no pipeline folder: it holds no model_index.json")
+    kind = PITIPipeline.load_config(folder)["_class_name"]
+    if kind != PITIPipeline.__name__:
+        parser.error(f"{folder!r} holds a {kind}: this command measures a {PITIPipeline.__name__}")
+
+
+def held_out_scenes(
+    configuration: str, count: int, *, split: str = "test", num_objects: int | None = None
+) -> list[Scene]:
+    """Scenes 0, 1, ... of a split; the configuration is that of a training's `--dataset_config_name`."""
     options = scenes_options(configuration)
-    return [sample_scene(0, index, split="test", **options) for index in range(count)]
+    options["num_objects"] = num_objects or options["num_objects"]
+    return [sample_scene(0, index, split=split, **options) for index in range(count)]
 
 
 def condition_of(kind: str, scene: Scene, side: int) -> dict[str, np.ndarray]:

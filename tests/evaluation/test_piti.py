@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines.tiny_glide import tiny_glide, tiny_piti
+from pipelines.tiny_glide import tiny_decoder, tiny_glide, tiny_piti
 
 from diffusers_ext import PITIPipeline
 from diffusers_ext.data.scenes import SHAPES
@@ -35,12 +35,14 @@ def parts(load) -> SimpleNamespace:
 
 
 def scenes_pipeline(kind: str, upscale: bool = True) -> PITIPipeline:
-    """A tiny pipeline that knows the labels of `scenes`."""
-    pipe = tiny_piti(kind, upscale=upscale)
+    """A tiny pipeline that knows the labels of `scenes`, 16 pixels and 32 (the least that `scenes` draws is 16)."""
+    parts = tiny_piti(kind, upscale=upscale).components
+    parts |= {"unet": tiny_decoder(3, 16)} | ({"upscale_unet": tiny_decoder(6, 32, 11)} if upscale else {})
+    labels = {}
     if kind == "label_map":
         palette = [[40 * label, 255 - 40 * label, 128] for label in range(len(SHAPES) + 1)]
-        pipe = PITIPipeline(**pipe.components, label_palette=palette, label_names=["ground", *SHAPES])
-    return pipe
+        labels = {"label_palette": palette, "label_names": ["ground", *SHAPES]}
+    return PITIPipeline(**parts, condition_type=kind, **labels)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,10 @@ def test_two_objects_are_judged_each_in_its_place(parts):
     figures = parts.fidelity("sketch", pictures, scenes)
     assert figures["recall, large objects"].count + figures["recall, small objects"].count == 48
     assert min(parts.as_number(one) for one in figures.values()) > 0.9
-    turned = parts.fidelity("sketch", pictures.flip(-1, -2), scenes)
-    assert turned["all shapes right"].value > 0.9 and turned["recall, large objects"].value < 0.5
+    beside = [k for k, scene in enumerate(scenes) if scene.objects[0].place == "left"]
+    mirrored = parts.fidelity("sketch", pictures[beside].flip(-1), [scenes[k] for k in beside])
+    assert mirrored["all shapes right"].value > 0.9
+    assert max(mirrored["recall, large objects"].value, mirrored["recall, small objects"].value) < 0.3
 
 
 def test_conditions_are_what_the_pipeline_takes(parts):
@@ -100,12 +104,12 @@ def test_quality_of_every_condition(load, folders, tmp_path, capsys):
     script.main([*(folders[kind] for kind in KINDS), *SMALL, "--upscale_num_inference_steps", "2",
                  "--guidance_scale", "2", "--grid", str(grid), "--json", str(figures)])  # fmt: skip
     rows, told = json.loads(figures.read_text()), capsys.readouterr().out
-    assert [row["condition"] for row in rows] == list(KINDS) and {row["side"] for row in rows} == {16}
+    assert [row["condition"] for row in rows] == list(KINDS) and {row["side"] for row in rows} == {32}
     for row in rows:
         assert row["figures"].keys() == row["shuffled"].keys() == row["true"].keys()
-        assert all(f"| {row['checkpoint']} | {row['condition']} | 16 | {name} |" in told for name in row["figures"])
+        assert all(f"| {row['checkpoint']} | {row['condition']} | 32 | {name} |" in told for name in row["figures"])
         assert row["figures"]["all shapes right"]["count"] == 3
-    assert Image.open(grid).size == (3 * 18 + 2, 6 * 18 + 2)
+    assert Image.open(grid).size == (3 * 34 + 2, 6 * 34 + 2)
 
 
 def test_a_stage_alone_and_batches_change_nothing(load, folders, tmp_path):
@@ -114,7 +118,7 @@ def test_a_stage_alone_and_batches_change_nothing(load, folders, tmp_path):
         path = tmp_path / f"{batch}.json"
         script.main([folders["sketch"], *SMALL, "--stage", "base", "--batch_size", batch, "--json", str(path)])
         found.append(json.loads(path.read_text()))
-    assert found[0] == found[1] and found[0][0]["side"] == 8
+    assert found[0] == found[1] and found[0][0]["side"] == 16
 
 
 def test_what_cannot_be_measured_is_refused(load, folders, tmp_path, capsys):
@@ -131,3 +135,113 @@ def test_what_cannot_be_measured_is_refused(load, folders, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit, match="has no upsampler: leave out --stage upscale"):
         script.main([folders["small"], *SMALL, "--stage", "upscale"])
+
+
+# --- claims_piti.py
+
+
+@pytest.fixture(scope="module")
+def claims(load) -> SimpleNamespace:
+    return load("claims_piti")
+
+
+def test_every_scale_and_rule_is_a_row(claims, folders, tmp_path, capsys):
+    plot, figures = tmp_path / "figure.png", tmp_path / "figures.json"
+    claims.main(["guidance", "--checkpoint", folders["label_map"], *SMALL, "--stage", "base",
+                 "--guidance_scales", "1", "3", "--plot", str(plot), "--json", str(figures)])  # fmt: skip
+    rows, told = json.loads(figures.read_text())["rows"], capsys.readouterr().out
+    assert [(row["scale"], row["rule"]) for row in rows] == [(1, "none"), (3, "plain"), (3, "normalised")]
+    none, plain, normalised = rows
+    assert none["drift"] == {"mean": 0, "std": 0} and "std_ratio" not in none["trajectory"][0]
+    assert [step["timestep"] for step in plain["trajectory"]] == [step["timestep"] for step in none["trajectory"]]
+    first = [row["trajectory"][0] for row in (plain, normalised)]  # from the same noise
+    assert first[0] == first[1] and first[0]["std_ratio"] > 1 and first[0]["std_ratio_predicted"] > 3
+    assert abs(plain["drift"]["std"]) > abs(normalised["drift"]["std"])
+    assert "| 3 | 2 | plain |" in told and "| 3 | 2 | normalised |" in told and Image.open(plot).size[0] > 900
+
+
+def test_what_the_recorder_says_of_guidance(claims):
+    """On predictions where everything can be written down: independent branches, another mean each."""
+    shift_of = sys.modules["parts.piti_guidance"].shift_of
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (torch.randn(2, 3, 64, 64, generator=generator) * std + mean for std, mean in ((1, 0.5), (2, 0.25)))
+    found = shift_of(cond, uncond, 3.0)
+    torch.testing.assert_close(found["std_ratio_predicted"], torch.full((2,), 5.0), atol=0.1, rtol=0)  # 3^2 + 2^2 2^2
+    torch.testing.assert_close(found["std_ratio"], found["std_ratio_predicted"], atol=0.1, rtol=0)
+    torch.testing.assert_close(found["mean_shift"], torch.full((2,), 0.5), atol=0.1, rtol=0)
+    same = shift_of(cond, cond + 1, 3.0)
+    torch.testing.assert_close(same["std_ratio"], torch.ones(2))  # the formula's 3.6 does not hold here
+    torch.testing.assert_close(same["mean_shift"], torch.full((2,), -2.0))
+
+
+def test_recorded_guidance_draws_what_the_pipeline_draws(claims, load, folders):
+    from parts.piti_guidance import RecordedGuidance
+
+    pipe = PITIPipeline.from_pretrained(
+        folders["sketch"], upscale_encoder=None, upscale_unet=None, upscale_scheduler=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    lines = np.zeros((32, 32), np.uint8)
+    lines[8, 4:20] = 255
+    call = {"sketch": lines, "guidance_scale": 3.0, "num_inference_steps": 2, "output_type": "pt"}
+    plain = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    pipe.scheduler = RecordedGuidance(pipe.scheduler, guidance_rescale=0.0)
+    assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).images, plain)
+    assert len(pipe.scheduler.trajectory()) == 2
+
+
+def test_models_beside_each_other(claims, folders, tmp_path, capsys, repo_root):
+    figures = tmp_path / "figures.json"
+    models = [f"encoder-only={folders['sketch']}", f"joint={folders['geometry']}"]
+    clip = str(repo_root / "checkpoints" / "paella-scenes-64")
+    claims.main(["stages", "--models", *models, *SMALL, "--stage", "base", "--feature_network", clip,
+                 "--json", str(figures)])  # fmt: skip
+    rows = json.loads(figures.read_text())["rows"]
+    assert [(row["name"], row["condition"]) for row in rows] == [("encoder-only", "sketch"), ("joint", "geometry")]
+    assert all(row["frechet"] > row["frechet_true"] > 0 for row in rows)
+    assert "| joint | geometry |" in capsys.readouterr().out
+
+
+def test_few_pairs_are_sorted_and_drawn(claims, folders, tmp_path, capsys):
+    plot, figures, folder = tmp_path / "figure.png", tmp_path / "figures.json", folders["small"]
+    models = ["--staged", f"all={folder}", f"200={folder}", "--scratch", f"50={folder}", f"200={folder}"]
+    claims.main(["few", *models, *SMALL, "--plot", str(plot), "--json", str(figures)])
+    rows = json.loads(figures.read_text())["rows"]
+    found = [(row["pairs"], row["start"]) for row in rows]
+    assert found == [("50", "scratch"), ("200", "staged"), ("200", "scratch"), ("all", "staged")]
+    assert "| 200 | from nothing | sketch | all shapes right |" in capsys.readouterr().out
+    assert Image.open(plot).size[0] > 300
+
+
+def test_probe_of_place(claims, folders, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    words = ["probe", "--models", f"one={folders['sketch']}", "--num_cases", "8", "--num_train", "40"]
+    claims.main([*words, "--json", str(figures)])
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["read from"] for row in rows] == ["the vector", "the tokens' mean", "all tokens"]
+    assert [row["width"] for row in rows] == [16, 16, 64] and all(0 < row["error"] < 1 for row in rows)
+    assert "| one | sketch | all tokens | 64 |" in capsys.readouterr().out
+
+
+def test_ridge_regression_finds_a_plane_and_not_noise(claims):
+    generator = torch.Generator().manual_seed(0)
+    seen, unseen = (torch.randn(count, 6, generator=generator).double() for count in (200, 50))
+    plane = torch.randn(6, 2, generator=generator).double()
+    error, explained = claims.probe(seen, seen @ plane + 0.5, unseen, unseen @ plane + 0.5)
+    assert error < 0.01 and explained > 0.999
+    noise = torch.randn(200, 2, generator=generator).double(), torch.randn(50, 2, generator=generator).double()
+    assert claims.probe(seen, noise[0], unseen, noise[1])[1] < 0.2
+
+
+def test_bad_words_for_claims(claims, folders, capsys):
+    folder = folders["sketch"]
+    for words, message in (
+        (["stages", "--models", folder], "is no name=folder"),
+        (["few", "--staged", f"some={folder}"], "begins with no number of pairs"),
+        (["few"], "few needs --staged or --scratch"),
+        (["probe", "--models", f"a={folder}", "--num_train", "4"], "--num_train must be at least 8, received 4"),
+        (["guidance", "--checkpoint", "elsewhere"], "'elsewhere' is no pipeline folder"),
+    ):
+        with pytest.raises(SystemExit):
+            claims.parse_args(words)
+        assert message in capsys.readouterr().err
