@@ -16,15 +16,15 @@ from torch import Tensor
 import diffusers_ext  # noqa: F401  # introduces its pipelines to the loader
 from diffusers_ext.conditions.masks import random_mask
 from diffusers_ext.data import scenes as scenes_data
-from diffusers_ext.data.scenes import EXTENTS, Scene, balanced_prompts, render, sample_scene
+from diffusers_ext.data.scenes import Scene, balanced_prompts, render, sample_scene
 from diffusers_ext.data.scenes_verifier import FoundObject, check, read_picture, read_semantic_map
 from diffusers_ext.degradations.bsr import degrade_bicubic
 from diffusers_ext.evaluation.image_quality import psnr
 from diffusers_ext.evaluation.prompt_following import Share, case_generators, judge, judge_by_chance, share
 from diffusers_ext.evaluation.segmentation import mean_iou
+from parts.found_boxes import BOX_OVERLAP, box_overlap, found_box, next_case
 from parts.pixel_regression import load_regression
 
-BOX_OVERLAP = 0.5  # intersection over union from which a box holds an object
 LOW_FACTOR = 4  # of super-resolution
 
 
@@ -99,11 +99,6 @@ def read_all(pictures: Tensor) -> list[list[FoundObject]]:
     return [read_picture(picture) for picture in to_arrays(pictures)]
 
 
-def next_case(values: list) -> list:
-    """Every case's wish replaced by the next one's."""
-    return values[1:] + values[:1]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the tasks: each gives the rows of its part of the table
 
@@ -145,20 +140,6 @@ def check_class(bench: Bench) -> list[Row]:
         floor = ">= 90 %" if scale is None else "-"
         rows.append(Row("class", f"largest object is of the class{label}", share(right), share(wrong), floor))
     return rows
-
-
-def found_box(item: FoundObject) -> tuple[float, float, float, float]:
-    half_width, half_height = (0.5 * extent * item.diameter for extent in EXTENTS[item.shape or "circle"])
-    (x, y) = item.center
-    return (x - half_width, y - half_height, x + half_width, y + half_height)
-
-
-def box_overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
-    width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in range(2))
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / (sum(areas) - shared)
 
 
 def boxes_held(found: list[list[FoundObject]], layouts: list[list[tuple[str, tuple]]]) -> list[bool]:

@@ -18,7 +18,7 @@ from diffusers_ext.data.scenes import sketch as draw_sketch
 from diffusers_ext.data.scenes_verifier import FoundObject, read_picture, read_semantic_map
 from diffusers_ext.evaluation.prompt_following import Share, case_generators, share
 from diffusers_ext.evaluation.segmentation import mean_iou
-from parts.ldm_task_checks import BOX_OVERLAP, box_overlap, found_box, next_case
+from parts.found_boxes import BOX_OVERLAP, box_overlap, found_box, next_case
 
 READ_AT = 64  # pixels a side at least, for the verifier
 FIDELITY = {  # of a condition: the figure that stands for all
@@ -74,11 +74,11 @@ def held_out_scenes(
 
 
 def condition_of(kind: str, scene: Scene, side: int) -> dict[str, np.ndarray]:
-    """A scene as the arguments of `PITIPipeline`, side x side pixels."""
+    """A scene as the arguments of `PITIPipeline`, side x side pixels: what train_piti.py reads of `scenes`."""
     if kind == "label_map":
         return {"label_map": semantic_map(scene, side).astype(np.int64)}
     if kind == "sketch":
-        return {"sketch": np.where(draw_sketch(scene, side) >= 128, 255, 0).astype(np.uint8)}  # no grey rims
+        return {"sketch": draw_sketch(scene, side)}  # its grey rims are no lines, neither here nor in the training
     metres, normals = metres_and_normals(scene, side)
     return {"normals": normals.transpose(2, 0, 1), "depth": metres}
 

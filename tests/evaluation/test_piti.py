@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pipelines.tiny_glide import tiny_decoder, tiny_glide, tiny_piti
 
-from diffusers_ext import PITIPipeline
+from diffusers_ext import NormalizedCFGScheduler, PITIPipeline
 from diffusers_ext.data.scenes import SHAPES
 
 KINDS = ("label_map", "sketch", "geometry")
@@ -87,15 +87,14 @@ def test_conditions_are_what_the_pipeline_takes(parts):
     """Lines without grey rims, metres, unit normals; each scene gives another condition."""
     scenes = parts.held_out_scenes("plain+one", 4)
     for kind in KINDS:
-        given = [parts.condition_of(kind, scene, 32) for scene in scenes]
+        given = [parts.condition_of(kind, scene, 128) for scene in scenes]
         read = scenes_pipeline(kind).read_conditions(
             **{key: np.stack([one[key] for one in given]) for key in given[0]}
         )
         assert read.shape[0] == 4 and read.min() >= -1 and read.max() <= 1
         assert all(not torch.equal(read[0], one) for one in read[1:])
-    assert set(np.unique(parts.condition_of("sketch", scenes[0], 64)["sketch"])) == {0, 255}
-    lines = parts.condition_of("sketch", scenes[0], 64)["sketch"]
-    assert 20 < (lines == 255).sum() < 64 * 64 / 8  # an outline, neither nothing nor an area
+    lines = parts.condition_of("sketch", scenes[0], 128)["sketch"]
+    assert 40 < (lines == 255).sum() < 128 * 128 / 16  # an outline, neither nothing nor an area
 
 
 def test_quality_of_every_condition(load, folders, tmp_path, capsys):
@@ -244,4 +243,64 @@ def test_bad_words_for_claims(claims, folders, capsys):
     ):
         with pytest.raises(SystemExit):
             claims.parse_args(words)
+        assert message in capsys.readouterr().err
+
+
+# --- speed_piti.py
+
+
+@pytest.fixture(scope="module")
+def speed(load) -> SimpleNamespace:
+    return load("speed_piti")
+
+
+def test_the_released_form_and_ours_draw_the_same(speed, tmp_path, capsys):
+    speed.main(["--smoke", "--threads", "1", "--json", str(tmp_path / "figures.json")])
+    tables = json.loads((tmp_path / "figures.json").read_text())
+    (row,) = tables["released form and ours"]
+    assert float(row["difference"]) < 1e-5 and row["ratio"] > 0 and "eager and compiled" not in tables
+    assert "| ours / released form |" in capsys.readouterr().out
+
+
+def test_the_released_form_runs_its_encoder_in_every_step(speed):
+    pipe, calls = speed.build(speed.parse_args(["--smoke"])), []
+    pipe.encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    condition, start = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 16, 16)
+    speed.plain.sample(
+        pipe.unet, pipe.encoder, condition, start, steps=3, scale=2.0, draw=lambda: torch.zeros_like(start)
+    )
+    assert calls == [2, 2, 2]  # condition and null condition
+
+
+def test_released_sizes_on_a_gpu(speed):
+    args = speed.parse_args(["--device", "cuda"])
+    assert (args.width, args.condition_size, args.layers) == (192, 256, 3)
+    assert speed.parse_args([]).width == 96
+
+
+def test_samplers_beside_each_other(speed, folders, tmp_path, capsys):
+    """The adapter that guides stays around the other solver."""
+    pipe = PITIPipeline.from_pretrained(folders["small"])
+    pipe.scheduler = NormalizedCFGScheduler(pipe.scheduler)
+    pipe.save_pretrained(tmp_path / "guided")
+    seen = []
+    for folder in (folders["small"], str(tmp_path / "guided")):
+        speed.main(["--checkpoint", folder, "--num_cases", "2", "--solver_steps", "3", "--ancestral_steps", "4",
+                    "--json", str(tmp_path / "figures.json")])  # fmt: skip
+        seen.append(json.loads((tmp_path / "figures.json").read_text())["samplers"])
+        assert [(row["sampler"], row["steps"]) for row in seen[-1]] == [
+            ("checkpoint's own, ancestral", 4), ("DPM-Solver++", 3)
+        ]  # fmt: skip
+        assert all(row["seconds"] > 0 and row["figures"]["all shapes right"]["count"] == 2 for row in seen[-1])
+    assert "| DPM-Solver++ | 3 |" in capsys.readouterr().out
+
+
+def test_bad_sizes_are_refused(speed, capsys):
+    for words, message in (
+        (["--width", "48"], "--width must be a positive multiple of 32, received 48"),
+        (["--rounds", "0"], "--rounds must be a positive multiple of 1, received 0"),
+        (["--checkpoint", "elsewhere"], "'elsewhere' is no pipeline folder"),
+    ):
+        with pytest.raises(SystemExit):
+            speed.parse_args(words)
         assert message in capsys.readouterr().err

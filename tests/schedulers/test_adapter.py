@@ -146,3 +146,11 @@ def test_a_run_is_that_of_the_held_scheduler(name):
             noise = torch.randn(sample.shape, generator=generator)
             results.append((sample, scheduler.add_noise(sample, noise, scheduler.timesteps[1:2])))
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_solver_made_of_an_adapters_config_holds_nothing(recwarn):
+    """Its config keeps the value "scheduler", which diffusers would warn of if it were asked for as an attribute."""
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(NormalizedCFGScheduler(ldm_scheduler()).config)
+    recwarn.clear()
+    assert scheduler_chain(solver) == [solver] and scheduler_setting(solver, "beta_end") == 0.0195
+    assert not [warning for warning in recwarn if "scheduler" in str(warning.message)]

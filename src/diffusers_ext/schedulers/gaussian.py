@@ -22,8 +22,10 @@ WAY_OUT = (
 def scheduler_chain(scheduler: Any) -> list[Any]:
     """The scheduler, then the one that it holds, and so on to the innermost."""
     chain = [scheduler]
-    while hasattr(inner := getattr(chain[-1], "scheduler", None), "step"):
-        if any(inner is one for one in chain):
+    # of a config that a scheduler took over from an adapter, a ConfigMixin would show the value as an attribute
+    while "scheduler" in getattr(chain[-1], "__dict__", ()) or hasattr(type(chain[-1]), "scheduler"):
+        inner = chain[-1].scheduler
+        if not hasattr(inner, "step") or any(inner is one for one in chain):
             break
         chain.append(inner)
     return chain
