@@ -42,7 +42,7 @@ from diffusers_ext.schedulers.gaussian import scheduler_chain
 from diffusers_ext.schedulers.scheduling_respaced import adm_scheduler
 
 AUTHORS_SCALE, AUTHORS_STEPS = 1.3, 250
-CPU = {"width": 96, "head_channels": 32, "resolution": 64, "condition_size": 256, "batch_size": 1, "steps": 5}
+CPU = {"width": 96, "head_channels": 32, "resolution": 64, "condition_size": 256, "batch_size": 1, "steps": 25}
 ACCELERATOR = {
     "width": 192,
     "head_channels": 64,

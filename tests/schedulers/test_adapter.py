@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import diffusers_ext
+from diffusers_ext import NormalizedCFGScheduler
 from diffusers_ext.schedulers.gaussian import ldm_scheduler, scheduler_chain, scheduler_setting, step_arguments
 
 ADAPTERS = ["NormalizedCFGScheduler", "TruncatedConditioningScheduler"]
