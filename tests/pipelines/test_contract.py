@@ -1028,6 +1028,15 @@ def test_pictures_are_float32_whatever_the_networks_dtype(name):
     assert images.dtype == torch.float32 and bool(((images >= 0) & (images <= 1)).all())
 
 
+@pytest.mark.parametrize("name", ONE_NETWORK)
+def test_the_network_alone_may_be_in_half_precision(name):
+    """`dtype={"unet": torch.bfloat16}` of diffusers' `from_pretrained`."""
+    pipe = CASES[name].build()
+    pipe.unet.to(torch.bfloat16)
+    images = sample(pipe, name)
+    assert CASES[name].returns_texts or bool(((images >= 0) & (images <= 1)).all())
+
+
 # --- pipelines made of another's components
 
 

@@ -202,11 +202,11 @@ class GlideBasePipeline(HousePipeline):
         return (side, side) if isinstance(side, int) else tuple(side)
 
     def draw_noise(
-        self, unet: Any, batch_size: int, generator: Any, noise: Tensor | None, temperature: float, dtype: torch.dtype
+        self, unet: Any, batch_size: int, generator: Any, noise: Tensor | None, temperature: float
     ) -> Tensor:
         """The initial image of a stage, in the scheduler's units of a deviation of 1."""
         shape = (batch_size, CHANNELS, *self.sides(unet))
-        device = self._execution_device
+        device, dtype = self._execution_device, unet.dtype
         if noise is None:
             noise = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=dtype)
         return temperature * noise.to(device=device, dtype=dtype)

@@ -175,7 +175,7 @@ class GlidePipeline(GlideBasePipeline):
             null_texts = negative * (len(texts) if len(negative) == 1 else 1)
             null_embeds = partial(self.encode_prompt, null_texts, num_images_per_prompt, text_encoder=encoder)
             temperature = 1.0 if name == "base" else upscale_temperature
-            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature, embeds.dtype)
+            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature)
             known, mask = self._known(images, keep, noise, batch_size)
             maps = [] if known is None or mask is None else [known * mask, mask]
             if drawn is not None:

@@ -193,7 +193,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
             embeds = self.encode_conditions(conditions, encoder).repeat_interleave(num_images_per_prompt, dim=0)
             null_embeds = partial(self.null_embeds, batch_size, encoder)
             temperature = 1.0 if name == "base" else upscale_temperature
-            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature, embeds.dtype)
+            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature)
             maps = None
             if drawn is not None:
                 maps = upsample(truncate_to_8_bits(drawn), self.sides(unet))
