@@ -7,7 +7,8 @@ from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.training_utils.args import between, check_unet_widths, option, positive
 
 Stage = Literal["prior", "prior_upsampler", "encoder", "joint", "upsampler"]
-LATER_STAGES = ("prior_upsampler", "encoder", "joint", "upsampler")  # that this recipe does not train yet
+LATER_STAGES = ("prior_upsampler", "upsampler")  # that this recipe does not train yet
+GUIDANCE_SCALES = {"text": 3.0, "map": 1.3}  # the authors'
 
 
 @dataclass
@@ -18,15 +19,30 @@ class PITIArgs:
     APPLIED: ClassVar[tuple[str, ...]] = ("guidance_scale",)
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_validation_images", "num_inference_steps", "validation_prompts")
 
-    stage: Stage = option("prior", "Prior: small images of a text, which is GLIDE's base stage.")
+    stage: Stage = option(
+        "prior", "Prior: small images of a text, which is GLIDE's base stage. Encoder: of a map, by a new encoder in "
+        "front of a U-Net that stays as it is. Joint: both are trained."
+    )  # fmt: skip
     pretrained_model_name_or_path: str | None = option(
-        None, "Pipeline to start from, a folder or a name on the Hub: its networks, tokenizer and noise levels "
-        "replace those below."
+        None, "Pipeline to start from, a folder or a name on the Hub: its networks, tokenizer, palette and noise "
+        "levels replace those below. Encoder and joint: a GLIDE prior, or a PITI stage of the same condition; joint "
+        "without any starts from nothing."
     )  # fmt: skip
 
+    condition: Literal["label_map", "sketch", "geometry"] = option(
+        "label_map", "Encoder, joint: what images are drawn from: columns `semantic`, `sketch`, or `normals` and "
+        "`depth`."
+    )  # fmt: skip
     cond_dropout_prob: float | None = option(
-        None, "Samples trained without their condition, for guidance; 0.1 for a prior when unset."
-    )
+        None, "Samples trained without their condition, for guidance; when unset 0.1 for a prior, 0 for an encoder, "
+        "0.2 for both together."
+    )  # fmt: skip
+    palette: str | None = option(
+        None, "Label maps: colours of the labels, coco182, ade150, or a JSON file with a list of [red, green, blue]; "
+        "when unset those of the pipeline or of `scenes`, else coco182."
+    )  # fmt: skip
+
+    downsampling: Literal["bicubic", "area"] = option("bicubic", "How pictures are made smaller.")
 
     pretrained_tokenizer_name_or_path: str | None = option(
         None, "Prior: tokenizer, such as gpt2; one is learnt from the captions when unset."
@@ -35,9 +51,17 @@ class PITIArgs:
     text_max_length: int = option(128, "Prior: tokens of a text, padding included.")
     text_layers: int = option(16, "Prior: transformer blocks of the text encoder.")
     text_attention_heads: int = option(8, "Prior: heads of the text encoder.")
+
+    encoder_sample_size: int = option(
+        256, "Encoder, joint: side of the maps that a new encoder takes; a multiple of 16. They may be larger than "
+        "the images."
+    )  # fmt: skip
+    encoder_layers: int = option(8, "Encoder, joint: transformer blocks of a new encoder.")
+    encoder_attention_heads: int = option(8, "Encoder, joint: heads of a new encoder.")
     token_init_std: float = option(
-        1.0, "Standard deviation of a new encoder's token rows; its rows of places get at most 0.5."
-    )
+        1.0, "Standard deviation of a new text encoder's token rows, and of a new encoder's class token; rows of "
+        "places get at most 0.5."
+    )  # fmt: skip
 
     beta_schedule: Literal["cosine", "linear"] = option("cosine", "Noise levels.")
     num_train_timesteps: int = option(1000, "Number of noise levels; the linear schedule is scaled to it.")
@@ -59,41 +83,93 @@ class PITIArgs:
     cross_attention_dim: int = option(512, "Width of the condition's tokens, U-Net and encoder alike.")
     norm_num_groups: int = option(32, "U-Net: groups of the group norms.")
     dropout: float = option(0.1, "U-Net: dropout in the residual blocks.")
-    rank: int | None = option(None, "Train LoRA matrices of this rank instead of all of the U-Net's weights.")
+    rank: int | None = option(
+        None, "Prior, joint: train LoRA matrices of this rank instead of the U-Net's weights; PITI's encoder is "
+        "trained whole beside them."
+    )  # fmt: skip
 
     validation_prompts: list[str] | None = option(
         None, "Prior: texts for the validation pictures; held-out captions when unset."
     )
     num_validation_images: int = option(8, "Pictures of a validation.")
     num_inference_steps: int = option(50, "For the validation pictures.")
-    guidance_scale: float = option(3.0, "For the validation pictures, and the pipeline's default.")
+    guidance_scale: float | None = option(
+        None, "For the validation pictures, and the pipeline's default; when unset the authors' 3 for a prior and 1.3 "
+        "for maps, 1 where no condition is dropped."
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.stage in LATER_STAGES:
-            raise ValueError(f"--stage {self.stage} cannot be trained yet: --stage prior can.")
+            raise ValueError(f"--stage {self.stage} cannot be trained yet: --stage prior, encoder and joint can.")
         positive(
             self, "vocab_size", "text_max_length", "text_layers", "text_attention_heads", "token_init_std",
             "num_train_timesteps", "layers_per_block", "num_head_channels", "cross_attention_dim", "norm_num_groups",
-            "rank", "num_validation_images", "num_inference_steps",
+            "rank", "num_validation_images", "num_inference_steps", "encoder_sample_size", "encoder_layers",
+            "encoder_attention_heads",
         )  # fmt: skip
         between(self, 0, 1, "cond_dropout_prob", "dropout")
         between(self, 1, 1e6, "max_loss_weight")
         if self.num_train_timesteps < 2:
             raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
-        check_guidance_scale(self.guidance_scale)
+        check_guidance_scale(self.scale)
         check_unet_widths(self, num_head_channels=self.num_head_channels)
-        if self.cross_attention_dim % self.text_attention_heads:
+        self._check_encoder()
+        if self.scale != 1 and not self.dropout_of_condition:
             raise ValueError(
-                f"--text_attention_heads={self.text_attention_heads} must divide --cross_attention_dim="
-                f"{self.cross_attention_dim}."
-            )
-        if self.guidance_scale != 1 and not self.dropout_of_condition:
-            raise ValueError(
-                f"--guidance_scale={self.guidance_scale} needs samples trained without their condition: raise "
+                f"--guidance_scale={self.scale} needs samples trained without their condition: raise "
                 "--cond_dropout_prob above 0, or pass --guidance_scale 1."
             )
+        if self.stage == "encoder" and self.pretrained_model_name_or_path is None:
+            raise ValueError(
+                "--stage encoder needs a U-Net that can draw: name a GLIDE prior with --pretrained_model_name_or_path "
+                "(--stage prior trains one). From nothing --stage joint starts."
+            )
+        if self.stage == "encoder" and self.rank is not None:
+            raise ValueError(f"--rank={self.rank} goes with --stage joint: --stage encoder leaves the U-Net as it is.")
+        if self.palette is not None and self.told != "label_map":
+            raise ValueError(
+                f"--palette={self.palette} goes with --condition label_map, got "
+                f"{'--stage prior' if self.told == 'text' else f'--condition {self.condition}'}."
+            )
+
+    def _check_encoder(self) -> None:
+        heads = "text_attention_heads" if self.told == "text" else "encoder_attention_heads"
+        if self.cross_attention_dim % getattr(self, heads):
+            raise ValueError(
+                f"--{heads}={getattr(self, heads)} must divide --cross_attention_dim={self.cross_attention_dim}."
+            )
+        if self.told != "text" and (self.encoder_sample_size < 32 or self.encoder_sample_size % 16):
+            raise ValueError(
+                f"--encoder_sample_size={self.encoder_sample_size} must be a multiple of 16, at least 32."
+            )
+        if self.told != "text" and self.cross_attention_dim % 16:
+            raise ValueError(f"--cross_attention_dim={self.cross_attention_dim} must be a multiple of 16.")
+
+    @property
+    def told(self) -> str:
+        """What a stage is told of an image: "text", or the type of PITI's condition."""
+        return "text" if self.stage.startswith("prior") else self.condition
+
+    @property
+    def map_side(self) -> int:
+        """Side of the maps of a new encoder, 0 for a text."""
+        return 0 if self.told == "text" else self.encoder_sample_size
 
     @property
     def dropout_of_condition(self) -> float:
         """How often the condition is dropped."""
-        return 0.1 if self.cond_dropout_prob is None else self.cond_dropout_prob
+        usual = {"prior": 0.1, "prior_upsampler": 0.1, "joint": 0.2}.get(self.stage, 0.0)
+        return usual if self.cond_dropout_prob is None else self.cond_dropout_prob
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        usual = GUIDANCE_SCALES["text" if self.told == "text" else "map"]
+        return usual if self.dropout_of_condition else 1.0
+
+    def columns(self, caption_column: str) -> tuple[str, ...]:
+        """The columns that the stage reads beside the picture."""
+        columns = {"label_map": ("semantic",), "sketch": ("sketch",), "geometry": ("normals", "depth")}
+        return columns.get(self.told, (caption_column,))

@@ -2,22 +2,28 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diffusers_ext.conditions.palettes import SCENES_CLASSES, SCENES_PALETTE, read_palette
+from diffusers_ext.conditions.piti import CONDITION_CHANNELS
 from diffusers_ext.models.encoder_glide_text import GlideTextEncoder
+from diffusers_ext.models.encoder_piti import PITIEncoder
 from diffusers_ext.pipelines.glide.base import CHANNELS
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
+from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
 from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from diffusers_ext.training.piti.args import PITIArgs
-from diffusers_ext.training_utils.args import TrainArgs
+from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.tokenizers import learn_once, train_clip_tokenizer
 from diffusers_ext.training_utils.weights import load_whole_pipeline
 
 GPT2_VOCABULARY = 50257
+Pipeline = GlidePipeline | PITIPipeline
 
 
 def build_unet(args: PITIArgs, *, sample_size: int = 64, in_channels: int = CHANNELS) -> UNet2DConditionModel:
@@ -85,32 +91,82 @@ def build_scheduler(args: PITIArgs) -> RespacedScheduler:
     )
 
 
-def build_prior(args: PITIArgs, resolution: int, captions: Sequence[str], train: TrainArgs) -> GlidePipeline:
-    """The prior that is trained: the pretrained one, or a new one. It has no upsampler.
+def build_encoder(args: PITIArgs, hidden_size: int | None = None) -> PITIEncoder:
+    """A new encoder of the condition.
 
     Args:
-        resolution: Side of the images.
-        captions: From which a tokenizer is learnt, unless one is named.
+        hidden_size: What the U-Net attends to; `--cross_attention_dim` by default.
+    """
+    encoder = PITIEncoder(
+        in_channels=CONDITION_CHANNELS[args.condition],
+        sample_size=args.encoder_sample_size,
+        hidden_size=hidden_size or args.cross_attention_dim,
+        num_layers=args.encoder_layers,
+        num_attention_heads=args.encoder_attention_heads,
+    )
+    nn.init.normal_(encoder.class_token.weight, std=args.token_init_std)
+    nn.init.normal_(encoder.position_embedding.weight, std=min(args.token_init_std, 0.5))
+    return encoder
+
+
+def build_pipeline(args: PITIArgs, data: DataArgs, captions: Sequence[str], train: TrainArgs) -> Pipeline:
+    """The pipeline of the stage: the pretrained one, or a new one around pretrained or new networks. No upsampler.
+
+    Args:
+        captions: From which a prior's tokenizer is learnt, unless one is named.
         train: Says whether a run is resumed, whose tokenizer was learnt already.
 
     Raises:
         ValueError: What is named is of another kind, or does not fit the options.
     """
-    place = args.pretrained_model_name_or_path
-    if place is None:
-        tokenizer = build_tokenizer(args, captions, train)
-        unet = build_unet(args, sample_size=resolution)
-        encoder = build_text_encoder(args, vocab_size=len(tokenizer))
-        pipe = GlidePipeline(encoder, tokenizer, unet, build_scheduler(args))
+    found = None if args.pretrained_model_name_or_path is None else load_base(args)
+    if args.told == "text":
+        pipe = found or new_prior(args, data.resolution, captions, train)
     else:
-        pipe = load_prior(place)
-        if pipe.inpaints:
-            raise ValueError(f"{place!r} fills parts of images; --stage prior trains a base that draws whole ones.")
-        pipe.unet.register_to_config(sample_size=resolution)
-    fit_unet(pipe, args)
-    check_resolution(pipe.unet, resolution)
-    pipe.register_to_config(default_guidance_scale=args.guidance_scale)
+        pipe = build_piti(args, data, found)
+    check_outputs(pipe.unet, args)
+    check_resolution(pipe.unet, data.resolution)
+    pipe.unet.register_to_config(sample_size=data.resolution)
+    pipe.register_to_config(default_guidance_scale=args.scale)
     return pipe
+
+
+def new_prior(args: PITIArgs, resolution: int, captions: Sequence[str], train: TrainArgs) -> GlidePipeline:
+    tokenizer = build_tokenizer(args, captions, train)
+    unet = build_unet(args, sample_size=resolution)
+    encoder = build_text_encoder(args, vocab_size=len(tokenizer))
+    return GlidePipeline(encoder, tokenizer, unet, build_scheduler(args))
+
+
+def build_piti(args: PITIArgs, data: DataArgs, found: Pipeline | None) -> PITIPipeline:
+    """PITI around what was found: all of a PITI stage, the U-Net of a prior, or nothing.
+
+    Raises:
+        ValueError: The stage was trained on another condition, or on other colours of the labels.
+    """
+    asked = None if args.palette is None else read_palette(args.palette)
+    if isinstance(found, PITIPipeline):
+        place, kind = args.pretrained_model_name_or_path, found.config["condition_type"]
+        if kind != args.condition:
+            raise ValueError(f"{place!r} draws from {kind}: pass --condition {kind}, or start from a GLIDE prior.")
+        if asked is not None and not np.array_equal(asked, found.label_palette):
+            raise ValueError(f"--palette={args.palette}: {place!r} knows its labels by other colours; leave it out.")
+        return found
+    if found is None:
+        unet, scheduler = build_unet(args, sample_size=data.resolution), build_scheduler(args)
+    else:
+        unet, scheduler = found.unet, found.scheduler
+    names = None
+    if args.condition == "label_map" and asked is None and data.dataset_name == "scenes":
+        asked, names = SCENES_PALETTE, list(SCENES_CLASSES)
+    return PITIPipeline(
+        encoder=build_encoder(args, unet.config["cross_attention_dim"]),
+        unet=unet,
+        scheduler=scheduler,
+        condition_type=args.condition,
+        label_palette=None if asked is None else asked.tolist(),
+        label_names=names,
+    )
 
 
 def build_tokenizer(args: PITIArgs, captions: Sequence[str], train: TrainArgs) -> PreTrainedTokenizerBase:
@@ -125,32 +181,39 @@ def build_tokenizer(args: PITIArgs, captions: Sequence[str], train: TrainArgs) -
     return tokenizer
 
 
-def load_prior(place: str) -> GlidePipeline:
-    """The base stage of a GLIDE pipeline, without its upsampler.
+def load_base(args: PITIArgs) -> Pipeline:
+    """The base stage of the pipeline that the options name, without its upsampler.
 
     Raises:
-        ValueError: It is a pipeline of another kind.
+        ValueError: It is a pipeline of another kind, or one that fills parts of images.
     """
+    place = args.pretrained_model_name_or_path
+    assert place is not None
+    kinds = {kind.__name__: kind for kind in (GlidePipeline, PITIPipeline)[: 1 if args.told == "text" else 2]}
     found = DiffusionPipeline.load_config(place)["_class_name"]
-    if found != GlidePipeline.__name__:
-        raise ValueError(f"{place!r} holds a {found}, but a prior is a GlidePipeline.")
-    pipe = load_whole_pipeline(GlidePipeline, place)
-    pipe.register_modules(upscale_text_encoder=None, upscale_unet=None, upscale_scheduler=None)
+    if found not in kinds:
+        raise ValueError(f"{place!r} holds a {found}, but --stage {args.stage} starts from a {' or '.join(kinds)}.")
+    pipe = load_whole_pipeline(kinds[found], place)
+    if pipe.unet.config["in_channels"] != CHANNELS:
+        raise ValueError(
+            f"{place!r} fills parts of images; --stage {args.stage} starts from a base stage that draws whole ones."
+        )
+    parts = [name for name in pipe.components if name.startswith("upscale_")]
+    pipe.register_modules(**dict.fromkeys(parts))
     return pipe
 
 
-def fit_unet(pipe: GlidePipeline, args: PITIArgs) -> None:
+def check_outputs(unet: UNet2DConditionModel, args: PITIArgs) -> None:
     """Refuses a network whose outputs are not those of the loss.
 
     Raises:
         ValueError: Names the option to change.
     """
-    learned = pipe.unet.config["out_channels"] == 2 * CHANNELS
+    learned = unet.config["out_channels"] == 2 * CHANNELS
     if learned != (args.loss_type == "hybrid"):
         raise ValueError(
-            f"The network of {args.pretrained_model_name_or_path!r} has {pipe.unet.config['out_channels']} outputs, "
-            f"so its variance is {'learned' if learned else 'fixed'}: pass --loss_type "
-            f"{'hybrid' if learned else 'mse'}."
+            f"The network of {args.pretrained_model_name_or_path!r} has {unet.config['out_channels']} outputs, so its "
+            f"variance is {'learned' if learned else 'fixed'}: pass --loss_type {'hybrid' if learned else 'mse'}."
         )
 
 

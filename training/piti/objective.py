@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
 from diffusers_ext.pipelines.glide.base import call_unet
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
+from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
 from diffusers_ext.training.piti.args import PITIArgs
-from diffusers_ext.training.piti.data import TextReader
 from diffusers_ext.training_utils.objective import Objective, keep_condition
 from diffusers_ext.training_utils.timesteps import TIMESTEP_SAMPLERS
 
@@ -65,6 +66,12 @@ class DiffusionObjective(Objective):
         observed = {"timesteps": timesteps, "sample_losses": parts["loss"].detach()}
         return {name: (weights * value).mean() for name, value in parts.items()} | observed
 
+    def checkpoint_gradients(self) -> None:
+        """Trades compute for memory, in every network that is trained."""
+        for network in self.children():
+            if isinstance(network, ModelMixin):
+                network.enable_gradient_checkpointing()
+
     def before_step(self, batch: Any, own: int, step: int, accelerator: Accelerator) -> None:
         self.timesteps.refresh()
 
@@ -76,16 +83,16 @@ class PriorObjective(DiffusionObjective):
     """Base U-Net and text encoder of GLIDE. A dropped caption becomes the empty text.
 
     Args:
-        reader: Makes the tokens of a text.
+        null_tokens: Those of the empty text, (l,).
     """
 
     null_tokens: Tensor
 
-    def __init__(self, pipe: GlidePipeline, args: PITIArgs, reader: TextReader):
+    def __init__(self, pipe: GlidePipeline, args: PITIArgs, null_tokens: Tensor):
         super().__init__(pipe, args)
         self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
-        self.pad_token_id = reader.tokenizer.pad_token_id
-        self.register_buffer("null_tokens", reader.tokens(""), persistent=False)
+        self.pad_token_id = pipe.tokenizer.pad_token_id
+        self.register_buffer("null_tokens", null_tokens, persistent=False)
 
     def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
         tokens = batch["tokens"]
@@ -93,3 +100,26 @@ class PriorObjective(DiffusionObjective):
             tokens = torch.where(keep[:, None], tokens, self.null_tokens)
         states, vector = self.text_encoder(tokens, tokens != self.pad_token_id, return_dict=False)
         return torch.cat([states, vector[:, None]], dim=1)
+
+
+class PITIObjective(DiffusionObjective):
+    """PITI's encoder, and with `--stage joint` the U-Net behind it. A dropped condition becomes an image of ones.
+
+    An encoder alone learns through a U-Net that is not registered: no checkpoint holds it, no weight of it gets a
+    gradient, and its dropout is off (the authors leave it on).
+    """
+
+    def __init__(self, pipe: PITIPipeline, args: PITIArgs, device: torch.device):
+        super().__init__(pipe, args)
+        self.encoder = pipe.encoder
+        if args.stage == "encoder":
+            pipe.unet.requires_grad_(False).eval().to(device)
+        else:
+            self.unet = pipe.unet
+
+    def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
+        conditions = batch["condition"]
+        if keep is not None:
+            conditions = torch.where(keep.view(-1, 1, 1, 1), conditions, torch.ones_like(conditions))
+        tokens, vector = self.encoder(conditions, return_dict=False)
+        return torch.cat([tokens, vector[:, None]], dim=1)

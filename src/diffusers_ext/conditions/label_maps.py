@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from .palettes import labels_from_colors
 
+_LISTED = 12  # unknown labels that a message names
+
 
 def label_batch(
     label_map: Any,
@@ -92,7 +94,9 @@ def _check_labels(values: Tensor, num_labels: int, name: str) -> None:
     if bool(unknown.any()):
         _, y, x = unknown.nonzero()[0].tolist()
         found = values[unknown].unique().tolist()
+        listed = ", ".join(map(str, found[:_LISTED])) + (" ..." if len(found) > _LISTED else "")
         raise ValueError(
-            f"`{name}` holds {len(found)} unknown label(s), {found[0]} at x={x}, y={y}: this model knows the labels 0"
-            f" to {num_labels - 1}. Map others onto these; what is unlabelled (often 255) needs a label as well."
+            f"`{name}` holds {len(found)} unknown label(s), {int(values[unknown][0])} at x={x}, y={y}: this model"
+            f" knows the labels 0 to {num_labels - 1}, but not {listed}. Map others onto these; what is unlabelled"
+            " (often 255) needs a label as well."
         )

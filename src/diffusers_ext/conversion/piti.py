@@ -11,7 +11,7 @@ from typing import Any, Literal
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ..models.encoder_piti import PITIEncoder
-from ..pipelines.piti.pipeline_piti import CONDITION_TYPES, PITIPipeline
+from ..pipelines.piti.pipeline_piti import CONDITION_CHANNELS, PITIPipeline
 from ..schedulers.scheduling_normalized_cfg import NormalizedCFGScheduler
 from .glide import (
     BASE_CHANNELS,
@@ -136,9 +136,9 @@ def _with_decoder(encoder: Mapping[str, Any], decoder: Any) -> dict[str, Any]:
 def _condition_type(encoder: PITIEncoder, condition_type: str | None) -> str:
     """What the encoder takes, which its channels tell."""
     channels = encoder.config["in_channels"]
-    found = next((name for name, count in CONDITION_TYPES.items() if count == channels), None)
+    found = next((name for name, count in CONDITION_CHANNELS.items() if count == channels), None)
     if found is None or condition_type not in (None, found):
-        known = ", ".join(f"{name} {count}" for name, count in CONDITION_TYPES.items())
+        known = ", ".join(f"{name} {count}" for name, count in CONDITION_CHANNELS.items())
         raise ValueError(
             f"`condition_type` is {condition_type!r}, and the encoder takes {channels} channels: expected {known}."
         )

@@ -68,6 +68,25 @@ class Crop:
             )
         return torch.from_numpy(self._cut(label_map, resolution, "nearest").astype(np.int64))
 
+    def values(self, values: np.ndarray, name: str) -> np.ndarray:
+        """The square of an array (h, w) or (h, w, c) of the picture's size, as it is: of `draw_crop` and `draw_patch`.
+
+        Args:
+            name: What messages call the array.
+
+        Raises:
+            ValueError: the array has another size than the picture.
+        """
+        assert self.resized is None
+        width, height = self.size
+        if values.shape[:2] != (height, width):
+            raise ValueError(
+                f"The {name} has {values.shape[1]}x{values.shape[0]} pixels, its picture {width}x{height}: both must "
+                "be of one size."
+            )
+        square = values[self.top : self.top + self.side, self.left : self.left + self.side]
+        return np.ascontiguousarray(square[:, ::-1] if self.flip else square)
+
     def _cut(self, image: Image.Image, resolution: int, resampling: Resampling) -> np.ndarray:
         width, height = self.resized or self.size
         enlarges = self.side * image.width < resolution * width

@@ -100,8 +100,24 @@ class _DecodeRows:
         for columns, rgb in ((self.rgb_columns, True), (self.other_columns, False)):
             for name in columns:
                 if name in shown:
-                    shown[name] = [None if value is None else decode_image(value, rgb=rgb) for value in shown[name]]
+                    shown[name] = [None if value is None else decode_value(value, rgb=rgb) for value in shown[name]]
         return shown
+
+
+def decode_value(value: Any, *, rgb: bool = True) -> Any:
+    """What a picture column holds: a picture, see `decode_image`, or the array of a .npy file (normals, depth).
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    path = value.get("path") if isinstance(value, dict) else value
+    if not (isinstance(path, str) and path.lower().endswith(".npy")):
+        return decode_image(value, rgb=rgb)
+    data = value.get("bytes") if isinstance(value, dict) else None
+    try:
+        return np.load(path if data is None else io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"Cannot read the array {path}: {error}. Repair or remove it.") from error
 
 
 def load_image_dataset(

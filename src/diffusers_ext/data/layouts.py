@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +117,10 @@ def read_folder(folder: Path, columns: Columns, cache_dir: str | None = None) ->
         return Rows(datasets.Dataset.load_from_disk(os.fspath(folder)))
     contents = read_contents(folder)
     if contents.metadata:
-        rows = Rows(_from_metadata(contents, columns))
-        unread = contents.others + contents.tables
+        dataset, described = _from_metadata(contents, columns)
+        rows = Rows(dataset)
+        others = [path for path in contents.others if os.path.normpath(path) not in described]
+        unread = others + contents.tables
         if _any_beside(contents):
             logger.warning(
                 "%s has captions twice: those of %s are used, text files beside the pictures (such as %s) are not.",
@@ -175,7 +177,8 @@ def _from_tables(contents: FolderContents, cache_dir: str | None) -> Dataset:
         raise ValueError(f"The tables {contents.names(contents.tables)} cannot be read: {error.__cause__}") from error
 
 
-def _from_metadata(contents: FolderContents, columns: Columns) -> Dataset:
+def _from_metadata(contents: FolderContents, columns: Columns) -> tuple[Dataset, Collection[str]]:
+    """The table, and the files that it names."""
     from datasets import Dataset, Image
 
     entries: list[dict[str, Any]] = []
@@ -218,7 +221,7 @@ def _from_metadata(contents: FolderContents, columns: Columns) -> Dataset:
     for name, column in pictures.items():
         if name in names and column != columns.image:
             dataset = dataset.cast_column(column, Image(decode=False))
-    return dataset
+    return dataset, described
 
 
 def _from_pictures(contents: FolderContents, columns: Columns) -> Rows:

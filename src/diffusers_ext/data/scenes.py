@@ -664,6 +664,11 @@ def metres_and_normals(scene: Scene, resolution: int = 64) -> tuple[np.ndarray, 
     return WALL_METRES - (WALL_METRES - 1) * nearness, normals
 
 
+def metres_of_nearness(nearness: np.ndarray) -> np.ndarray:
+    """Metres, float32, of the column "depth": nearness as 8-bit grey, white one metre away, black the wall."""
+    return WALL_METRES - (WALL_METRES - 1) * nearness.astype(np.float32) / 255
+
+
 def boxes(scene: Scene) -> list[tuple[str, tuple[float, float, float, float]]]:
     """(name such as "red circle", (x0, y0, x1, y1) as fractions of the side) for each object."""
     return [(item.name, item.box) for item in scene.objects]
@@ -785,13 +790,14 @@ def write_scenes(
 
     Args:
         folder: Created if missing; must not hold a `metadata.jsonl` already.
-        extra_pictures: Any of "semantic", "sketch", "depth", "normal": written to subfolders of that name, and named
-            in the columns `<kind>_file_name`, which `datasets` decodes as pictures too.
+        extra_pictures: Any of "semantic", "sketch", "depth", "normal", "metres", "normals": written to subfolders of
+            that name, the last two as .npy files, and named in the columns `<kind>_file_name`. What is a picture there
+            is decoded by `datasets` too.
 
     Returns:
         The folder.
     """
-    pictures = ("semantic", "sketch", "depth", "normal")
+    pictures = ("semantic", "sketch", "depth", "normal", "metres", "normals")
     unknown = [kind for kind in extra_pictures if kind not in pictures]
     if unknown:
         raise ValueError(f"`extra_pictures` must name some of {', '.join(pictures)}, but is {list(extra_pictures)!r}.")
@@ -809,8 +815,13 @@ def write_scenes(
         Image.fromarray(render(scene, resolution)).save(folder / file_name)
         entry: dict[str, Any] = {"file_name": file_name}
         for kind in extra_pictures:
-            _COLUMNS[kind](scene, resolution).save(folder / kind / file_name)
-            entry[f"{kind}_file_name"] = f"{kind}/{file_name}"
+            value, extra_name = _COLUMNS[kind](scene, resolution), f"{kind}/{file_name}"
+            if isinstance(value, np.ndarray):
+                extra_name = f"{kind}/{index:06d}.npy"
+                np.save(folder / extra_name, value)
+            else:
+                value.save(folder / extra_name)
+            entry[f"{kind}_file_name"] = extra_name
         for name in ("text", "full_text", "negative_text", "label", "class_name", "boxes", "box_names"):
             entry[name] = _COLUMNS[name](scene, resolution)
         lines.append(json.dumps(entry))
@@ -831,7 +842,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m diffuser
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--num_objects", type=int, choices=(1, 2, 3), default=None, help="default: one or two")
-    parser.add_argument("--extra_pictures", nargs="*", default=(), help="semantic, sketch, depth, normal")
+    parser.add_argument(
+        "--extra_pictures", nargs="*", default=(), help="semantic, sketch, depth, normal, metres, normals"
+    )
     options = parser.parse_args(arguments)
     folder = write_scenes(
         options.output_dir,

@@ -15,14 +15,19 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from torch import Tensor
-from torch.nn import functional as F
 
-from ...conditions.geometry import geometry_condition
-from ...conditions.images import image_batch
 from ...conditions.label_maps import label_batch
 from ...conditions.masks import mask_values
-from ...conditions.palettes import NAMED_PALETTES, check_palette, colorize_labels
-from ...conditions.sketches import distance_map
+from ...conditions.palettes import NAMED_PALETTES, check_palette
+from ...conditions.piti import (
+    CONDITION_CHANNELS,
+    label_condition,
+    normals_and_depth_condition,
+    read_depth,
+    read_normals,
+    resize_nearest,
+    sketch_condition,
+)
 from ...models.encoder_piti import PITIEncoder
 from ..callbacks import Callback
 from ..checks import check_integer, check_parts
@@ -30,7 +35,6 @@ from ..glide.base import CHANNELS, Generators, GlideBasePipeline, GlideCondition
 from ..listed_options import read_option, record_option
 
 logger = logging.get_logger(__name__)
-CONDITION_TYPES = {"label_map": 3, "sketch": 1, "geometry": 6}  # and the channels that their encoder takes
 
 
 class PITIPipeline(GlideBasePipeline):
@@ -83,9 +87,9 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
     ):
         super().__init__(unet, scheduler, upscale_unet, upscale_scheduler)
         self.register_modules(encoder=encoder, upscale_encoder=upscale_encoder)
-        if condition_type not in CONDITION_TYPES:
+        if condition_type not in CONDITION_CHANNELS:
             raise ValueError(
-                f"`condition_type` is {condition_type!r}: it must be one of {', '.join(CONDITION_TYPES)}."
+                f"`condition_type` is {condition_type!r}: it must be one of {', '.join(CONDITION_CHANNELS)}."
             )
         if label_palette is not None:
             check_palette(np.array(read_option(record_option("label_palette", label_palette))))
@@ -234,19 +238,16 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         if kind == "label_map":
             palette = self.label_palette
             labels = label_batch(label_map, len(palette), palette=palette.tolist())
-            colors = np.stack([colorize_labels(one, palette) for one in labels.cpu().numpy()])
-            pixels = torch.from_numpy(colors).permute(0, 3, 1, 2).float()
-            return (_nearest(pixels, side) / 255 - 0.5) / 0.5
+            return label_condition(labels, palette, side)
         if kind == "sketch":
             lines = mask_values(sketch, "sketch") >= 1  # grey pixels are no lines
-            lines = _nearest(lines[:, None].float(), side)[:, 0] > 0
-            if not bool(lines.flatten(1).any(dim=1).all()):
+            if not bool(resize_nearest(lines[:, None].float(), side).flatten(1).any(dim=1).all()):
                 logger.warning(
                     "`sketch` has no lines (pure white pixels): that is the null condition, so the image is drawn"
                     " freely. Lines are white on black."
                 )
-            return (distance_map(lines)[:, None].float() / 255 - 0.5) / 0.5
-        return _nearest(geometry_condition(_normals(normals), _depths(depth)), side)
+            return sketch_condition(lines, side)
+        return normals_and_depth_condition(read_normals(normals), read_depth(depth), side)
 
     def encode_conditions(self, conditions: Tensor, encoder: PITIEncoder | None = None) -> Tensor:
         """Tokens and the vector behind them, (n, l + 1, d).
@@ -278,10 +279,10 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         encoders = {"base": self.encoder, "upscale": self.upscale_encoder}
         for name, unet, _ in self.stage_parts():
             prefix, encoder = ("" if name == "base" else "upscale_"), encoders[name]
-            if encoder.config["in_channels"] != CONDITION_TYPES[kind]:
+            if encoder.config["in_channels"] != CONDITION_CHANNELS[kind]:
                 raise ValueError(
                     f"`{prefix}encoder` takes {encoder.config['in_channels']} channels, but a condition of type"
-                    f" {kind!r} has {CONDITION_TYPES[kind]}: load the encoder of this condition."
+                    f" {kind!r} has {CONDITION_CHANNELS[kind]}: load the encoder of this condition."
                 )
             if encoder.config["sample_size"] != self.encoder.config["sample_size"]:
                 raise ValueError(
@@ -304,26 +305,3 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
 def truncate_to_8_bits(images: Tensor) -> Tensor:
     """Images in [-1, 1] on the grid of 8 bits, the next darker value each: so the authors save the small image."""
     return (127.5 * (images.clamp(-1, 1) + 1)).floor() / 127.5 - 1
-
-
-def _nearest(values: Tensor, side: int) -> Tensor:
-    return F.interpolate(values, size=(side, side), mode="nearest")
-
-
-def _normals(normals: Any) -> Tensor:
-    """Unit normals (n, 3, H, W); pictures hold them as colours."""
-    if isinstance(normals, (np.ndarray, Tensor)) and torch.as_tensor(normals).is_floating_point():
-        values = torch.as_tensor(normals)
-        return values[None] if values.ndim == 3 else values
-    return image_batch(normals, "normals") * 2 - 1
-
-
-def _depths(depth: Any) -> Tensor:
-    """Metres (n, H, W)."""
-    if not isinstance(depth, (np.ndarray, Tensor)):
-        raise TypeError(
-            f"`depth` is {type(depth).__name__}: expected a float array or tensor (H, W) or (n, H, W) of metres. A"
-            " picture does not say what its grey values mean."
-        )
-    values = torch.as_tensor(depth)
-    return values[None] if values.ndim == 2 else values
