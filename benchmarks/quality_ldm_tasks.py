@@ -72,7 +72,7 @@ def show(value: Share | float | None) -> str:
 
 def as_plain(row: Row) -> dict[str, Any]:
     """A row as plain numbers, shares with their standard errors."""
-    plain: dict[str, Any] = {"task": row.task, "measured": row.measured, "wanted": row.wanted}
+    plain: dict[str, Any] = {"task": row.task, "measured": row.measured}
     for name in ("value", "without"):
         one = getattr(row, name)
         if isinstance(one, Share):
@@ -98,9 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
             shown = torch.stack([part[: 64 // columns] for part in bench.grid], dim=1).flatten(0, 1)
             picture_grid(shown, 8 if columns == 1 else 4 * columns).save(Path(args.grid_dir) / f"{found[0].task}.png")
     print(f"{args.num_cases} cases, seeds {', '.join(map(str, args.seeds))}, {args.num_inference_steps} steps\n")
-    print("| task | measured | value | without | wanted |\n|---|---|---|---|---|")
+    print("| task | measured | value | without |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row.task} | {row.measured} | {show(row.value)} | {show(row.without)} | {row.wanted} |")
+        print(f"| {row.task} | {row.measured} | {show(row.value)} | {show(row.without)} |")
     if args.json:
         Path(args.json).write_text(json.dumps([as_plain(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 

@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from pipelines.contract import CASES, ONE_EACH, networks
+from pipelines.tiny_cascaded import tiny_base
+from pipelines.tiny_glide import tiny_piti
 from pipelines.tiny_ldm import tiny_labels, tiny_mask
 from pipelines.tiny_paella import tiny_picture
 
-from diffusers_ext import cli
-from diffusers_ext.pipelines.drawing import ARGUMENTS, call_arguments, options_of, pipeline_class
+from diffusers_ext import CascadedDiffusionPipeline, cli
+from diffusers_ext.pipelines.drawing import ARGUMENTS, _option, call_arguments, options_of, pipeline_class
 
 WORDS = {  # case -> what a user writes
     "paella": ["a red circle"],
@@ -46,7 +49,11 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_every_pipeline_draws_by_one_command(name, files, capsys):
+def test_every_pipeline_draws_by_one_command(name, files, capsys, monkeypatch):
+    def read(config):
+        raise AssertionError("`use_return_dict` is deprecated and would be told to every user: pass `return_dict`")
+
+    monkeypatch.setattr(transformers.PreTrainedConfig, "use_return_dict", property(read))
     CASES[name].build().save_pretrained("saved")
     words = ["sample", "saved", *WORDS[name], "--steps", "2", "--num", "2", "--seed", "5", "--out", "drawn"]
     assert cli.main(words) == 0
@@ -56,6 +63,7 @@ def test_every_pipeline_draws_by_one_command(name, files, capsys):
     pictures = [Image.open(path) for path in paths]
     settings = json.loads(pictures[1].info["diffusers_ext"])
     assert settings["pipeline"] == CASES[name].pipeline and settings["seed"] == 6 and settings["steps"] == 2
+    assert None not in settings.values()
     # a picture can be drawn again by itself, from the seed that is in it
     assert cli.main([*words[:-6], "--seed", "6", "--out", "again.png"]) == 0
     assert np.abs(np.asarray(Image.open("again.png"), int) - np.asarray(pictures[1], int)).max() <= 1
@@ -210,3 +218,63 @@ def test_every_condition_has_an_option():
     for name in ONE_EACH:
         assert set(options_of(type(CASES[name].build()))) <= set(ARGUMENTS)
         assert "num" in options_of(type(CASES[name].build())) and "steps" in options_of(type(CASES[name].build()))
+
+
+def test_info_lists_what_the_networks_of_a_checkpoint_can_use(files, capsys):
+    """Of every case of the contract, classes among them, and of a cascade without classes."""
+    conditions = {"prompt", "negative_prompt", "image", "map", "sketch", "normals", "depth", "class_label", "caption"}
+    unlike = {"paella": {"class_label"}, "cascaded": {"prompt", "negative_prompt"}}
+    unlike |= {"piti": {"sketch", "normals", "depth"}, "versatile-image-to-text": set()}
+    for name, lacks in unlike.items():
+        pipe = CASES[name].build()
+        pipe.save_pretrained(name)
+        assert cli.main(["info", name]) == 0
+        told = capsys.readouterr().out.splitlines()[0].split(" takes ")[1].split(", ")
+        wanted = {option for option in options_of(type(pipe)) if option in conditions} - lacks
+        assert {_option(option) for option in wanted} == set(told) & {_option(option) for option in conditions}
+    CascadedDiffusionPipeline(base=tiny_base(classes=False)).save_pretrained("plain")
+    assert cli.main(["info", "plain"]) == 0 and "--class_label" not in capsys.readouterr().out
+    assert cli.main(["sample", "plain", "--class_label", "star"]) == 2
+    assert "takes no --class_label" in capsys.readouterr().err
+    assert cli.main(["sample", "paella", "--class_label", "star"]) == 2
+    assert "PaellaPipeline takes no --class_label; it takes a prompt" in capsys.readouterr().err
+
+
+def test_messages_of_pipelines_speak_of_options(files, capsys):
+    CASES["ldm-text"].build().save_pretrained("saved")
+    for words, message in (
+        (["--steps", "0"], "--steps"),
+        (["--guidance", "-1"], "--guidance"),
+        (["--height", "17"], "--height"),
+    ):
+        assert cli.main(["sample", "saved", "a red circle", *words]) == 2
+        told = capsys.readouterr().err
+        assert message in told and not any(f"`{name}`" in told for names in ARGUMENTS.values() for name in names)
+
+
+def test_normals_and_depth_are_arrays(files, capsys):
+    tiny_piti("geometry").save_pretrained("saved")
+    draw = np.random.default_rng(0)
+    normals = draw.normal(size=(16, 16, 3)).astype(np.float32)
+    np.save("n.npy", normals / np.linalg.norm(normals, axis=2, keepdims=True))
+    np.save("d.npy", draw.uniform(0, 9, (16, 16, 1)).astype(np.float32))  # as DIODE has it
+    np.save("whole.npy", np.zeros((16, 16), int))
+    (files / "text.npy").write_text("no array")
+    words = ["sample", "saved", "--steps", "2", "--normals", "n.npy"]
+    assert cli.main([*words, "--depth", "d.npy", "--out", "a.png"]) == 0
+    settings = json.loads(Image.open("a.png").info["diffusers_ext"])
+    assert (settings["normals"], settings["depth"], settings["steps"]) == ("n.npy", "d.npy", 2)
+    capsys.readouterr()
+    for name, message in (
+        ("image.png", "is no .npy file of metres (h, w), 0 where unknown. A picture does not say"),
+        ("whole.npy", "holds int64 of shape (16, 16); wanted are floats of (h, w) or (h, w, 1)"),
+        ("n.npy", "holds float32 of shape (16, 16, 3); wanted are floats of (h, w)"),
+        ("text.npy", "is no .npy file of numbers"),
+        ("none.npy", "There is no file 'none.npy'"),
+    ):
+        assert cli.main([*words, "--depth", name]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["sample", "saved", "--depth", "d.npy", "--normals", "text.txt"]) == 2
+    (files / "text.txt").write_text("no picture")
+    assert cli.main(["sample", "saved", "--depth", "d.npy", "--normals", "text.txt"]) == 2
+    assert "is neither a .npy file nor an image" in capsys.readouterr().err

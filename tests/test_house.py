@@ -175,6 +175,15 @@ def test_import_law(path):
     assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py"), "give it a noun"
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.endswith("Pipeline")])
+def test_help_of_a_pipeline_shows_a_call_and_names_no_class_that_nobody_imports(name):
+    pipeline = getattr(diffusers_ext, name)
+    told = f"{pipeline.__doc__}\n{pipeline.__init__.__doc__}\n{pipeline.__call__.__doc__}"
+    assert re.search(r"Example:\n\n( {8}.*\n)* {8}.*pipe\(", pipeline.__doc__), "an example with a call of `pipe`"
+    inner = {base.__name__ for base in pipeline.__mro__ if base.__module__.startswith("diffusers_ext.")} - {*PUBLIC}
+    assert not {one for one in inner if re.search(rf"\b{one}\b", told)}
+
+
 def test_import_law_sees_a_breach(tmp_path, monkeypatch):
     path = tmp_path / "diffusers_ext" / "schedulers" / "scheduling_x.py"
     path.parent.mkdir(parents=True)

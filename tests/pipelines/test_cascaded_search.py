@@ -74,7 +74,7 @@ def test_bad_input():
     pipe = tiny_cascade(2)
     for options, match in [
         ({"stage": "base"}, "`stage` is 'base'; allowed are 'upscale_1'"),
-        ({"stage": "upscale_2"}, "built without upscale_2, or it is not in memory"),
+        ({"stage": "upscale_2"}, "`stage` is 'upscale_2'; allowed are 'upscale_1'."),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=match):

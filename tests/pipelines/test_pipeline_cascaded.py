@@ -445,7 +445,7 @@ def test_missing_stages():
     pipe = quiet(CascadedDiffusionPipeline(base=tiny_base(), upscale_2=tiny_upscale(2)))
     refused(pipe, "built without upscale_1, but the run goes from 'base' to 'upscale_2'; it has base, upscale_2")
     assert draw(pipe, stop_stage="base").shape[-1] == 8
-    refused(pipe, "built without upscale_1, upscale_3, but", stop_stage="upscale_3")
+    refused(pipe, "`stop_stage` is 'upscale_3', .* without upscale_3; it has base, upscale_2", stop_stage="upscale_3")
     pipe = quiet(CascadedDiffusionPipeline(upscale_1=tiny_upscale()))
     refused(pipe, "built without base")
     assert pipe("star", image=small_picture(), num_inference_steps=1).images[0].size == (16, 16)
@@ -460,14 +460,15 @@ def test_pictures_of_the_wrong_size_and_places_to_start():
     refused(pipe, "the wrong size for `start_stage`='upscale_2'", image=small_picture(8), start_stage="upscale_2")
     refused(pipe, "'upscale_1', but there is no `image` to start from", start_stage="upscale_1")
     refused(pipe, "'base', which takes no `image`", image=small_picture(8), start_stage="base")
-    refused(pipe, "built without upscale_3", image=small_picture(8), start_stage="upscale_3", stop_stage="upscale_3")
+    lacks = "`start_stage` is 'upscale_3', but .* without upscale_3; it has base, upscale_1, upscale_2. Name one"
+    refused(pipe, lacks, image=small_picture(8), start_stage="upscale_3", stop_stage="upscale_3")
     refused(
         pipe,
         "`stop_stage` is 'upscale_1', which comes before 'upscale_2'",
         image=small_picture(16),
         stop_stage="upscale_1",
     )
-    refused(pipe, "`start_stage` is 'sr'; allowed are 'base'", start_stage="sr")
+    refused(pipe, "`start_stage` is 'sr'; allowed are 'base', 'upscale_1', 'upscale_2' or None", start_stage="sr")
     with pytest.raises(ValueError, match="`image` is 40x40 pixels: this stage makes images of 16x16"):
         tiny_upscale(low_res_size=None)(small_picture(40), "star")
 

@@ -82,7 +82,9 @@ class LDMObjective(Objective):
             return call_unet(self.unet, timesteps, noisy)
         if keep is not None and self.task.is_context:
             condition = torch.where(keep.view(-1, *[1] * (condition.ndim - 1)), condition, self.null_condition)
-        encoded = condition if self.conditioner is None else self.conditioner(condition)
+        encoded = (
+            condition if self.conditioner is None else self.conditioner(condition, **self.task.conditioner_options)
+        )
         encoded = encoded if isinstance(encoded, Tensor) else encoded[0]
         if self.task.is_context:
             return call_unet(self.unet, timesteps, noisy, context=encoded.to(noisy))

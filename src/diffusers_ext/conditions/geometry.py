@@ -5,8 +5,12 @@ colours, then the logarithm of the depth in matplotlib's `jet` colours. The valu
 unit normals, and depths in metres.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 NEAREST, FARTHEST = 0.5, 300.0  # metres that the colours can tell apart
@@ -48,6 +52,44 @@ def geometry_condition(normals: Tensor, depth: Tensor) -> Tensor:
     if depth.min() < 0:
         raise ValueError(f"`depth` goes down to {depth.min():.4g}: expected metres, at least 0.")
     return torch.cat([_normal_colors(normals.float()), torch.stack([_depth_colors(one) for one in depth])], dim=1)
+
+
+def read_geometry(path: Path, option: str) -> Any:
+    """Normals (3, h, w) or depth (h, w), floating point, of a .npy file; for normals also the image of another file.
+
+    DIODE and `diffusers-ext prepare diode` write such files: unit normals (h, w, 3), metres (h, w) or (h, w, 1).
+
+    Args:
+        option: "--normals" or "--depth", for messages.
+
+    Raises:
+        ValueError: The file cannot be read, has another shape or integers, or is a picture of depth.
+    """
+    if path.suffix.lower() != ".npy":
+        if option == "--depth":
+            raise ValueError(
+                f"{option}: {str(path)!r} is no .npy file of metres (h, w), 0 where unknown. A picture does not say"
+                " what its grey values mean: turn them into metres, and save them with `numpy.save`."
+            )
+        try:
+            return Image.open(path)
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{option}: {str(path)!r} is neither a .npy file nor an image.") from error
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{option}: {str(path)!r} is no .npy file of numbers: {error}") from error
+    if option == "--depth":
+        values = values[:, :, 0] if values.shape[2:] == (1,) else values
+        fits, wanted = values.ndim == 2, "(h, w) or (h, w, 1)"
+    else:
+        values = np.moveaxis(values, 2, 0) if values.shape[2:] == (3,) else values
+        fits, wanted = values.ndim == 3 and values.shape[0] == 3, "(h, w, 3) or (3, h, w)"
+    if not fits or not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(
+            f"{option}: {str(path)!r} holds {values.dtype} of shape {values.shape}; wanted are floats of {wanted}."
+        )
+    return np.ascontiguousarray(values, dtype=np.float32)
 
 
 def _normal_colors(normals: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What all pipelines of the house have in common: a run, its defaults and its end; loading, sharing and saving."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .saving import check_saveable
 LOOKUP_ARGUMENTS = (  # of `from_pretrained`, which finding a file on the Hub takes too
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token",
 )  # fmt: skip
+Config = Mapping[str, Any]
+ConfigOf = Callable[[str], Config]  # (component) -> its config
 _KEEP_DTYPE = object()  # what `from_pipe` hands to `to` in place of diffusers' silent float32
 
 
@@ -50,6 +52,16 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
     _guidance_rescale: float = 0.0
     _num_timesteps: int = 0
     _interrupt: bool = False
+
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        """Arguments of `__call__` that the networks of a checkpoint can do nothing with, such as classes.
+
+        Args:
+            index: The checkpoint's model_index.json.
+            config_of: `(component) -> its config`.
+        """
+        return set()
 
     @property
     def guidance_scale(self) -> float:

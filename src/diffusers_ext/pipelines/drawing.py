@@ -10,12 +10,14 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import UNet2DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
+from ..conditions.geometry import read_geometry
 from ..places import did_you_mean, is_local, no_such
 from .base import HousePipeline
 
@@ -115,10 +117,10 @@ def choose_mode(pipeline: type[HousePipeline], options: Mapping[str, Any]) -> ty
     return min(fitting, key=lambda mode: len(set(options_of(mode)) & set(CONDITIONS) - given))
 
 
-def _missing(pipeline: type[HousePipeline], given: Set[str]) -> str:
+def _missing(pipeline: type[HousePipeline], given: Set[str], idle: Set[str] = frozenset()) -> str:
     """What a call lacks, as words for a message; empty where nothing is missing."""
     parameters = inspect.signature(pipeline.__call__).parameters
-    taken = options_of(pipeline)
+    taken = options_of(pipeline, idle)
     needed = [
         option
         for option in taken
@@ -138,20 +140,39 @@ def _option(name: str) -> str:
     return "a prompt" if name == "prompt" else f"--{name}"
 
 
-def options_of(pipeline: type[HousePipeline]) -> list[str]:
-    """The options of the command that a pipeline class takes."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    return [option for option, names in ARGUMENTS.items() if any(name in parameters for name in names)]
+def options_of(pipeline: type[HousePipeline], idle: Set[str] = frozenset()) -> list[str]:
+    """The options of the command that a pipeline class takes.
+
+    Args:
+        idle: Arguments that do not count, as the checkpoint's networks cannot use them (`idle_arguments`).
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters.keys() - idle
+    return [option for option, names in ARGUMENTS.items() if parameters & set(names)]
 
 
-def call_arguments(pipeline: type[HousePipeline], options: Mapping[str, Any]) -> dict[str, Any]:
+def idle_arguments(pipeline: type[HousePipeline], folder: str) -> set[str]:
+    """Arguments that the networks of a checkpoint, in a folder or on the Hub, can do nothing with."""
+
+    def config_of(component: str) -> Any:
+        return UNet2DModel.load_config(folder, subfolder=component)
+
+    index: Any = DiffusionPipeline.load_config(folder)
+    return pipeline.idle_arguments(index, config_of)
+
+
+def call_arguments(
+    pipeline: type[HousePipeline], options: Mapping[str, Any], idle: Set[str] = frozenset()
+) -> dict[str, Any]:
     """Options of the command as arguments of `__call__`; None means that an option was not given.
+
+    Args:
+        idle: Arguments that the checkpoint cannot use (`idle_arguments`).
 
     Raises:
         ValueError: for an option that the pipeline does not take, or a condition that is missing.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
-    taken = options_of(pipeline)
+    taken = options_of(pipeline, idle)
     given = {option: value for option, value in options.items() if value is not None}
     unknown = [option for option in given if option not in taken]
     if unknown:
@@ -167,7 +188,7 @@ def call_arguments(pipeline: type[HousePipeline], options: Mapping[str, Any]) ->
             arguments["data_type"] = "text"
         else:
             arguments[name] = value
-    if missing := _missing(pipeline, set(given)):
+    if missing := _missing(pipeline, set(given), idle):
         raise ValueError(f"{pipeline.__name__} needs {missing}.")
     return arguments
 
@@ -214,13 +235,10 @@ def draw(
     """
     saved = pipeline_class(folder)
     pipeline = choose_mode(saved, options)
-    arguments = call_arguments(pipeline, options)
-    for name in (name for option in FILES for name in ARGUMENTS[option]):
-        if name in arguments:
-            path = Path(arguments[name])
-            if not path.is_file():
-                raise ValueError(no_such("image", path))
-            arguments[name] = Image.open(path)
+    arguments = call_arguments(pipeline, options, idle_arguments(pipeline, folder))
+    for option in FILES:
+        for name in (name for name in ARGUMENTS[option] if name in arguments):
+            arguments[name] = read_file(option, Path(arguments[name]))
     if "class_labels" in arguments and str(arguments["class_labels"]).isdecimal():
         arguments["class_labels"] = int(arguments["class_labels"])
     if lora is not None and is_local(lora) and not Path(lora).exists():
@@ -244,7 +262,10 @@ def draw(
     pipe = pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = options.get("num") or 1
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
-    result = pipe(**arguments, generator=generators)
+    try:
+        result = pipe(**arguments, generator=generators)
+    except (ValueError, TypeError) as error:
+        raise ValueError(in_words_of_the_command(str(error))) from error
     texts: Any = getattr(result, "texts", None)
     drawn = list(texts) if options.get("caption") else list(result.images)
     return drawn, _settings(pipe, folder, options, arguments) | {
@@ -260,8 +281,35 @@ def _settings(pipe: Any, folder: str, options: Mapping[str, Any], arguments: Map
     written |= {name: Path(written[name]).name for name in FILES if name in written}
     steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     defaults = {"steps": arguments.get("num_inference_steps", steps), "guidance": pipe.guidance_scale}
+    if hasattr(pipe, "stage_parts"):  # of several stages: what their schedulers ran, which a call need not name
+        for name, _, scheduler in pipe.stage_parts():
+            defaults["steps" if name == "base" else f"{name}_steps"] = len(scheduler.timesteps)
     versions = {name: importlib.metadata.version(name) for name in ("diffusers-ext", "diffusers")}
     return {"pipeline": type(pipe).__name__, "checkpoint": Path(folder).name, **versions, **written, **defaults}
+
+
+def read_file(option: str, path: Path) -> Any:
+    """The image in a file; of normals and depth also the array in a .npy file, as `diffusers-ext prepare` writes it.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(no_such("file" if path.suffix == ".npy" else "image", path))
+    if option in ("normals", "depth"):
+        return read_geometry(path, f"--{option}")
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"--{option}: {str(path)!r} is no image that Pillow reads.") from error
+
+
+def in_words_of_the_command(message: str) -> str:
+    """A message of a pipeline with the options of the command in place of the arguments that they fill."""
+    for option, names in ARGUMENTS.items():
+        for name in names:
+            message = message.replace(f"`{name}`", _option(option))
+    return message
 
 
 def result_paths(out: Path, count: int, seed: int) -> list[Path]:
@@ -291,9 +339,10 @@ def describe(folder: str) -> str:
         return "\n".join([_part("model", kind, path), *_card_facts(path)])
     pipeline = pipeline_class(folder)
     path = path if path.is_dir() else Path(DiffusionPipeline.download(folder))
-    lines = [f"{_task(pipeline)}: {pipeline.__name__} takes {', '.join(map(_option, options_of(pipeline)))}"]
-    for mode in modes_of(pipeline)[1:]:
-        lines.append(f"{_task(mode)}: {mode.__name__} takes {', '.join(map(_option, options_of(mode)))}")
+    lines = []
+    for mode in modes_of(pipeline):
+        taken = options_of(mode, idle_arguments(mode, str(path)))
+        lines.append(f"{_task(mode)}: {mode.__name__} takes {', '.join(map(_option, taken))}")
     lines += _card_facts(path)
     index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     if index.get("default_guidance_scale") is not None:

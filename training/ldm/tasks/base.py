@@ -31,6 +31,7 @@ class Task:
     pipeline: ClassVar[type[LDMBasePipeline]]
     stock: ClassVar[str | None] = None  # the class of diffusers whose repositories the pipeline also loads
     conditioner: ClassVar[str | None] = None  # the component that is trained along with the U-Net
+    conditioner_options: ClassVar[dict[str, Any]] = {}  # beside the condition
     raw_condition: ClassVar[str | None] = None  # what `read` calls that which the conditioner is given
     has_one_answer: ClassVar[bool] = False  # whether a sample should be the original
 

@@ -26,6 +26,7 @@ class Text(Task):
     pipeline = LDMTextPipeline
     stock = "LDMTextToImagePipeline"
     conditioner = "bert"
+    conditioner_options = {"return_dict": False}  # diffusers reads its default by a name that is deprecated
     raw_condition = "tokens"  # (b, l); the encoder attends to padding
 
     tokenizer: PreTrainedTokenizerBase | None = None

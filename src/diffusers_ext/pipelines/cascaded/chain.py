@@ -138,10 +138,15 @@ def _running(
     parts: Mapping[str, Any], images: Tensor | None, start_stage: str | None, stop_stage: str | None
 ) -> list[str]:
     """Names of the stages that run: without a gap."""
-    for argument, value in (("start_stage", start_stage), ("stop_stage", stop_stage)):
-        check_choice(argument, value, STAGES, or_none=True)
     if not parts:
         raise ValueError("The cascade has no stages: pass `base=...` to the constructor, or use `from_stages`.")
+    for argument, value in (("start_stage", start_stage), ("stop_stage", stop_stage)):
+        if value in STAGES and value not in parts:
+            raise ValueError(
+                f"`{argument}` is {value!r}, but the cascade was built without {value}; it has {', '.join(parts)}."
+                f" Name one of them, or pass `{value}=...` to `from_pretrained` or to the constructor."
+            )
+        check_choice(argument, value, list(parts), or_none=True)
     first = "base" if start_stage is None else start_stage
     if images is None and first != "base":
         raise ValueError(
@@ -170,8 +175,6 @@ def _start_of(parts: Mapping[str, Any], images: Tensor, start_stage: str | None)
     takes = {name: part.config["low_res_size"] for name, part in parts.items() if name != "base"}
     if start_stage == "base":
         raise ValueError("`start_stage` is 'base', which takes no `image`: leave one of them out.")
-    if start_stage is not None and start_stage not in parts:
-        return start_stage  # which is then told to be missing
     fitting = [name for name, side in takes.items() if side is None or (side, side) == (height, width)]
     if start_stage is not None:
         fitting = [start_stage] if start_stage in fitting else []

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
@@ -24,7 +25,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from ...conditions.images import image_batch
-from ..base import LOOKUP_ARGUMENTS, HousePipeline, house_pipelines
+from ..base import LOOKUP_ARGUMENTS, Config, ConfigOf, HousePipeline, house_pipelines
 from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_choice, check_integer, check_output_type
 from ..recognition import check_folder
@@ -102,6 +103,23 @@ class CascadedDiffusionPipeline(HousePipeline):
             self._sources[_stage_name("hub_stages", name)] = StageSource(str(source))
 
     # --- stages
+
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        """What none of the stages takes, judged by those that lie in the folder."""
+        kinds = [index.get(name) for name in STAGES]
+        if any(isinstance(kind, str) for kind in kinds):
+            return set()  # a stage elsewhere
+        classes = {
+            name: getattr(diffusers, str(kind[-1]), None) for name, kind in zip(STAGES, kinds, strict=True) if kind
+        }
+        stages = {name: found for name, found in classes.items() if isinstance(found, type)}
+        idle = set()
+        if all(issubclass(stage, CascadedStage) for stage in stages.values()):
+            idle |= {"prompt", "negative_prompt"}
+            if all(config_of(f"{name}/unet").get("num_class_embeds") is None for name in stages):
+                idle.add("class_labels")
+        return idle
 
     @property
     def stage_names(self) -> list[str]:

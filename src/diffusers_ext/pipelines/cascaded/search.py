@@ -64,11 +64,11 @@ class TruncationSearch:
     _clean: list[Tensor] = field(default_factory=list)  # z_0 of each batch
 
     def __post_init__(self) -> None:
-        check_choice("stage", self.stage, STAGES[1:])
+        check_stage(self.pipe, self.stage)
         check_integer("batch_size", self.batch_size, 1)
         check_integer("count", self.count, 1)
         if getattr(self.pipe, self.stage) is None:
-            raise ValueError(f"The cascade was built without {self.stage}, or it is not in memory: `load_stages()`.")
+            raise ValueError(f"{self.stage} is not in memory: call `load_stages()`.")
         self.count = self.count if self.class_labels is None else len(self.class_labels)
 
     @torch.no_grad()
@@ -255,3 +255,8 @@ def draw_curve(points: Sequence[SearchPoint], path: Any, *, name: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def check_stage(pipe: Any, stage: str) -> None:
+    """The stage is one of the cascade's that enlarge images."""
+    check_choice("stage", stage, [name for name in pipe.stage_names if name != "base"])

@@ -31,7 +31,7 @@ from ...schedulers.gaussian import (
     takes_learned_variance,
 )
 from ...schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
-from ..base import HousePipeline
+from ..base import Config, ConfigOf, HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
     as_generators,
@@ -101,6 +101,10 @@ class CascadedStage(HousePipeline):
         """Where a run stops that does not say: the scheduler's own level, or the last one that was trained."""
         check_parts(self, "a run", "scheduler")
         return max(scheduler_setting(self.scheduler, "stop_level", 0), self.config.get("min_timestep", 0))
+
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        return {"class_labels"} if config_of("unet").get("num_class_embeds") is None else set()
 
     def get_label_ids(self, class_labels: Any) -> list[int] | None:
         """Class numbers of names, numbers, or a mixture of them; None for a network without classes.

@@ -231,7 +231,8 @@ class LDMTextPipeline(LDMBasePipeline):
     def _encode_texts(self, texts: list[str], device: torch.device | str) -> Tensor:
         """(n, l, d); padding is attended to, as in the training."""
         check_parts(self, "a text", "tokenizer", "bert")
-        return self.bert(text_ids(self.tokenizer, self.bert, texts, pipe=self).to(device))[0]
+        ids = text_ids(self.tokenizer, self.bert, texts, pipe=self).to(device)
+        return self.bert(ids, return_dict=False)[0]  # given: its default is read by a name that is deprecated
 
     def _check_prompts(self, prompt: Any, negative_prompt: Any, prompt_embeds: Any, negative_embeds: Any) -> int:
         """The number of prompts, if both branches are well formed."""

@@ -29,7 +29,7 @@ from ...models.unet_paella import PaellaUNet
 from ...models.vq_gumbel import GumbelVQModel
 from ...models.vq_paella import PaellaVQModel
 from ...schedulers.scheduling_discrete_renoising import DiscreteRenoisingScheduler
-from ..base import HousePipeline
+from ..base import Config, ConfigOf, HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
     as_texts,
@@ -47,23 +47,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class PaellaBasePipeline(HousePipeline):
-    """Components, conditions and loop of the Paella pipelines: a checkpoint loads into each, `from_pipe` shares it.
-
-    Args:
-        vqvae: Image tokenizer; a `PaellaVQModel`, a `GumbelVQModel`, or a stock `VQModel` of any downsampling factor.
-        tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
-        text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the tokenizer
-            are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
-        unet: Token predictor.
-        scheduler: Draws the tokens of each step and renoises them.
-        image_encoder: CLIP image tower of the same embedding space, for conditions that are images.
-        feature_extractor: Its image processor.
-        default_sample_size: Side or (height, width) of the token grid when a call names no size; by default
-            `unet.config.sample_size`, else 32.
-        default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
-        id2label: Names of the classes 0, 1, ... of a network whose condition is a class, as a list or by number, which
-            is how the config holds them.
-    """
+    """Components, conditions and loop of the Paella pipelines: a checkpoint loads into each, `from_pipe` shares it."""
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vqvae"
     _one_checkpoint = True  # of all its subclasses: each loads what another one saved
@@ -89,6 +73,23 @@ class PaellaBasePipeline(HousePipeline):
         default_guidance_scale: float = 5.0,
         id2label: dict[int, str] | list[str] | None = None,
     ):
+        """The components.
+
+        Args:
+            vqvae: Image tokenizer; a `PaellaVQModel`, a `GumbelVQModel`, or a stock `VQModel` of any factor.
+            tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
+            text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the
+                tokenizer are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
+            unet: Token predictor.
+            scheduler: Draws the tokens of each step and renoises them.
+            image_encoder: CLIP image tower of the same embedding space, for conditions that are images.
+            feature_extractor: Its image processor.
+            default_sample_size: Side or (height, width) of the token grid when a call names no size; by default
+                `unet.config.sample_size`, else 32.
+            default_guidance_scale: Guidance scale when a call names none; 5 in the paper, small models prefer less.
+            id2label: Names of the classes 0, 1, ... of a network whose condition is a class, as a list or by number,
+                which is how the config holds them.
+        """
         super().__init__()
         self.register_modules(
             vqvae=vqvae,
@@ -332,6 +333,13 @@ class PaellaBasePipeline(HousePipeline):
         self.check_encoder("image_encoder")
         device = device if device is not None else self._execution_device
         return image_vectors(self.feature_extractor, self.image_encoder, image_list(image), device)
+
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        """Classes where a CLIP is the condition, and texts where there is none."""
+        has_towers = [index.get(name, [None])[-1] is not None for name in ("text_encoder", "image_encoder")]
+        idle = {"prompt", "negative_prompt"} if not has_towers[0] else set()
+        return idle | ({"class_labels"} if any(has_towers) and index.get("id2label") is None else set())
 
     def encode_labels(self, class_labels: Any, device: torch.device | str | None = None) -> Tensor:
         """Classes as one-hot vectors `(n, d)`, to pass as `prompt_embeds` to any Paella pipeline.

@@ -39,7 +39,7 @@ class PaellaPipeline(PaellaBasePipeline):
     the scheduler's configuration and travels with the checkpoint. To change it:
     `pipe.scheduler = DiscreteRenoisingScheduler.from_config(pipe.scheduler.config, typical_mass=0.5)`.
 
-    The components are described at `PaellaBasePipeline`; the image encoder is used by `encode_image` only.
+    The components are described at `__init__`; the image encoder is used by `encode_image` only.
 
     Example:
 

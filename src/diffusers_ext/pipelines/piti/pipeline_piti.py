@@ -29,6 +29,7 @@ from ...conditions.piti import (
     sketch_condition,
 )
 from ...models.encoder_piti import PITIEncoder
+from ..base import Config, ConfigOf
 from ..callbacks import Callback
 from ..checks import check_integer, check_parts
 from ..glide.base import CHANNELS, Generators, GlideBasePipeline, GlideCondition, Stage, upsample
@@ -215,6 +216,11 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         assert drawn is not None
         return self.finish_images(drawn, output_type, return_dict)
 
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        taken = _arguments_of(index.get("condition_type", "label_map"))
+        return {"label_map", "sketch", "normals", "depth"} - {*taken}
+
     def read_conditions(
         self, *, label_map: Any = None, sketch: Any = None, normals: Any = None, depth: Any = None
     ) -> Tensor:
@@ -227,7 +233,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         """
         kind = self.config["condition_type"]
         given = {"label_map": label_map, "sketch": sketch, "normals": normals, "depth": depth}
-        wanted = ("normals", "depth") if kind == "geometry" else (kind,)
+        wanted = _arguments_of(kind)
         received = [name for name, value in given.items() if value is not None]
         if set(received) != set(wanted):
             raise ValueError(
@@ -300,6 +306,10 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
                 raise ValueError(
                     f"`{prefix}unet` takes {unet.config['in_channels']} channels, a stage {name} has {channels}."
                 )
+
+
+def _arguments_of(condition_type: str) -> tuple[str, ...]:
+    return ("normals", "depth") if condition_type == "geometry" else (condition_type,)
 
 
 def truncate_to_8_bits(images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ...conditions.focus import rescale_ranks
 from ...models.autoencoder_optimus import AutoencoderOptimus
 from ...models.unet_versatile import VersatileUNet
 from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, step_arguments
-from ..base import LOOKUP_ARGUMENTS, HousePipeline
+from ..base import LOOKUP_ARGUMENTS, Config, ConfigOf, HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
     as_generators,
@@ -90,24 +90,7 @@ class VersatilePipelineOutput(BaseOutput):
 
 
 class VersatileBasePipeline(HousePipeline):
-    """The components of Versatile Diffusion, and the steps of a call that its pipelines share.
-
-    Args:
-        unet: The multi-flow network.
-        scheduler: A scheduler of diffusers with `scale_model_input`, `step` and `add_noise`, see
-            `versatile_scheduler`.
-        vae: The autoencoder of images; needed where images are made.
-        tokenizer: The tokenizer of the text encoder.
-        text_encoder: The CLIP text model with projection; needed for texts as context.
-        image_encoder: The CLIP vision model with projection; needed for images as context.
-        feature_extractor: The image processor of the image encoder.
-        optimus: The autoencoder of texts; needed where texts are made.
-        encoder_tokenizer: The tokenizer of the encoder in `optimus`; needed only for editing.
-        decoder_tokenizer: The tokenizer of the decoder in `optimus`.
-        default_sample_size: The side, or (height, width), of the latents of images when a call names no size; by
-            default `unet.config.sample_size`, else 64.
-        default_guidance_scale: The guidance scale when a call names none.
-    """
+    """The components of Versatile Diffusion, and the steps of a call that its pipelines share."""
 
     _one_checkpoint = True  # each of its subclasses loads what another one saved
     _usual_guidance_scale = 7.5
@@ -144,6 +127,24 @@ class VersatileBasePipeline(HousePipeline):
         default_sample_size: int | tuple[int, int] | dict[str, int] | None = None,
         default_guidance_scale: float = 7.5,
     ):
+        """The components. A call needs only those that its flows use.
+
+        Args:
+            unet: The multi-flow network.
+            scheduler: A scheduler of diffusers with `scale_model_input`, `step` and `add_noise`, see
+                `versatile_scheduler`.
+            vae: The autoencoder of images; needed where images are made.
+            tokenizer: The tokenizer of the text encoder.
+            text_encoder: The CLIP text model with projection; needed for texts as context.
+            image_encoder: The CLIP vision model with projection; needed for images as context.
+            feature_extractor: The image processor of the image encoder.
+            optimus: The autoencoder of texts; needed where texts are made.
+            encoder_tokenizer: The tokenizer of the encoder in `optimus`; needed only for editing.
+            decoder_tokenizer: The tokenizer of the decoder in `optimus`.
+            default_sample_size: The side, or (height, width), of the latents of images when a call names no size; by
+                default `unet.config.sample_size`, else 64.
+            default_guidance_scale: The guidance scale when a call names none.
+        """
         super().__init__()
         self.register_modules(
             unet=unet,
@@ -165,6 +166,17 @@ class VersatileBasePipeline(HousePipeline):
         # `decode_latents` gives pixels in [0, 1], so there is nothing to denormalise
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_normalize=False)
         self._guidance_scale = default_guidance_scale
+
+    @classmethod
+    def idle_arguments(cls, index: Config, config_of: ConfigOf) -> set[str]:
+        """What no flow of the network reads, or makes."""
+        flows = config_of("unet").get("flows")
+        if not flows:
+            return set()  # all of them
+        contexts, made = ({flow.split("-to-")[side] for flow in flows} for side in (0, 1))
+        idle = {"text": {"prompt", "negative_prompt"}, "image": {"image", "image_masks"}}
+        found = set().union(*(names for kind, names in idle.items() if kind not in contexts))
+        return found | ({"data_type"} if "text" not in made else set())
 
     @classmethod
     def from_pretrained(  # type: ignore[override] # a named argument among the parent's keywords

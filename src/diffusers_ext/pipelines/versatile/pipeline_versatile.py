@@ -48,7 +48,15 @@ _ONLY_FOR: dict[str, tuple[Any, str | None, set[str]]] = {
 class VersatilePipeline(VersatileBasePipeline):
     """Text to image, image variation, image to text, text variation, and any mixture of contexts.
 
-    Its components are those of `VersatileBasePipeline`; a call needs only the ones that its flow uses.
+    Its components are described at `__init__`; a call needs only the ones that its flow uses.
+
+    Example:
+
+        pipe("a red circle").images[0]                                      # text to image
+        pipe(image=picture).images[0]                                       # image variation
+        pipe(image=picture, data_type="text").texts[0]                      # image to text
+        pipe("a red circle", data_type="text").texts[0]                     # text variation
+        pipe("a red circle", image=picture, text_ratio=0.5).images[0]       # text and image at once
     """
 
     _pipeline_tag = "text-to-image"

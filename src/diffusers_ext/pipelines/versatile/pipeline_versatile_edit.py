@@ -23,8 +23,13 @@ from .optimus_text import sentence_ids, word_piece_window
 class VersatileEditPipeline(VersatileBasePipeline):
     """Edits an image: it makes a caption of it, edits the caption as a vector, and makes an image of both.
 
-    Its components are those of `VersatileBasePipeline`, all of them. It loads what `VersatilePipeline` saved, and the
-    other way round. The network needs the flows "image-to-text", "text-to-image" and "image-to-image".
+    Its components are described at `__init__`, and it needs all of them. It loads what `VersatilePipeline` saved, and
+    the other way round. The network needs the flows "image-to-text", "text-to-image" and "image-to-image".
+
+    Example:
+
+        edited = pipe(picture, prompt="a red circle", negative_prompt="a blue star")
+        edited.images[0], edited.texts[0]                                   # the image, and its new caption
     """
 
     _pipeline_tag = "image-to-image"
