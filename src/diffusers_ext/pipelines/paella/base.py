@@ -79,7 +79,7 @@ class PaellaBasePipeline(HousePipeline):
             vqvae: Image tokenizer; a `PaellaVQModel`, a `GumbelVQModel`, or a stock `VQModel` of any factor.
             tokenizer: A transformers tokenizer that ends each text with the text encoder's end-of-text token.
             text_encoder: CLIP text model whose projection has the width `unet.config.condition_dim`. It and the
-                tokenizer are None where the condition is no text (a class or a label map): then `prompt_embeds` carries it.
+                tokenizer are None where the condition is no text (a class or a label map): `prompt_embeds` carries it.
             unet: Token predictor.
             scheduler: Draws the tokens of each step and renoises them.
             image_encoder: CLIP image tower of the same embedding space, for conditions that are images.
