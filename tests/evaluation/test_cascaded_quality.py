@@ -106,3 +106,78 @@ def test_bad_arguments(command, stages, tmp_path, capsys):
         with pytest.raises(SystemExit):
             script.parse_args(words)
         assert message in capsys.readouterr().err
+
+
+def run_claim(command, tmp_path, *words: str) -> list[dict]:
+    file = tmp_path / "figures.json"
+    command("claims_cascaded").main([*words, *SMALL, "--json", str(file)])
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("claim", ["fidelity", "truncation", "unconditional"])
+def test_sweeps_judge_every_level_in_both_forms(command, stages, tmp_path, capsys, claim):
+    against = ["--against", stages["unconditional"]] if claim == "unconditional" else []
+    rows = run_claim(command, tmp_path, claim, *chain(stages), *against, "--levels", "0", "301")
+    forms = ("truncated", "non-truncated") if claim == "truncation" else ("generated", "true small images")
+    assert [row["case"] for row in rows] == [
+        *(f"{form}, s = {level}" for form in forms for level in (0, 301)),
+        "true images",
+    ]
+    assert {row["side"] for row in rows} == {64} and {row["count"] for row in rows} == {4}
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("precision_held_out", "recall_train"))
+    assert rows[-1]["followed"] == 1.0 and rows[-1]["frechet_held_out"] < rows[0]["frechet_held_out"]
+    told = capsys.readouterr().out
+    assert "judged at upscale_2" in told and told.count("\n| ") == 6
+
+
+def test_variants_take_the_place_of_a_stage(command, stages, tmp_path):
+    rows = run_claim(command, tmp_path, "augmentation", *chain(stages), "--against", stages["fixed"])
+    assert [row["case"] for row in rows] == ["given, s = 301", "fixed, s = 301", "true images"]
+    assert rows[0]["frechet_train"] != rows[1]["frechet_train"]
+    words = ["blur", stages["whole"], "--against", stages["blur"], stages["upscale_2"], "--from_true"]
+    rows = run_claim(command, tmp_path, *words)
+    assert [row["case"] for row in rows] == ["given", "blur", "upscale_2", "true images"]
+    assert {**rows[0], "case": ""} == {**rows[2], "case": ""}  # the same stage, the same generators
+    words = ["ladder", *chain(stages), "--stage", "base", "--against", stages["other_base"]]
+    rows = run_claim(command, tmp_path, *words)
+    assert [row["side"] for row in rows] == [16, 16, 16] and rows[0]["frechet_train"] != rows[1]["frechet_train"]
+
+
+def test_a_single_network_gets_the_steps_that_the_cascade_computes(command, stages, tmp_path, capsys):
+    rows = run_claim(command, tmp_path, "single", *chain(stages), "--against", stages["large_base"])
+    told = capsys.readouterr().out
+    lines = told.split("\n\n")[1].splitlines()[2:]  # the first table, without its heading
+    cells = [line.split(" | ") for line in lines]
+    costs, steps = [float(cell[1]) for cell in cells], [int(cell[2]) for cell in cells]
+    assert costs[0] < costs[1] < costs[2] and steps[:3] == [2, 2, 2]
+    assert steps[3] == round(2 * sum(costs[:3]) / costs[3])
+    assert [row["case"] for row in rows] == ["cascade, 2+2+2 steps", f"large_base, {steps[3]} steps", "true images"]
+
+
+def test_the_classifier_of_samples_beside_that_of_true_images(command, stages, tmp_path, capsys):
+    found = run_claim(command, tmp_path, "cas", *chain(stages), "--stage", "base", "--classifier_steps", "2")
+    assert set(found) == {"samples", "true images"} and len(found["samples"]["by_class"]) == 48
+    assert found["samples"]["count"] == 480 and found["samples"]["top_1"] <= found["samples"]["top_5"]
+    told = capsys.readouterr().out
+    assert "held-out true images of 16 pixels" in told and "| star | " in told
+
+
+def test_claims_refuse_what_does_not_fit(command, stages, capsys):
+    script = command("claims_cascaded")
+    three = chain(stages)
+    for words, message in (
+        (["blur", *three], "--against is needed for blur"),
+        (["cas", *three, "--against", stages["blur"]], "not with cas"),
+        (["unconditional", *three, "--against", stages["blur"], stages["fixed"]], "one folder for unconditional"),
+    ):
+        with pytest.raises(SystemExit):
+            script.parse_args(words)
+        assert message in capsys.readouterr().err
+    for words, message in (
+        (["ladder", *three, "--stage", "upscale_3", "--against", stages["blur"]], "stages that were given are base"),
+        (["fidelity", *three, "--stage", "base"], "takes no small image"),
+        (["blur", *three, "--against", stages["base"]], "holds a CascadedBasePipeline"),
+        (["augmentation", *three, "--against", stages["blur"]], "blur was not trained at one level"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            script.main([*words, *SMALL])
