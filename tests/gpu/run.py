@@ -43,6 +43,7 @@ SHORT = {
     "speed_ldm": ["--dtype", "bfloat16", "--steps", "10", "--rounds", "2"],
     "speed_versatile": ["--width", "160", "--flows", "text-to-image", "--steps", "10", "--rounds", "2"],
     "speed_piti": ["--dtype", "bfloat16", "--steps", "20", "--rounds", "2"],
+    "speed_cascaded": ["--batch_size", "1", "--steps", "3", "--rounds", "2"],
     "speed_paella_cache": ["--conditions", "text", "--rounds", "1", "--steps", "12", "--num_samples", "256"],
 }
 FINDS_IT = ("speed_paella_cache",)
