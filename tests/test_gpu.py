@@ -23,16 +23,20 @@ def runner(repo_root) -> SimpleNamespace:
     return module
 
 
-@pytest.mark.parametrize("name", ["paella", "ldm-unconditional", "versatile-text-to-text"])
+@pytest.mark.parametrize("name", ["paella", "ldm-unconditional", "versatile-text-to-text", "cascaded"])
 def test_the_checks_of_a_pipeline(name):
     test_pipelines.test_the_device_changes_no_result(name, CPU)
     test_pipelines.test_a_generator_on_the_device_repeats_itself(name, CPU)
     test_pipelines.test_half_precision(name, torch.bfloat16, CPU)
 
 
-def test_the_checks_of_offloading_and_of_one_graph():
-    test_pipelines.test_model_offload_moves("ldm-unconditional", CPU)
-    test_pipelines.test_group_offload_moves("ldm-unconditional", False, CPU)
+@pytest.mark.parametrize("name", ["ldm-unconditional", "cascaded"])
+def test_the_checks_of_offloading(name):
+    test_pipelines.test_model_offload_moves(name, CPU)
+    test_pipelines.test_group_offload_moves(name, False, CPU)
+
+
+def test_the_checks_of_one_graph_and_of_draws():
     test_pipelines.test_the_network_is_one_graph("ldm-unconditional", CPU)
     test_pipelines.test_cpu_generators_serve_tokens_on_the_device(CPU)
 
@@ -98,7 +102,7 @@ def test_without_a_gpu_it_says_so(runner, capsys):
 
 def test_every_benchmark_of_speed_that_knows_a_device_is_run(runner, repo_root):
     parts = {part.name: part for part in runner.speed_parts("cuda")}
-    assert {"speed_paella", "speed_ldm", "speed_versatile", "speed_paella_cache"} <= set(parts)
+    assert {"speed_paella", "speed_ldm", "speed_versatile", "speed_cascaded", "speed_paella_cache"} <= set(parts)
     for name, part in parts.items():
         assert name in runner.FINDS_IT or part.words[1:3] == ["--device", "cuda"]
         options = [word for word in part.words if word.startswith("--")]

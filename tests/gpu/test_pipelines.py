@@ -5,7 +5,7 @@ The cases are those of `tests/pipelines/contract.py`: a new family is tested by 
 
 import pytest
 import torch
-from pipelines.contract import CASES, ONE_EACH, sample
+from pipelines.contract import CASES, ONE_EACH, networks, owner_of, sample
 from pipelines.tiny_paella import quiet
 
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
@@ -13,10 +13,6 @@ from diffusers_ext.schedulers.scheduling_discrete_renoising import DiscreteRenoi
 
 ALL = pytest.mark.parametrize("name", CASES)
 EACH = pytest.mark.parametrize("name", ONE_EACH)
-
-
-def networks(pipe) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
 def devices(pipe) -> set[str]:
@@ -114,7 +110,7 @@ def test_group_offload_moves(name, stream, device):
         onload_device=device, offload_type="leaf_level", use_stream=stream, exclude_modules=unfit
     )
     for part in unfit:
-        getattr(pipe, part).to(device)
+        networks(pipe)[part].to(device)
     found = sample(pipe, name)
     offloaded = [part for key, part in networks(pipe).items() if key not in unfit]
     assert {tensor.device.type for part in offloaded for tensor in part.parameters()} == {"cpu"}
@@ -131,7 +127,8 @@ def test_the_network_is_one_graph(name, device):
     assert found, f"no network of {type(pipe).__name__} is called a unet: say here which is compiled"
     for part in found:
         backend = "eager" if device.type == "cpu" else "inductor"
-        setattr(pipe, part, torch.compile(getattr(pipe, part), fullgraph=True, backend=backend))
+        owner, place = owner_of(pipe, part)
+        setattr(owner, place, torch.compile(networks(pipe)[part], fullgraph=True, backend=backend))
     assert_near(sample(pipe, name), expected)
 
 

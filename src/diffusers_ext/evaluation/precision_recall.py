@@ -55,7 +55,7 @@ def _share_within(vectors: Tensor, spanning: Tensor, num_neighbors: int) -> floa
         [_distances(rows, spanning).kthvalue(num_neighbors + 1).values for rows in spanning.split(_ROWS)]
     )
     inside = [(_distances(rows, spanning) <= radii).any(dim=1) for rows in vectors.split(_ROWS)]
-    return float(torch.cat(inside).double().mean())
+    return int(torch.cat(inside).sum()) / len(vectors)
 
 
 def _distances(rows: Tensor, vectors: Tensor) -> Tensor:
