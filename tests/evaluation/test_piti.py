@@ -13,6 +13,9 @@ from pipelines.tiny_glide import tiny_decoder, tiny_glide, tiny_piti
 
 from diffusers_ext import NormalizedCFGScheduler, PITIPipeline
 from diffusers_ext.data.scenes import SHAPES
+from diffusers_ext.training.piti.args import PITIArgs
+from diffusers_ext.training.piti.data import ConditionReader, load_rows
+from diffusers_ext.training_utils.args import DataArgs
 
 KINDS = ("label_map", "sketch", "geometry")
 SMALL = ["--num_cases", "3", "--batch_size", "2", "--num_inference_steps", "2"]
@@ -95,6 +98,19 @@ def test_conditions_are_what_the_pipeline_takes(parts):
         assert all(not torch.equal(read[0], one) for one in read[1:])
     lines = parts.condition_of("sketch", scenes[0], 128)["sketch"]
     assert 40 < (lines == 255).sum() < 128 * 128 / 16  # an outline, neither nothing nor an area
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditions_are_those_of_the_training(parts, kind):
+    args = PITIArgs(stage="joint", condition=kind, encoder_sample_size=128, downsampling="area")
+    data = DataArgs("scenes", "plain+one", max_train_samples=2, resolution=32, center_crop=True)
+    _, rows, columns = load_rows(args, data)
+    pipe = scenes_pipeline(kind, upscale=False)
+    pipe.encoder.register_to_config(sample_size=128)  # as large as the maps: nothing is resized
+    reader = ConditionReader(args, data, columns, 128, pipe.label_palette if kind == "label_map" else None)
+    for index, scene in enumerate(parts.held_out_scenes("plain+one", 2, split="validation")):
+        learnt = reader(rows[index], torch.Generator())["condition"]
+        torch.testing.assert_close(pipe.read_conditions(**parts.condition_of(kind, scene, 128))[0], learnt)
 
 
 def test_quality_of_every_condition(load, folders, tmp_path, capsys):
