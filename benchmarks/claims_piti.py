@@ -324,20 +324,24 @@ def probe(seen: Tensor, target: Tensor, unseen: Tensor, wanted: Tensor) -> tuple
         The mean distance on `unseen`, and the share of the variance that is explained there.
     """
     kept = 3 * len(seen) // 4
-    errors = [
-        (_ridge(seen[:kept], target[:kept], seen[kept:], penalty) - target[kept:]).square().sum()
-        for penalty in RIDGE_PENALTIES
-    ]
-    guess = _ridge(seen, target, unseen, RIDGE_PENALTIES[int(torch.stack(errors).argmin())])
+    tried = _ridge(seen[:kept], target[:kept], seen[kept:], RIDGE_PENALTIES)
+    errors = [float((guess - target[kept:]).square().sum()) for guess in tried]
+    (guess,) = _ridge(seen, target, unseen, [RIDGE_PENALTIES[int(np.argmin(errors))]])
     left = (guess - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     return float((guess - wanted).norm(dim=1).mean()), float(1 - left)
 
 
-def _ridge(seen: Tensor, target: Tensor, unseen: Tensor, penalty: float) -> Tensor:
+def _ridge(seen: Tensor, target: Tensor, unseen: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """A guess (n', 2) for each penalty. Solved in the samples or in the numbers, whichever are fewer."""
     mean, std = seen.mean(0), seen.std(0).clamp_min(1e-8)
-    inputs, others = (seen - mean) / std, (unseen - mean) / std
-    gram = inputs.T @ inputs + penalty * len(inputs) * torch.eye(inputs.shape[1], dtype=inputs.dtype)
-    return others @ torch.linalg.solve(gram, inputs.T @ (target - target.mean(0))) + target.mean(0)
+    inputs, others, rest = (seen - mean) / std, (unseen - mean) / std, target - target.mean(0)
+    wide = inputs.shape[1] > len(inputs)
+    products = inputs @ inputs.T if wide else inputs.T @ inputs
+    identity, guesses = torch.eye(len(products), dtype=inputs.dtype), []
+    for penalty in penalties:
+        solved = torch.linalg.solve(products + penalty * len(inputs) * identity, rest if wide else inputs.T @ rest)
+        guesses.append(others @ (inputs.T @ solved if wide else solved) + target.mean(0))
+    return guesses
 
 
 def _axes(count: int) -> tuple[Any, Any]:

@@ -248,6 +248,16 @@ def test_ridge_regression_finds_a_plane_and_not_noise(claims):
     assert claims.probe(seen, noise[0], unseen, noise[1])[1] < 0.2
 
 
+def test_more_numbers_than_samples_are_solved_in_the_samples(claims):
+    generator = torch.Generator().manual_seed(0)
+    seen, unseen, target = (torch.randn(*size, generator=generator).double() for size in ((5, 9), (3, 9), (5, 2)))
+    mean, std = seen.mean(0), seen.std(0)
+    inputs, others = (seen - mean) / std, (unseen - mean) / std
+    system = inputs.T @ inputs + 0.1 * 5 * torch.eye(9)
+    expected = others @ torch.linalg.solve(system, inputs.T @ (target - target.mean(0))) + target.mean(0)
+    torch.testing.assert_close(claims._ridge(seen, target, unseen, [7.0, 0.1])[1], expected)
+
+
 def test_bad_words_for_claims(claims, folders, capsys):
     folder = folders["sketch"]
     for words, message in (
