@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 from slow_run import main as slow_run
 from torch import nn
 
-from diffusers_ext.losses.adversarial import adaptive_weight, hinge_discriminator_loss
+from diffusers_ext.losses.adversarial import (
+    adaptive_weight,
+    gradient_penalty,
+    hinge_discriminator_loss,
+    marking_discriminator_loss,
+    marking_generator_loss,
+    wasserstein_discriminator_loss,
+)
 from diffusers_ext.training_utils import lock
 from diffusers_ext.training_utils.adversarial import AdversarialObjective, Opponent, fit_adversarial
 from diffusers_ext.training_utils.args import TrainArgs
@@ -276,19 +283,97 @@ def test_the_adversarial_loop_is_the_loop_by_hand(tmp_path, fresh):
     assert load_file(tmp_path / "checkpoint-5" / "objective.safetensors")["seen"] == 18 == lines[-1]["seen"]
 
 
-def test_a_constant_weight_where_there_is_no_last_weight(tmp_path):
-    class Constant(Painting):
-        @property
-        def last_weight(self):
-            return None
+class Plain(Painting):
+    @property
+    def last_weight(self):
+        return None
 
+
+def test_a_constant_weight_where_there_is_no_last_weight(tmp_path):
     args = TrainArgs(output_dir=str(tmp_path), max_train_steps=2, train_batch_size=4, logging_steps=1)
     fit_adversarial(
-        start(args), Constant(), Opponent(judge(), 1, hinge_discriminator_loss, weight=0.25), range(10), args,
+        start(args), Plain(), Opponent(judge(), 1, hinge_discriminator_loss, weight=0.25), range(10), args,
         transform=picture,
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line.get("adaptive_weight") for line in lines] == [None, 0.25]
+
+
+WGAN = {"loss": wasserstein_discriminator_loss, "penalty": 10.0}
+MARKS = {"loss": marking_discriminator_loss, "generator_loss": marking_generator_loss}
+
+
+@pytest.mark.parametrize("form", [WGAN, MARKS])
+def test_an_opponent_that_goes_first_is_that_of_piti_by_hand(tmp_path, form):
+    """It is stepped before the adversarial term is taken, which comes from its new weights, with a constant weight."""
+    args = TrainArgs(
+        output_dir=str(tmp_path), max_train_steps=4, train_batch_size=5, learning_rate=1e-2, logging_steps=1,
+        max_grad_norm=0.1,
+    )  # fmt: skip
+    objective, discriminator = Plain(), judge()
+    opponent = Opponent(discriminator, 1, weight=0.3, learning_rate=3e-2, goes_first=True, **form)
+    slow, fast = ([p] for p in objective.parameters() if p.ndim == 4)
+    groups = [{"params": slow, "lr": 1e-3}, {"params": fast}]
+    assert fit_adversarial(
+        start(args), objective, opponent, range(10), args, transform=picture, parameter_groups=groups,
+        collate=lambda samples: torch.stack(samples) + 0.5,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    by_hand, other = Plain(), judge()
+    slow, fast = ([p] for p in by_hand.parameters() if p.ndim == 4)
+    optimizer, _ = build_optimizer([{"params": slow, "lr": 1e-3}, {"params": fast}], args)
+    disc_optimizer, _ = build_optimizer(list(other.parameters()), args, 3e-2)
+    plan = StepPlan(10, 5)
+    for step in range(4):
+        ((keys, _),) = plan.micro_batches(step)
+        real = torch.stack([picture(i, keyed_generator(0, epoch, i, 0)) for epoch, i in keys]) + 0.5
+        draws = [keyed_generator(0, epoch, i, LOSS_STREAM) for epoch, i in keys]
+        fake = by_hand.paint(real, draws)
+        loss = (fake - real).square().mean() + step * by_hand.last.bias.square().sum()
+        if step >= 1:
+            judged = form["loss"](other(real), other(fake.detach()))
+            if form is WGAN:
+                epsilon = torch.stack([torch.rand(1, 1, 1, generator=g) for g in draws])
+                penalty = gradient_penalty(other, real, fake, epsilon)
+                assert lines[step]["disc_penalty"] == pytest.approx(penalty.item(), rel=1e-4)
+                judged = judged + penalty
+            assert lines[step]["disc_loss"] == pytest.approx(judged.item(), rel=1e-4)
+            disc_optimizer.zero_grad()
+            judged.backward()
+            disc_optimizer.step()
+            cheat = -other(fake).mean() if form is WGAN else other(fake).sigmoid().log().mean()
+            assert lines[step]["adversarial"] == pytest.approx(cheat.item(), rel=1e-4)
+            loss = loss + 0.3 * cheat
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.1)
+        optimizer.step()
+        assert lines[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for one, two in ((objective, by_hand), (discriminator, other)):
+        for found, hand in zip(one.parameters(), two.parameters(), strict=True):
+            torch.testing.assert_close(found, hand, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [WGAN, MARKS])
+def test_what_the_two_learn_of_each_other(tmp_path, form):
+    """WGAN: high scores are real. Marking: high scores are generated. The adversarial term goes the other way."""
+    args = TrainArgs(output_dir=str(tmp_path), max_train_steps=80, train_batch_size=10, learning_rate=1e-12)
+    objective, discriminator = Plain(), judge()
+    opponent = Opponent(discriminator, 0, learning_rate=3e-2, goes_first=True, **form)
+    fit_adversarial(start(args), objective, opponent, range(10), args, transform=picture)
+    real = torch.stack([picture(i, torch.Generator().manual_seed(i)) for i in range(10)])
+    fake = objective.paint(real, [torch.Generator().manual_seed(i) for i in range(10)]).detach().requires_grad_()
+    gap = (discriminator(fake) - discriminator(real)).mean()
+    assert gap > 0.5 if form is MARKS else gap < -0.2
+    (slope,) = torch.autograd.grad(opponent.generator_loss(discriminator(fake)), fake)
+    moved = discriminator(fake - 1e-2 * slope).mean() - discriminator(fake).mean()
+    assert moved < 0 if form is MARKS else moved > 0  # down the term: less generated, or more real
+
+
+def test_an_opponent_cannot_go_first_and_last():
+    with pytest.raises(ValueError, match="`fresh_forward` and `goes_first` are both set"):
+        Opponent(judge(), 0, hinge_discriminator_loss, fresh_forward=True, goes_first=True)
 
 
 def test_an_objective_must_say_its_losses(tmp_path):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from diffusers_ext.training_utils.adversarial import refuse_micro_steps
 from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
 
 
@@ -98,16 +99,8 @@ class AutoencoderArgs:
 
 
 def check_accumulation(args: AutoencoderArgs, train: TrainArgs) -> None:
-    """Refuses micro-steps with the PatchGAN, also those that `--total_batch_size` makes on this many processes.
-
-    Raises:
-        ValueError: names the batch a process that needs none.
-    """
-    steps, batch = train.gradient_accumulation_steps, train.train_batch_size
-    if steps > 1 and args.disc_start is not None:
-        asked = "--gradient_accumulation_steps" if train.total_batch_size is None else "--total_batch_size"
-        raise ValueError(
-            f"{asked}={getattr(train, asked[2:])} makes {steps} micro-steps of {batch} samples a process, but with "
-            "--disc_start the adaptive weight is one of a whole batch: pass --train_batch_size "
-            f"{steps * batch}, more processes, or --disc_start none."
+    """Refuses micro-steps with the PatchGAN; see `refuse_micro_steps`."""
+    if args.disc_start is not None:
+        refuse_micro_steps(
+            train, "with --disc_start the adaptive weight is one of a whole batch", otherwise="--disc_start none"
         )
