@@ -8,21 +8,34 @@ Papers: Nichol et al., "GLIDE", arXiv 2112.10741, whose authors released no trai
 All You Need for Image-to-Image Translation", arXiv 2205.12952; original: PITI-Synthesis/PITI@d9f7481. `--stage prior`
 trains GLIDE's base stage, which draws small images of a text: a `GlidePipeline`. `--stage encoder` puts an encoder of
 label maps, sketches or geometry in the place of the text's and leaves the U-Net as it is; `--stage joint` trains both:
-a `PITIPipeline` each. Differences: pictures are cut to squares, not squashed; the frozen U-Net drops nothing out;
-normals of mirrored pictures are mirrored too.
+a `PITIPipeline` each. `--stage prior_upsampler` and `--stage upsampler` train their second stages. Differences:
+pictures are cut to squares, not squashed; the frozen U-Net drops nothing out; normals of mirrored pictures are
+mirrored too.
 """
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.training.piti.args import PITIArgs
-from diffusers_ext.training.piti.data import ConditionReader, Reader, TextReader, load_rows
+from diffusers_ext.training.piti.data import ConditionReader, TextReader, UpscaleReader, load_rows
 from diffusers_ext.training.piti.networks import Pipeline, build_pipeline
-from diffusers_ext.training.piti.objective import PITIObjective, PriorObjective
+from diffusers_ext.training.piti.objective import DiffusionObjective, PITIObjective, PriorObjective
+from diffusers_ext.training.piti.upsampler import (
+    MapUpsamplerObjective,
+    TextUpsamplerObjective,
+    UpsamplerObjective,
+    UpscaleValidation,
+    build_opponent,
+    build_perceptual,
+)
+from diffusers_ext.training.piti.upsampler_args import check_accumulation
+from diffusers_ext.training.piti.upsampler_networks import build_upsampler
 from diffusers_ext.training.piti.validation import PITIValidation
+from diffusers_ext.training_utils.adversarial import fit_adversarial
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
 from diffusers_ext.training_utils.args import parse_args as parse
 from diffusers_ext.training_utils.command import run_command
@@ -37,46 +50,45 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[PITIArgs, DataArgs, TrainArgs]:
-    return parse((PITIArgs, DataArgs, TrainArgs), argv)
+    args, data, train = parse((PITIArgs, DataArgs, TrainArgs), argv)
+    check_accumulation(args, train)
+    return args, data, train
 
 
 def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = start(train)
+    check_accumulation(args, train)  # once more, now that the number of processes is known
     train_set, validation_set, columns = load_rows(args, data)
     captions = read_captions(train_set.dataset, data.caption_column) if args.told == "text" else []
-    pipe = build_pipeline(args, data, captions, train)
+    pipe = build_upsampler(args, data.resolution) if args.upsamples else build_pipeline(args, data, captions, train)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.float(part)  # weights to train, whatever the files hold
     pipe.set_progress_bar_config(disable=True)
 
     reader = make_reader(pipe, args, data, columns)
-    if isinstance(pipe, GlidePipeline):
-        objective = PriorObjective(pipe, args, reader.tokens(""))
-    else:
-        objective = PITIObjective(pipe, args, accelerator.device)
+    objective = make_objective(pipe, args, reader, accelerator.device)
     if args.rank:
         if args.told == "text":
             objective.requires_grad_(False)
-        add_lora(pipe.unet, args.rank)
+        add_lora(objective.denoiser, args.rank)
     if accelerator.device.type == "cpu":
-        for network in (pipe.unet, objective):
+        for network in (objective.denoiser, objective):
             plain_attention(network)
     if train.gradient_checkpointing:
         objective.checkpoint_gradients()
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     logger.info("%d pictures, %d trained parameters", len(train_set), trained)
 
-    finished = fit(
-        accelerator,
-        objective,
-        train_set,
-        train,
-        transform=reader,
-        num_workers=data.dataloader_num_workers,
-        on_validate=PITIValidation(objective, reader, validation_set, train, accelerator),
-    )
+    options = {"transform": reader, "num_workers": data.dataloader_num_workers}
+    validation = UpscaleValidation if args.upsamples else PITIValidation
+    options["on_validate"] = validation(objective, reader, validation_set, train, accelerator)
+    if isinstance(objective, UpsamplerObjective):
+        opponent = build_opponent(args, data.resolution)
+        finished = fit_adversarial(accelerator, objective, opponent, train_set, train, **options)
+    else:
+        finished = fit(accelerator, objective, train_set, train, **options)
     kind, prompt = type(pipe), (args.validation_prompts or captions or [None])[0]
     finish(
         accelerator,
@@ -88,17 +100,33 @@ def main(argv: list[str] | None = None) -> None:
         summary=describe_stage(args, data, kind),
         usage=partial(kind.usage, config=pipe.config, prompt=prompt),
         header=kind.card_tags(),
-        lora=pipe.unet if args.rank else None,
+        lora=objective.denoiser if args.rank else None,
     )
 
 
-def make_reader(pipe: Pipeline, args: PITIArgs, data: DataArgs, columns: dict[str, str]) -> Reader:
+def make_reader(
+    pipe: Pipeline, args: PITIArgs, data: DataArgs, columns: dict[str, str]
+) -> TextReader | ConditionReader | UpscaleReader:
     """What reads rows as the pipeline reads what it is called with."""
     if isinstance(pipe, GlidePipeline):
-        window = pipe.text_encoder.config["max_length"]
-        return TextReader(args, data, pipe.tokenizer, window, pipe.config["lower_case"])
-    palette = pipe.label_palette if args.condition == "label_map" else None
-    return ConditionReader(args, data, columns, pipe.encoder.config["sample_size"], palette)
+        encoder = pipe.upscale_text_encoder if args.upsamples else pipe.text_encoder
+        window = encoder.config["max_length"]
+        reader = TextReader(args, data, pipe.tokenizer, window, pipe.config["lower_case"])
+    else:
+        palette = pipe.label_palette if args.condition == "label_map" else None
+        reader = ConditionReader(args, data, columns, pipe.encoder.config["sample_size"], palette)
+    if not args.upsamples:
+        return reader
+    return UpscaleReader(reader, data.resolution // pipe.unet.config["sample_size"], args)
+
+
+def make_objective(pipe: Pipeline, args: PITIArgs, reader: Any, device: torch.device) -> DiffusionObjective:
+    """What the stage learns."""
+    is_text = isinstance(pipe, GlidePipeline)
+    if args.upsamples:
+        perceptual = build_perceptual(args, device)
+        return (TextUpsamplerObjective if is_text else MapUpsamplerObjective)(pipe, args, perceptual)
+    return PriorObjective(pipe, args, reader.tokens("")) if is_text else PITIObjective(pipe, args, device)
 
 
 def describe_stage(args: PITIArgs, data: DataArgs, kind: type[Pipeline]) -> str:
@@ -107,6 +135,8 @@ def describe_stage(args: PITIArgs, data: DataArgs, kind: type[Pipeline]) -> str:
         args.told, "normals and depth"
     )
     drawn = f"A {kind.__name__}: it draws images of {data.resolution} pixels that follow {told}."
+    if args.upsamples:
+        return f"{drawn} Its upsampler was trained; the base stage stayed as it was."
     if args.told == "text":
         return drawn
     how = "Its encoder was trained in front of a U-Net that stayed as it was."

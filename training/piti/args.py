@@ -4,29 +4,30 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
+from diffusers_ext.training.piti.upsampler_args import UPSAMPLERS, UpsamplerArgs, check_upsampler
 from diffusers_ext.training_utils.args import between, check_unet_widths, option, positive
 
 Stage = Literal["prior", "prior_upsampler", "encoder", "joint", "upsampler"]
-LATER_STAGES = ("prior_upsampler", "upsampler")  # that this recipe does not train yet
 GUIDANCE_SCALES = {"text": 3.0, "map": 1.3}  # the authors'
 
 
 @dataclass
-class PITIArgs:
+class PITIArgs(UpsamplerArgs):
     """One stage of PITI or of its GLIDE prior: what it is told, its networks and its noise."""
 
     # On a resume, see TrainArgs.
-    APPLIED: ClassVar[tuple[str, ...]] = ("guidance_scale",)
+    APPLIED: ClassVar[tuple[str, ...]] = ("guidance_scale", "disc_learning_rate")
     BOOKKEEPING: ClassVar[tuple[str, ...]] = ("num_validation_images", "num_inference_steps", "validation_prompts")
 
     stage: Stage = option(
         "prior", "Prior: small images of a text, which is GLIDE's base stage. Encoder: of a map, by a new encoder in "
-        "front of a U-Net that stays as it is. Joint: both are trained."
+        "front of a U-Net that stays as it is. Joint: both are trained. Prior_upsampler and upsampler: large images "
+        "of the small ones that a prior or PITI draws."
     )  # fmt: skip
     pretrained_model_name_or_path: str | None = option(
         None, "Pipeline to start from, a folder or a name on the Hub: its networks, tokenizer, palette and noise "
         "levels replace those below. Encoder and joint: a GLIDE prior, or a PITI stage of the same condition; joint "
-        "without any starts from nothing."
+        "without any starts from nothing. Upsamplers: the pipeline whose images are enlarged, a prior or PITI's."
     )  # fmt: skip
 
     condition: Literal["label_map", "sketch", "geometry"] = option(
@@ -99,8 +100,6 @@ class PITIArgs:
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.stage in LATER_STAGES:
-            raise ValueError(f"--stage {self.stage} cannot be trained yet: --stage prior, encoder and joint can.")
         positive(
             self, "vocab_size", "text_max_length", "text_layers", "text_attention_heads", "token_init_std",
             "num_train_timesteps", "layers_per_block", "num_head_channels", "cross_attention_dim", "norm_num_groups",
@@ -114,6 +113,7 @@ class PITIArgs:
         check_guidance_scale(self.scale)
         check_unet_widths(self, num_head_channels=self.num_head_channels)
         self._check_encoder()
+        check_upsampler(self)
         if self.scale != 1 and not self.dropout_of_condition:
             raise ValueError(
                 f"--guidance_scale={self.scale} needs samples trained without their condition: raise "
@@ -158,8 +158,20 @@ class PITIArgs:
     @property
     def dropout_of_condition(self) -> float:
         """How often the condition is dropped."""
-        usual = {"prior": 0.1, "prior_upsampler": 0.1, "joint": 0.2}.get(self.stage, 0.0)
+        usual = {"prior": 0.1, "joint": 0.2}.get(self.stage, 0.0)
         return usual if self.cond_dropout_prob is None else self.cond_dropout_prob
+
+    @property
+    def upsamples(self) -> bool:
+        """Whether the stage makes large images of small ones."""
+        return self.stage in UPSAMPLERS
+
+    @property
+    def weight_of_adversarial(self) -> float:
+        """The weight of the adversarial term."""
+        if self.adversarial_weight is not None:
+            return self.adversarial_weight
+        return 0.01 if self.stage == "upsampler" else 0.0
 
     @property
     def scale(self) -> float:

@@ -23,6 +23,8 @@ from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.crops import Crop, choose_text, draw_crop
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.scenes import metres_of_nearness
+from diffusers_ext.degradations.bsr import degrade_piti
+from diffusers_ext.degradations.resizing import resize
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training_utils.args import DataArgs
@@ -33,6 +35,7 @@ _NAMED = 5  # sketches without lines that warnings name
 
 # a column's name here -> other names that it may have, the first of them in the built-in `scenes`
 OTHER_NAMES = {"normals": ("normals", "normal"), "depth": ("metres", "depth")}
+L0_PROB = {"bsr_light": 0.0, "bsr_light_l0": 0.2}
 
 
 def load_rows(args: PITIArgs, data: DataArgs) -> tuple[NamedRows, NamedRows, dict[str, str]]:
@@ -181,6 +184,36 @@ class ConditionReader(Reader):
     def _resized(self, values: Tensor) -> Tensor:
         """(c, h, w) at the size of the maps."""
         return resize_nearest(values[None], self.side)[0]
+
+
+@dataclass(frozen=True)
+class UpscaleReader:
+    """The samples of another reader, and the small image that belongs to each large one.
+
+    Args:
+        reader: Cuts the picture, and reads what the stage is told of it.
+        scale: How many times larger the large image is.
+        args: How the small image is made.
+    """
+
+    reader: Reader
+    scale: int
+    args: PITIArgs
+
+    def __call__(self, row: dict[str, Any], generator: Generator) -> dict[str, Any]:
+        """What the reader gives, and `low` (3, h, w) in [-1, 1], on the grid of 8 bits. Draws the degradation last."""
+        sample, degradation = self.reader(row, generator), self.args.degradation
+        image = sample["image"]
+        if degradation == "none":
+            method = "area" if self.args.downsampling == "area" else "antialiased"
+            low = resize(image, image.shape[1] // self.scale, image.shape[2] // self.scale, method).clamp(-1, 1)
+            return sample | {"low": ((low + 1) * 127.5).round() / 127.5 - 1}
+        low = degrade_piti(image, self.scale, generator, l0_prob=L0_PROB[degradation])
+        return sample | {"low": low}
+
+    def without_augmentation(self) -> "UpscaleReader":
+        """The one of the validation: the centre, not mirrored; the small image is degraded as in training."""
+        return replace(self, reader=self.reader.without_augmentation())
 
 
 def read_geometry(normals: Any, depth: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -91,15 +91,16 @@ def build_scheduler(args: PITIArgs) -> RespacedScheduler:
     )
 
 
-def build_encoder(args: PITIArgs, hidden_size: int | None = None) -> PITIEncoder:
+def build_encoder(args: PITIArgs, hidden_size: int | None = None, sample_size: int | None = None) -> PITIEncoder:
     """A new encoder of the condition.
 
     Args:
         hidden_size: What the U-Net attends to; `--cross_attention_dim` by default.
+        sample_size: Side of the maps; `--encoder_sample_size` by default.
     """
     encoder = PITIEncoder(
         in_channels=CONDITION_CHANNELS[args.condition],
-        sample_size=args.encoder_sample_size,
+        sample_size=sample_size or args.encoder_sample_size,
         hidden_size=hidden_size or args.cross_attention_dim,
         num_layers=args.encoder_layers,
         num_attention_heads=args.encoder_attention_heads,
@@ -187,19 +188,28 @@ def load_base(args: PITIArgs) -> Pipeline:
     Raises:
         ValueError: It is a pipeline of another kind, or one that fills parts of images.
     """
-    place = args.pretrained_model_name_or_path
-    assert place is not None
-    kinds = {kind.__name__: kind for kind in (GlidePipeline, PITIPipeline)[: 1 if args.told == "text" else 2]}
-    found = DiffusionPipeline.load_config(place)["_class_name"]
-    if found not in kinds:
-        raise ValueError(f"{place!r} holds a {found}, but --stage {args.stage} starts from a {' or '.join(kinds)}.")
-    pipe = load_whole_pipeline(kinds[found], place)
-    if pipe.unet.config["in_channels"] != CHANNELS:
-        raise ValueError(
-            f"{place!r} fills parts of images; --stage {args.stage} starts from a base stage that draws whole ones."
-        )
+    assert args.pretrained_model_name_or_path is not None
+    kinds = (GlidePipeline,) if args.told == "text" else (GlidePipeline, PITIPipeline)
+    pipe = load_pipeline(args.pretrained_model_name_or_path, kinds, args.stage)
     parts = [name for name in pipe.components if name.startswith("upscale_")]
     pipe.register_modules(**dict.fromkeys(parts))
+    return pipe
+
+
+def load_pipeline(place: str, kinds: tuple[type[Pipeline], ...], stage: str) -> Pipeline:
+    """A pipeline, whole.
+
+    Raises:
+        ValueError: It is none of these kinds, or one that fills parts of images.
+    """
+    found, named = DiffusionPipeline.load_config(place)["_class_name"], {kind.__name__: kind for kind in kinds}
+    if found not in named:
+        raise ValueError(f"{place!r} holds a {found}, but --stage {stage} starts from a {' or '.join(named)}.")
+    pipe = load_whole_pipeline(named[found], place)
+    if pipe.unet.config["in_channels"] != CHANNELS:
+        raise ValueError(
+            f"{place!r} fills parts of images; --stage {stage} starts from a base stage that draws whole ones."
+        )
     return pipe
 
 

@@ -5,6 +5,7 @@ Dhariwal, arXiv 2102.09672.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +23,46 @@ from diffusers_ext.training_utils.objective import Objective, keep_condition
 from diffusers_ext.training_utils.timesteps import TIMESTEP_SAMPLERS
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """A micro-batch, noised, and what the network makes of it.
+
+    Args:
+        images, noise, noisy: (b, 3, h, w).
+        timesteps: (b,).
+        weights: Of the samples (b,).
+        output: Of the network, (b, 3 or 6, h, w).
+    """
+
+    images: Tensor
+    noise: Tensor
+    noisy: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    output: Tensor
+
+
 class DiffusionObjective(Objective):
     """The loss of a stage; a subclass knows what the stage is told.
 
     Args:
         pipe: The pipeline of the stage.
         args: The options.
+        scheduler: The noise levels of the stage; those of the pipeline's first stage when unset.
     """
 
-    def __init__(self, pipe: Any, args: PITIArgs):
+    error_weights: Tensor
+
+    def __init__(self, pipe: Any, args: PITIArgs, scheduler: Any = None):
         super().__init__()
         self.pipe, self.args = pipe, args
+        self.scheduler = pipe.scheduler if scheduler is None else scheduler
         self.dropout_prob = args.dropout_of_condition
-        levels = int(pipe.scheduler.config["num_train_timesteps"])
+        levels = int(self.scheduler.config["num_train_timesteps"])
         self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)
-        self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
+        self.hybrid = VariationalLoss(self.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
         # 1 / abar makes the error of the noise that of v (Salimans and Ho, arXiv 2202.00512, section 4: "SNR + 1")
-        error_weights = (1 / pipe.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
+        error_weights = (1 / self.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
         self.register_buffer("error_weights", error_weights, persistent=False)
 
     def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
@@ -49,22 +73,44 @@ class DiffusionObjective(Objective):
         """
         raise NotImplementedError
 
+    @property
+    def denoiser(self) -> Any:
+        """The U-Net of the stage, whether it is trained or not."""
+        return self.pipe.unet
+
+    def maps(self, batch: dict[str, Any]) -> Tensor | None:
+        """Images (b, c, h, w) that the network sees behind the noisy ones, if any."""
+        return None
+
     def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
         """Draws per sample, in this order: dropping (where conditions are dropped), timestep, noise."""
+        found = self.predict(batch, generators)
+        return self.mean(found, self.terms(found))
+
+    def predict(self, batch: dict[str, Any], generators: list[Generator]) -> Prediction:
+        """Noises the images and asks the network; the draws are those of `losses`."""
         images = batch["image"]
         device = images.device
         keep = keep_condition(generators, self.dropout_prob).to(device) if self.dropout_prob else None
         timesteps, weights = self.timesteps.draw(generators, device)
         noise = randn_tensor(images.shape, generator=generators, device=device)
-        noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
-        found = call_unet(self.pipe.unet, timesteps, noisy, None, self.embeds(batch, keep))
+        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        output = call_unet(self.denoiser, timesteps, noisy, self.maps(batch), self.embeds(batch, keep))
+        return Prediction(images, noise, noisy, timesteps, weights, output)
+
+    def terms(self, found: Prediction) -> dict[str, Tensor]:
+        """The loss and what it is the sum of, one value a sample (b,)."""
         if self.hybrid is None:
-            parts = {"mse": noise_error(found, noise)}
+            terms = {"mse": noise_error(found.output, found.noise)}
         else:
-            parts = self.hybrid(found, noise, images, noisy, timesteps)
-        parts["loss"] = self.error_weights[timesteps] * parts["mse"] + parts.get("vb", 0)
-        observed = {"timesteps": timesteps, "sample_losses": parts["loss"].detach()}
-        return {name: (weights * value).mean() for name, value in parts.items()} | observed
+            terms = self.hybrid(found.output, found.noise, found.images, found.noisy, found.timesteps)
+        terms["loss"] = self.error_weights[found.timesteps] * terms["mse"] + terms.get("vb", 0)
+        return terms
+
+    def mean(self, found: Prediction, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weighted means of the terms, and what `observe` wants to see."""
+        observed = {"timesteps": found.timesteps, "sample_losses": terms["loss"].detach()}
+        return {name: (found.weights * value).mean() for name, value in terms.items()} | observed
 
     def checkpoint_gradients(self) -> None:
         """Trades compute for memory, in every network that is trained."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diffusers_ext.data.annotations import NamedRows
 from diffusers_ext.evaluation.image_quality import picture_grid
 from diffusers_ext.pipelines.checks import check_timesteps
-from diffusers_ext.training.piti.data import Reader
+from diffusers_ext.training.piti.data import Reader, UpscaleReader
 from diffusers_ext.training.piti.objective import DiffusionObjective
 from diffusers_ext.training_utils.args import TrainArgs
 from diffusers_ext.training_utils.validation import Validation
@@ -25,7 +25,7 @@ class PITIValidation(Validation):
     """Held-out pictures, cut in their middle."""
 
     def __init__(
-        self, objective: DiffusionObjective, reader: Reader, rows: NamedRows, train: TrainArgs,
+        self, objective: DiffusionObjective, reader: Reader | UpscaleReader, rows: NamedRows, train: TrainArgs,
         accelerator: Accelerator,
     ):  # fmt: skip
         """Refuses before the first step what the pipeline would refuse after it.
@@ -35,7 +35,7 @@ class PITIValidation(Validation):
         """
         super().__init__(objective, reader.without_augmentation(), rows, train, accelerator)
         self.pipe, self.args = objective.pipe, objective.args
-        steps, scheduler = self.args.num_inference_steps, copy.deepcopy(self.pipe.scheduler)
+        steps, scheduler = self.args.num_inference_steps, copy.deepcopy(objective.scheduler)
         self.pipe.check_components()
         try:
             scheduler.set_timesteps(steps)

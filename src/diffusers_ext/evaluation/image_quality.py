@@ -29,3 +29,21 @@ def picture_grid(images: Tensor, columns: int, padding: int = 2) -> Image.Image:
         top, left = (i // columns) * (height + padding) + padding, (i % columns) * (width + padding) + padding
         sheet[top : top + height, left : left + width] = picture
     return Image.fromarray(sheet)
+
+
+def gradient_length(images: Tensor) -> float:
+    """How sharp images (b, 3, h, w) are: the mean length of their brightness's gradient between neighbours."""
+    grey = images.float().mean(dim=1)
+    across, down = grey[:, :-1, 1:] - grey[:, :-1, :-1], grey[:, 1:, :-1] - grey[:, :-1, :-1]
+    return float((across.square() + down.square()).sqrt().mean())
+
+
+def laplacian_variance(images: Tensor) -> float:
+    """How sharp images (b, 3, h, w) are: the variance of their brightness's Laplacian, as a mean over the images.
+
+    It weighs single strong edges more than `gradient_length`.
+    """
+    grey = images.float().mean(dim=1)
+    inner = grey[:, 1:-1, 1:-1]
+    around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    return float((around - 4 * inner).flatten(1).var(dim=1).mean())

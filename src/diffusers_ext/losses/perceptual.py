@@ -235,6 +235,7 @@ class CLIPDistance(nn.Module):
             self.network = CLIPVisionModelWithProjection.from_pretrained(tower)
         else:
             self.network = load(CLIPVisionModelWithProjection, tower)
+        self.network.float()  # small checkpoints hold half precision, which autocast does not mix with its own
         processor = CLIPImageProcessor.from_pretrained(processor_folder)
         self.mean: Tensor
         self.std: Tensor

@@ -49,7 +49,8 @@ def first_rows(
     size = batch_size or max(count, 1)
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
-        batch = collate([read(rows[i], keyed_generator(seed, i)) for i in indices])
+        with torch.autocast("cpu", enabled=False):  # data are made as in training, whatever networks compute in
+            batch = collate([read(rows[i], keyed_generator(seed, i)) for i in indices])
         yield send_to_device(batch, device), [keyed_generator(seed, i, LOSS_STREAM) for i in indices]
 
 

@@ -265,6 +265,43 @@ class GlideBasePipeline(HousePipeline):
         check_predictions(finite, timesteps, self)
         return noisy
 
+    @torch.no_grad()
+    def run_upsampler(
+        self,
+        images: Tensor,
+        embeds: Tensor,
+        *,
+        num_inference_steps: int | str | None = None,
+        generator: Generators = None,
+        temperature: float = 0.997,
+    ) -> Tensor:
+        """The second stage alone: large images (b, 3, H, W) of given small ones, nominally in [-1, 1], not clamped.
+
+        Args:
+            images: Small images (b, 3, h, w) in [-1, 1], on the grid of 8 bits, as the first stage hands them on.
+            embeds: What the second stage is told of them besides, (b, l + 1, d): tokens and the vector behind them.
+            num_inference_steps: As `upscale_num_inference_steps` of a call.
+            generator: As in a call. Order of the draws: the noise of the image, then that of its steps.
+            temperature: What the noise is multiplied by.
+
+        Raises:
+            ValueError: For a pipeline without its second stage.
+        """
+        if not self.upscales:
+            raise ValueError("The pipeline has no `upscale_unet`: load one with it.")
+        unet, scheduler = self.upscale_unet, self.upscale_scheduler
+        self._set_steps("upscale", scheduler, num_inference_steps)
+        noise = self.draw_noise(unet, len(images), generator, None, temperature, embeds.dtype)
+        condition = GlideCondition(embeds, maps=upsample(images, self.sides(unet)).to(noise))
+        return self.run_stage(
+            Stage("upscale", unet, scheduler, condition, noise, 1.0),
+            eta=0.0,
+            generator=generator,
+            callback=None,
+            callback_tensors=None,
+            null_embeds=lambda: embeds,
+        )
+
     def finish_images(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """As `finish`, from the samples of the last stage."""
         return self.finish(images, output_type, return_dict, lambda drawn: drawn.clamp(-1, 1))
