@@ -16,6 +16,10 @@ import torch
 
 from diffusers_ext.training.ldm.args import LDMArgs
 from diffusers_ext.training.ldm.networks import build_conditioner
+from diffusers_ext.training.piti.networks import build_encoder as build_piti_encoder
+from diffusers_ext.training.piti.networks import build_text_encoder
+from diffusers_ext.training.piti.networks import build_unet as build_piti_unet
+from diffusers_ext.training.piti.upsampler import build_opponent
 
 ROOT = Path(__file__).parents[2]
 PRESETS = ROOT / "training" / "presets"
@@ -104,12 +108,15 @@ CASCADED = {
 }  # fmt: skip
 
 
+PITI_UPSAMPLERS = ("piti-upsampler",)
+
+
 def parse(name: str):
     return importlib.import_module(f"train_{name.split('-')[0]}").parse_args([str(PAPER[name])])
 
 
 def test_every_paper_preset_is_in_a_table():
-    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *CASCADED, *OTHERS}
+    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *CASCADED, *PITI_UPSAMPLERS, *OTHERS}
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
@@ -176,6 +183,27 @@ def test_cascaded_diffusion(name):
     assert train.use_ema and train.ema_decay == 0.9999 and train.lr_scheduler == "constant"
     header = [line for line in PAPER[name].read_text().splitlines() if line.startswith("#")]
     assert "ettings unverified" in " ".join(header)  # no source of the training's numbers could be read
+
+
+@pytest.mark.parametrize("name", PITI_UPSAMPLERS)
+def test_pitis_upsampler(name):
+    args, data, train = parse(name)
+    assert (train.total_batch_size, train.learning_rate, args.disc_learning_rate) == (4, 1e-5, 1e-5)
+    assert (train.lr_scheduler, train.adam_weight_decay, train.max_grad_norm) == ("constant", 0.0, math.inf)
+    assert (train.adam_beta1, train.adam_beta2, train.use_ema, train.ema_decay) == (0.9, 0.999, True, 0.9999)
+    assert (args.perceptual_model, args.perceptual_levels, args.perceptual_weight) == ("vgg19", "conv2_2", 0.004)
+    assert (args.adversarial_loss, args.adversarial_weight, args.start_step) == ("wgan_gp", 0.01, 100)
+    assert (args.degradation, args.timestep_sampler, args.dropout_of_condition) == ("bsr_light_l0", "uniform", 0)
+    assert (args.beta_schedule, args.num_train_timesteps, args.loss_type) == ("linear", 1000, "hybrid")
+    assert {data.resolution >> level for level in args.attention_levels} == {32, 16, 8} and args.dropout == 0.1
+    with torch.device("meta"):
+        unet, encoder = build_piti_unet(args, sample_size=256, in_channels=6), build_piti_encoder(args)
+        text_encoder = build_text_encoder(args)
+        opponent = build_opponent(args, 256)
+    count = {part: sum(p.numel() for p in part.parameters()) for part in (unet, encoder, text_encoder)}
+    assert count[unet] + count[encoder] == 351_345_862  # PITI's upsample_mask.pt
+    assert count[unet] + count[text_encoder] == 398_361_286  # GLIDE's upsample.pt, by the recipe's defaults
+    assert opponent.penalty == 10 and sum(p.numel() for p in opponent.network.parameters()) == 2_764_737
 
 
 def test_paellas_schedule():

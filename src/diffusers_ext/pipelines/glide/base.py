@@ -291,7 +291,7 @@ class GlideBasePipeline(HousePipeline):
             raise ValueError("The pipeline has no `upscale_unet`: load one with it.")
         unet, scheduler = self.upscale_unet, self.upscale_scheduler
         self._set_steps("upscale", scheduler, num_inference_steps)
-        noise = self.draw_noise(unet, len(images), generator, None, temperature, embeds.dtype)
+        noise = self.draw_noise(unet, len(images), generator, None, temperature)
         condition = GlideCondition(embeds, maps=upsample(images, self.sides(unet)).to(noise))
         return self.run_stage(
             Stage("upscale", unet, scheduler, condition, noise, 1.0),
