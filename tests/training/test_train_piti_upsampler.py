@@ -282,6 +282,6 @@ def test_an_upsampler_that_is_there_is_trained_on(tmp_path, prior):
     trained, before = (PITIPipeline.from_pretrained(one) for one in (folder, tmp_path / "piti"))
     for name in ("upscale_unet", "upscale_encoder"):
         pairs = zip(getattr(trained, name).parameters(), getattr(before, name).parameters(), strict=True)
-        moved = [float((one - other).abs().max()) for one, other in pairs]
+        moved = [float((one - other).detach().abs().max()) for one, other in pairs]
         assert 0 < max(moved) < 1e-4
     assert type(trained.upscale_scheduler) is type(before.upscale_scheduler)
