@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
-from diffusers_ext.training.piti.args import PITIArgs
+from diffusers_ext.training.piti.args import PITIArgs, check_accumulation
 from diffusers_ext.training.piti.data import ConditionReader, TextReader, UpscaleReader, load_rows
 from diffusers_ext.training.piti.networks import Pipeline, build_pipeline
 from diffusers_ext.training.piti.objective import DiffusionObjective, PITIObjective, PriorObjective
@@ -32,7 +32,6 @@ from diffusers_ext.training.piti.upsampler import (
     build_opponent,
     build_perceptual,
 )
-from diffusers_ext.training.piti.upsampler_args import check_accumulation
 from diffusers_ext.training.piti.upsampler_networks import build_upsampler
 from diffusers_ext.training.piti.validation import PITIValidation
 from diffusers_ext.training_utils.adversarial import fit_adversarial
