@@ -12,8 +12,8 @@ one compiled graph. Both sides of a row take turns; times are the shortest of th
 which other work on the machine disturbs least. All weights are random.
 
 With `--checkpoint`, another table holds samplers on that checkpoint's base stage instead: ancestral sampling in 250
-steps, as the authors do, against DPM-Solver++ in 20 to 30: how far the pictures follow their conditions (see
-benchmarks/quality_piti.py) and seconds a picture.
+steps, as the authors do, against DPM-Solver++ in 20 to 30, without and with fresh noise in each step. It says how far
+the pictures follow their conditions (see benchmarks/quality_piti.py), and seconds a picture.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from diffusers_ext.schedulers.gaussian import scheduler_chain
 from diffusers_ext.schedulers.scheduling_respaced import adm_scheduler
 
 AUTHORS_SCALE, AUTHORS_STEPS = 1.3, 250
+SOLVERS = {"DPM-Solver++": "dpmsolver++", "DPM-Solver++ with noise": "sde-dpmsolver++"}
 CPU = {"width": 96, "head_channels": 32, "resolution": 64, "condition_size": 256, "batch_size": 1, "steps": 25}
 ACCELERATOR = {
     "width": 192,
@@ -199,20 +200,23 @@ def over_samplers(args: argparse.Namespace) -> list[dict[str, Any]]:
     options = {"stage": "base", "num_inference_steps": None, "batch_size": 64, "upscale_num_inference_steps": None}
     sampler = Sampler(args.checkpoint, argparse.Namespace(**vars(args) | options))
     scenes, held = held_out_scenes(args.scenes, args.num_cases), sampler.pipe.scheduler
-    solver = DPMSolverMultistepScheduler.from_config(
-        scheduler_chain(held)[-1].config,
-        # what the ancestral sampler does as well: clean images stay in [-1, 1]
-        thresholding=True,
-        dynamic_thresholding_ratio=1.0,
-        sample_max_value=1.0,
-        lambda_min_clipped=-5.1,  # as diffusers advises for the cosine schedule
-    )
-    if isinstance(held, SchedulerAdapter):  # it guides: whatever it holds
-        adapter = copy.deepcopy(held)
-        adapter.scheduler, solver = solver, adapter
     runs = [("checkpoint's own, ancestral", held, args.ancestral_steps)]
+    for name, algorithm in SOLVERS.items():
+        solver: Any = DPMSolverMultistepScheduler.from_config(
+            scheduler_chain(held)[-1].config,
+            algorithm_type=algorithm,
+            # what the ancestral sampler does as well: clean images stay in [-1, 1]
+            thresholding=True,
+            dynamic_thresholding_ratio=1.0,
+            sample_max_value=1.0,
+            lambda_min_clipped=-5.1,  # as diffusers advises for the cosine schedule
+        )
+        if isinstance(held, SchedulerAdapter):  # it guides: whatever it holds
+            adapter = copy.deepcopy(held)
+            adapter.scheduler, solver = solver, adapter
+        runs += [(name, solver, steps) for steps in args.solver_steps]
     rows = []
-    for name, scheduler, steps in runs + [("DPM-Solver++", solver, steps) for steps in args.solver_steps]:
+    for name, scheduler, steps in runs:
         print(f"{name}, {steps} steps", file=sys.stderr)
         sampler.pipe.scheduler = scheduler
         started = now(args.device)

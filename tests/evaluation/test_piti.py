@@ -315,7 +315,7 @@ def test_samplers_beside_each_other(speed, folders, tmp_path, capsys):
                     "--json", str(tmp_path / "figures.json")])  # fmt: skip
         seen.append(json.loads((tmp_path / "figures.json").read_text())["samplers"])
         assert [(row["sampler"], row["steps"]) for row in seen[-1]] == [
-            ("checkpoint's own, ancestral", 4), ("DPM-Solver++", 3)
+            ("checkpoint's own, ancestral", 4), ("DPM-Solver++", 3), ("DPM-Solver++ with noise", 3)
         ]  # fmt: skip
         assert all(row["seconds"] > 0 and row["figures"]["all shapes right"]["count"] == 2 for row in seen[-1])
     assert "| DPM-Solver++ | 3 |" in capsys.readouterr().out
