@@ -26,7 +26,7 @@ from diffusers_ext.training_utils.saved_folders import read_saved
 
 ROOT = Path(__file__).parents[1]
 BUNDLED = sorted(path.name for path in (ROOT / "checkpoints").iterdir())
-RECIPES = ("autoencoder", "cascaded", "clip", "paella", "ldm", "optimus", "versatile")
+RECIPES = ("autoencoder", "cascaded", "clip", "paella", "ldm", "optimus", "piti", "versatile")
 
 # What every fresh process begins with. `calls`: repository -> (class, arguments of a call, or None for a model).
 LOADING = """
@@ -287,6 +287,23 @@ def test_a_stage_is_trained_in_the_chain_of_one_on_the_hub(trained, tmp_path):
     __import__("train_cascaded").main([str(preset), *words])
     AcceleratorState._reset_state(reset_partial_state=True)
     assert (tmp_path / "validation-1.png").is_file()
+
+
+def test_pitis_stages_chain_from_the_hub(trained, online, tmp_path):
+    """Prior, encoder, both: each from the name that the last was pushed to, and the card names it as its base."""
+    preset = ROOT / "training" / "presets" / "piti-joint-smoke.yaml"
+    before, unets = "user/trained-piti", {}
+    for stage in ("encoder", "joint"):
+        words = ["--stage", stage, "--pretrained_model_name_or_path", before, "--max_train_steps", "1"]
+        before = f"user/piti-{stage}"
+        push = ["--push_to_hub", "--hub_model_id", before, "--output_dir", str(tmp_path / stage)]
+        __import__("train_piti").main([str(preset), *words, *push])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert f"base_model: {words[3]}" in card_of(online, before)
+        unets[stage] = diffusers_ext.PITIPipeline.from_pretrained(before).unet.state_dict()
+    prior = diffusers_ext.GlidePipeline.from_pretrained("user/trained-piti").unet.state_dict()
+    assert all(torch.equal(value, prior[key]) for key, value in unets["encoder"].items())
+    assert not all(torch.equal(value, prior[key]) for key, value in unets["joint"].items())
 
 
 def test_a_result_of_every_recipe_loads_from_where_it_was_uploaded(trained, online, load):

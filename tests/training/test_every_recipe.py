@@ -30,6 +30,7 @@ SHORT = {
     "autoencoder": (*PHASES, "--kmeans_samples", "4", "--scale_samples", "4"),
     "ldm": ("--num_inference_steps", "1", "--num_validation_images", "2"),
     "paella": ("--num_inference_steps", "1", "--max_train_samples", "24"),
+    "piti": ("--num_inference_steps", "1", "--num_validation_images", "2"),
     "versatile": ("--num_inference_steps", "1", "--validation_samples", "2"),
 }
 JOBS = {path.stem: (path.stem.split("-")[0], [str(path)]) for path in sorted(PRESETS.glob("*-smoke.yaml"))}
@@ -44,6 +45,7 @@ JOBS["cascaded-blur"] = (
     [str(PRESETS / "cascaded-upscale-smoke.yaml"), "--augmentation", "blur", "--condition", "unconditional"]
     + ["--loss_type", "mse"],
 )
+JOBS["piti-geometry"] = ("piti", [str(PRESETS / "piti-joint-smoke.yaml"), "--condition", "geometry", "--rank", "2"])
 JOBS = {name: (recipe, [*words, *SHORT.get(recipe, ())]) for name, (recipe, words) in JOBS.items()}
 
 
@@ -106,7 +108,7 @@ EQUAL = {
     "optimus-smoke": ("--dropout", "0"),
     "paella-smoke": (),
     "versatile-smoke": (),
-    **{name: () for name in JOBS if name.startswith(("cascaded-", "ldm-"))},
+    **{name: () for name in JOBS if name.startswith(("cascaded-", "ldm-", "piti-"))},
 }
 # Adam with its own epsilon makes whole steps of what is only rounding in the smallest gradients.
 CUT = ("--max_train_samples", "10", "--adam_epsilon", "1e-3")

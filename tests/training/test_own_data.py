@@ -15,6 +15,7 @@ import train_clip
 import train_ldm
 import train_optimus
 import train_paella
+import train_piti
 import train_versatile
 import yaml
 from accelerate.state import AcceleratorState
@@ -45,16 +46,25 @@ def fresh_accelerator(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """A user's folder: captions, class numbers, boxes, label maps, of pictures that are no `scenes`."""
+    """A user's folder of pictures that are no `scenes`: captions, class numbers, boxes, label maps, sketches, normals
+    and depth.
+    """
     folder = tmp_path_factory.mktemp("own") / "pictures"
-    (folder / "maps").mkdir(parents=True)
+    for name in ("maps", "sketches", "geometry"):
+        (folder / name).mkdir(parents=True)
     draw, lines = np.random.default_rng(0), []
     for number in range(12):
         Image.fromarray(draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         Image.fromarray(draw.integers(0, 5, (40, 36), dtype=np.uint8)).save(folder / "maps" / f"{number}.png")
+        lines_on_black = np.where(draw.random((40, 36)) < 0.1, 255, 0).astype(np.uint8)
+        Image.fromarray(lines_on_black).save(folder / "sketches" / f"{number}.png")
+        np.save(folder / "geometry" / f"{number}n.npy", np.tile(np.float32([0.6, 0, 0.8]), (40, 36, 1)))
+        np.save(folder / "geometry" / f"{number}d.npy", draw.uniform(1, 9, (40, 36)).astype(np.float32))
         kind = CLASSES[number % 3]
         entry = {
-            "file_name": f"{number}.png", "semantic_file_name": f"maps/{number}.png", "text": f"a {kind} in the grass",
+            "file_name": f"{number}.png", "semantic_file_name": f"maps/{number}.png",
+            "sketch_file_name": f"sketches/{number}.png", "normals_file_name": f"geometry/{number}n.npy",
+            "depth_file_name": f"geometry/{number}d.npy", "text": f"a {kind} in the grass",
             "label": number % 3, "boxes": [[0.1, 0.2, 0.6, 0.9]], "box_names": [kind],
         }  # fmt: skip
         lines.append(json.dumps(entry) + "\n")
@@ -73,6 +83,8 @@ def predecessors(tmp_path_factory) -> dict[str, str]:
         "vq": (train_autoencoder, "autoencoder-smoke.yaml", ("--resolution", "32", "--disc_start", "none")),
         "clip": (train_clip, "clip-smoke.yaml", ("--resolution", "32")),
         "optimus": (train_optimus, "optimus-smoke.yaml", ()),
+        "piti": (train_piti, "piti-smoke.yaml", ("--num_inference_steps", "1")),
+        "piti-maps": (train_piti, "piti-joint-smoke.yaml", ("--num_inference_steps", "1")),
     }
     for name, (recipe, preset, words) in runs.items():
         recipe.main([str(PRESETS / preset), *scenes, *words, "--output_dir", str(base / name)])
@@ -99,10 +111,15 @@ def shrunk(preset: Path, predecessors: dict[str, str]) -> list[str]:
         if name.startswith("pretrained_") and str(value).startswith("runs/"):
             goes_on = "pretrained_model_name_or_path" in options  # with a CLIP of the width that it knows
             words += [f"--{name}", whole[family] if goes_on or name not in PARTS else predecessors[PARTS[name]]]
-    if family not in ("cascaded", "optimus"):  # the sides of a cascade's stages belong together
+    # the sides of a cascade's stages belong together, as do those of PITI's maps and images
+    if family not in ("cascaded", "optimus", "piti"):
         words += ["--resolution", "64" if str(options.get("pretrained_model_name_or_path")) != "None" else "32"]
     if family in ("autoencoder", "clip") and "pretrained_model_name_or_path" in options:
         words[-1] = "32"  # as the tiny ones
+    if family == "piti" and "upsampler" in options["stage"]:  # a new one, of the width of the tiny stage below it
+        words += ["--cross_attention_dim", "32", "--pretrained_upsampler_name_or_path", "none"]
+        base = "piti" if options["stage"] == "prior_upsampler" else "piti-maps"
+        words += ["--pretrained_model_name_or_path", predecessors[base]]
     if "kmeans_samples" in options:
         words += ["--kmeans_samples", "8", "--num_vq_embeddings", "8"]
     return words
@@ -177,6 +194,7 @@ def test_recipes_are_all_there():
             train_ldm,
             train_optimus,
             train_paella,
+            train_piti,
             train_versatile,
         )
     }

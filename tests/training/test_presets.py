@@ -2,7 +2,8 @@
 
 The numbers are typed from the sources, not from the presets: arXiv 2112.10752 (tables 12 and 15) and the
 configurations of CompVis/latent-diffusion@a506df5; arXiv 2211.07292 and dome272/Paella@b1f88ef; arXiv 2211.08332,
-section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe; openai/guided-diffusion@22e0df8:README.md. The other
+section 4; arXiv 2004.04092 and ChunyuanLI/Optimus@f3190fe; arXiv 2205.12952 and PITI-Synthesis/PITI@d9f7481;
+openai/glide-text2im@69b5307; openai/guided-diffusion@22e0df8:README.md. The other
 numbers of Cascaded Diffusion (arXiv 2106.15282, no code) are as the project's fact sheet has them, unverified. A batch
 is that of a step, all processes together.
 """
@@ -107,6 +108,19 @@ CASCADED = {
     ),
 }  # fmt: skip
 
+# PITI: trained part, rate, steps (None: unpublished), condition dropped, where it starts.
+PITI_RUNS = {
+    "encoder": ("encoder", 3.5e-5, 200_000, 0.0, "runs/glide-base"),
+    "encoder-continued": ("encoder", 2e-5, 60_000, 0.2, "runs/piti-paper-{}-encoder"),
+    "joint": ("joint", 3e-5, None, 0.2, "runs/piti-paper-{}-encoder-continued"),
+}
+# its conditions, and the parameters of encoder and U-Net together
+PITI_CONDITIONS = {
+    "mask": ("label_map", 338_015_302), "sketch": ("sketch", 338_012_166), "geometry": ("geometry", 338_020_006)
+}  # fmt: skip
+PITI = {f"piti-{kind}-{run}": (kind, run) for kind in PITI_CONDITIONS for run in PITI_RUNS}
+GLIDE_PARAMETERS = 385_030_726
+
 
 PITI_UPSAMPLERS = ("piti-upsampler",)
 
@@ -116,7 +130,7 @@ def parse(name: str):
 
 
 def test_every_paper_preset_is_in_a_table():
-    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *CASCADED, *PITI_UPSAMPLERS, *OTHERS}
+    assert set(PAPER) == {*FIRST_STAGES, *LATENT_DIFFUSION, *CASCADED, *PITI, *PITI_UPSAMPLERS, "piti-prior", *OTHERS}
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
@@ -204,6 +218,39 @@ def test_pitis_upsampler(name):
     assert count[unet] + count[encoder] == 351_345_862  # PITI's upsample_mask.pt
     assert count[unet] + count[text_encoder] == 398_361_286  # GLIDE's upsample.pt, by the recipe's defaults
     assert opponent.penalty == 10 and sum(p.numel() for p in opponent.network.parameters()) == 2_764_737
+
+
+@pytest.mark.parametrize("name", PITI)
+def test_piti(name):
+    args, data, train = parse(name)
+    (condition, parameters), (stage, rate, steps, dropped, start) = (
+        table[key] for table, key in zip((PITI_CONDITIONS, PITI_RUNS), PITI[name], strict=True)
+    )
+    assert (args.stage, args.condition, args.dropout_of_condition) == (stage, condition, dropped)
+    assert args.pretrained_model_name_or_path == start.format(PITI[name][0])
+    assert (train.total_batch_size, train.learning_rate) == (128, rate)
+    assert steps is None or train.max_train_steps == steps
+    assert (train.adam_beta1, train.adam_beta2, train.adam_weight_decay) == (0.9, 0.999, 0.0)
+    assert train.use_ema and train.ema_decay == 0.9999 and train.max_grad_norm == math.inf
+    assert (train.lr_scheduler, args.num_inference_steps) == ("constant", 250)
+    assert (args.timestep_sampler, args.loss_type, args.max_loss_weight) == ("loss_second_moment", "hybrid", 1)
+    assert (data.resolution, args.encoder_sample_size, data.random_flip) == (64, 256, True)
+    assert args.palette == ("coco182" if name == "piti-mask-encoder" else None) and args.downsampling == "bicubic"
+    with torch.device("meta"):
+        networks = build_piti_encoder(args), build_piti_unet(args)
+    assert sum(p.numel() for network in networks for p in network.parameters()) == parameters
+
+
+def test_glides_base():
+    args, data, train = parse("piti-prior")
+    assert (args.stage, data.resolution, args.text_max_length) == ("prior", 64, 128)
+    assert (args.beta_schedule, args.num_train_timesteps, args.loss_type) == ("cosine", 1000, "hybrid")
+    assert args.dropout == 0.1 and args.pretrained_tokenizer_name_or_path == "gpt2"
+    assert train.use_ema and train.ema_decay == 0.9999
+    with torch.device("meta"):
+        networks = build_text_encoder(args), build_piti_unet(args)
+    assert sum(p.numel() for network in networks for p in network.parameters()) == GLIDE_PARAMETERS
+    assert "ettings unverified" in PAPER["piti-prior"].read_text()
 
 
 def test_paellas_schedule():

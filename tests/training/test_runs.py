@@ -21,11 +21,13 @@ import train_clip
 import train_ldm
 import train_optimus
 import train_paella
+import train_piti
 import train_versatile
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from pipelines.tiny_glide import tiny_glide, tiny_piti
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
@@ -96,6 +98,12 @@ RECIPES = {
         "--cond_dropout_prob None -> 0.5",
     ),
     "optimus": (train_optimus, [PRESETS / "optimus-smoke.yaml"], ["--free_bits", "0"], "--free_bits 0.5 -> 0.0"),
+    "piti": (
+        train_piti,
+        [PRESETS / "piti-smoke.yaml", "--num_inference_steps", "1"],
+        ["--cond_dropout_prob", "0.5"],
+        "--cond_dropout_prob None -> 0.5",
+    ),
     "versatile": (
         train_versatile,
         [PRESETS / "versatile-smoke.yaml", "--num_inference_steps", "1", "--validation_samples", "2"],
@@ -103,7 +111,12 @@ RECIPES = {
         "--cond_dropout_prob 0.1 -> 0.5",
     ),
 }
-LEARNT = {"clip": ["tokenizer"], "ldm": ["tokenizer"], "optimus": ["encoder_tokenizer", "decoder_tokenizer"]}
+LEARNT = {
+    "clip": ["tokenizer"],
+    "ldm": ["tokenizer"],
+    "piti": ["tokenizer"],
+    "optimus": ["encoder_tokenizer", "decoder_tokenizer"],
+}
 
 
 def run(recipe: str, folder: Path, *more: str) -> None:
@@ -705,9 +718,13 @@ def pretrained(tmp_path_factory) -> dict[str, Path]:
     words.save_pretrained(base / "clip")
     stage, data, _ = train_cascaded.parse_args([str(PRESETS / "cascaded-smoke.yaml")])
     build_stage(stage, data.resolution, Classes(48)).save_pretrained(base / "cascaded")
+    tiny_glide(upscale=False).save_pretrained(base / "glide")
+    tiny_glide().save_pretrained(base / "glide-upscaled")
+    tiny_piti(upscale=False).save_pretrained(base / "piti")
     checkpoints_dir, fixtures = ROOT / "checkpoints", ROOT / "tests" / "fixtures" / "pipelines"
     return {
-        "cascaded": base / "cascaded",
+        "cascaded": base / "cascaded", "glide": base / "glide", "piti": base / "piti",
+        "glide-upscaled": base / "glide-upscaled",
         "optimus": base / "optimus", "bert": base / "bert", "gpt2": base / "gpt2", "vq": base / "vq",
         "clip": base / "clip", "versatile-unet": fixtures / "versatile-text-to-image" / "unet",
         "paella": checkpoints_dir / "paella-scenes-64", "kl-f4": checkpoints_dir / "kl-f4-scenes-64",
@@ -742,6 +759,11 @@ LOADED = [
     ("clip", "pretrained_model_name_or_path", "clip", ".", []),
     ("cascaded", "pretrained_model_name_or_path", "cascaded", "unet", []),
     ("cascaded", "pretrained_unet_name_or_path", "cascaded", "unet", ["--unet_subfolder", "unet"]),
+    ("piti", "pretrained_model_name_or_path", "glide", "unet", []),
+    ("piti", "pretrained_model_name_or_path", "glide", "text_encoder", []),
+    ("piti", "pretrained_model_name_or_path", "piti", "encoder", ["--stage", "joint"]),
+    ("piti", "pretrained_upsampler_name_or_path", "glide-upscaled", "upscale_unet",
+     ["--stage", "prior_upsampler", "--pretrained_model_name_or_path", "{glide}"]),
 ]  # fmt: skip
 
 

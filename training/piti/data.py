@@ -55,7 +55,7 @@ def load_rows(args: PITIArgs, data: DataArgs) -> tuple[NamedRows, NamedRows, dic
         fixed = tuple(column for column in names if column not in OTHER_NAMES)
         sets = load_pictures(source, columns=fixed)
         found = sets[0].column_names
-        for name in names.keys() - set(fixed):
+        for name in [column for column in names if column in OTHER_NAMES]:
             known = [column for column in (name, *OTHER_NAMES[name]) if column in found]
             if not known:
                 raise ValueError(
