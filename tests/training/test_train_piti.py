@@ -221,6 +221,19 @@ def test_conditions_are_those_of_the_pipeline(scenes, condition):
     assert torch.equal(sample["condition"], pipe.read_conditions(**cut)[0])
 
 
+def test_geometry_is_coloured_at_its_own_size_as_the_pipeline_does():
+    generator = np.random.default_rng(0)
+    normals = generator.normal(size=(40, 40, 3)).astype(np.float32)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    depth = generator.gamma(2, size=(40, 40)).astype(np.float32) + 0.5
+    row = {"image": Image.new("RGB", (40, 40)), "row_name": "x", "n": normals, "d": depth}
+    found = reader_of("geometry", {"normals": "n", "depth": "d"}, 32)(row, torch.Generator())["condition"]
+    pipe = tiny_piti("geometry", upscale=False)
+    pipe.encoder.register_to_config(sample_size=32)
+    raw = {"normals": torch.from_numpy(normals).permute(2, 0, 1), "depth": torch.from_numpy(depth)}
+    assert torch.equal(found, pipe.read_conditions(**raw)[0])
+
+
 def test_arrays_and_pictures_of_geometry_are_read_alike(scenes):
     args, found = PITIArgs(stage="joint", condition="geometry", encoder_sample_size=64), {}
     rows, _, _ = load_rows(args, DataArgs(train_data_dir=str(scenes), resolution=16))
@@ -280,7 +293,7 @@ NORMALS, DEPTH = np.tile(np.float32([0, 0, 1]), (40, 56, 1)), np.ones((40, 56), 
         ("label_map", {"semantic": Image.new("RGB", (56, 40), (9, 200, 9))}, "is no colour of the palette"),
         ("sketch", {"sketch": np.zeros((40, 56, 3), dtype=np.uint8)}, "`sketch` must have shape"),
         ("sketch", {"sketch": Image.new("L", (56, 44), 255)}, "The sketch has 56x44 pixels"),
-        ("geometry", {"normals": NORMALS, "depth": DEPTH * np.nan}, "`depth` holds 1024 values that are not finite"),
+        ("geometry", {"normals": NORMALS, "depth": DEPTH * np.nan}, "`depth` holds 1600 values that are not finite"),
         ("geometry", {"normals": 3 * NORMALS, "depth": DEPTH}, "expected unit vectors"),
         ("geometry", {"normals": NORMALS[..., :2], "depth": DEPTH}, r"normals has the shape \(40, 56, 2\)"),
         ("geometry", {"normals": NORMALS, "depth": DEPTH[None]}, r"depth has the shape \(1, 40, 56\)"),

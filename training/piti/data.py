@@ -164,10 +164,11 @@ class ConditionReader(Reader):
             normals = crop.values(normals, "map of normals")
             if crop.flip:
                 normals[..., 0] *= -1  # what looked to the right looks to the left
-            normals = self._resized(torch.from_numpy(normals).permute(2, 0, 1))
-            depth = self._resized(torch.from_numpy(crop.values(depth, "map of depth"))[None])[0]
-            condition = normals_and_depth_condition(normals[None], depth[None], self.side)
-            return {"condition": condition[0], "normals": normals, "depth": depth}
+            facing = torch.from_numpy(normals).permute(2, 0, 1)
+            metres = torch.from_numpy(crop.values(depth, "map of depth"))
+            # coloured at their own size, as the pipeline does: the colours depend on all depths
+            condition = normals_and_depth_condition(facing[None], metres[None], self.side)[0]
+            return {"condition": condition, "normals": self._resized(facing), "depth": self._resized(metres[None])[0]}
         if "sketch" in values:
             lines = mask_values(values["sketch"], "sketch")[0] >= 1  # grey pixels are no lines
             if not bool(lines.any()):
