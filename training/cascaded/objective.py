@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from diffusers_ext.degradations.blur import blur_augmentation
-from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
+from diffusers_ext.losses.diffusion import VariationalLoss, noise_error, v_weights
 from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training_utils.objective import Objective, draw_integers, keep_condition
 
@@ -23,6 +23,8 @@ class CascadedObjective(Objective):
         args: The options.
     """
 
+    error_weights: Tensor
+
     def __init__(self, pipe: Any, args: CascadedArgs):
         super().__init__()
         self.unet = pipe.unet
@@ -30,9 +32,9 @@ class CascadedObjective(Objective):
         self.dropout_prob = args.dropout_of_condition
         self.num_timesteps = int(pipe.scheduler.config["num_train_timesteps"])
         self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
-        # 1 / abar makes the error of the noise that of v (Salimans and Ho, arXiv 2202.00512, section 4: "SNR + 1")
-        error_weights = (1 / pipe.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
-        self.register_buffer("error_weights", error_weights, persistent=False)
+        self.register_buffer(
+            "error_weights", v_weights(pipe.scheduler.alphas_cumprod, args.max_loss_weight), persistent=False
+        )
 
     def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
         """Draws per sample, in this order: dropping (where classes are dropped), timestep, noise, then those of

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from diffusers_ext.losses.diffusion import VariationalLoss, noise_error
+from diffusers_ext.losses.diffusion import VariationalLoss, noise_error, v_weights
 from diffusers_ext.pipelines.glide.base import call_unet
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
@@ -61,9 +61,9 @@ class DiffusionObjective(Objective):
         levels = int(self.scheduler.config["num_train_timesteps"])
         self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)
         self.hybrid = VariationalLoss(self.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
-        # 1 / abar makes the error of the noise that of v (Salimans and Ho, arXiv 2202.00512, section 4: "SNR + 1")
-        error_weights = (1 / self.scheduler.alphas_cumprod).clamp(max=args.max_loss_weight).float()
-        self.register_buffer("error_weights", error_weights, persistent=False)
+        self.register_buffer(
+            "error_weights", v_weights(self.scheduler.alphas_cumprod, args.max_loss_weight), persistent=False
+        )
 
     def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
         """Tokens of the conditions and the vector behind them, (b, l + 1, d).

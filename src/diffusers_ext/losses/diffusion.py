@@ -51,6 +51,18 @@ def noise_error(prediction: Tensor, noise: Tensor, loss_type: str = "l2") -> Ten
     return (difference.abs() if loss_type == "l1" else difference.square()).flatten(1).mean(1)
 
 
+def v_weights(alphas_cumprod: Tensor, highest: float) -> Tensor:
+    """How often an error of the noise counts so that it becomes that of v, 1 / abar_t, float32 (T,).
+
+    Salimans and Ho, arXiv 2202.00512, section 4 ("SNR + 1"). It grows without bound towards pure noise.
+
+    Args:
+        alphas_cumprod: abar, (T,).
+        highest: No sample counts more than that; 1 is the plain error.
+    """
+    return (1 / alphas_cumprod).clamp(max=highest).float()
+
+
 def latent_diffusion_loss(
     prediction: Tensor,
     noise: Tensor,
