@@ -8,6 +8,7 @@ and number of images, and beside that of a classifier that was trained on as man
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -62,16 +63,13 @@ def train_classifier(
     from transformers import ResNetConfig, ResNetForImageClassification
 
     _check(images, labels, num_classes)
+    options: dict[str, Any] = {"num_labels": num_classes}  # of every config; its own signature does not say so
     config = ResNetConfig(
-        embedding_size=widths[0],
-        hidden_sizes=list(widths),
-        depths=[1] * len(widths),
-        layer_type="basic",
-        num_labels=num_classes,
+        embedding_size=widths[0], hidden_sizes=list(widths), depths=[1] * len(widths), layer_type="basic", **options
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ResNetForImageClassification(config)
+        network: Any = ResNetForImageClassification(config)
     network = network.to(images.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

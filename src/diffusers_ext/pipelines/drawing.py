@@ -10,8 +10,8 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin, UnidentifiedImageError

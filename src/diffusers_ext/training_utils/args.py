@@ -32,7 +32,7 @@ LAUNCHER = {
 }
 
 
-def option(default, text: str):
+def option(default: Any, text: str) -> Any:
     """A dataclass field with its line of `--help`."""
     metadata = {"help": text}
     if isinstance(default, list):

@@ -1,5 +1,7 @@
 """Which kernels a training uses where PyTorch's own choice is the slower one."""
 
+from typing import Any
+
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
 from torch import nn
 
@@ -12,4 +14,5 @@ def plain_attention(network: nn.Module) -> None:
     """
     for module in network.modules():
         if isinstance(module, Attention):  # with keys and values of its own for a condition, or without
-            module.set_processor(AttnProcessor() if module.added_kv_proj_dim is None else AttnAddedKVProcessor())
+            plain: Any = AttnProcessor() if module.added_kv_proj_dim is None else AttnAddedKVProcessor()
+            module.set_processor(plain)

@@ -5,7 +5,7 @@ openai/guided-diffusion@22e0df8:guided_diffusion/resample.py (MIT).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -78,8 +78,9 @@ class LossSecondMomentTimesteps(UniformTimesteps):
             timesteps = torch.full_like(timesteps, -1)
         losses = losses.detach().float()
         if accelerator.num_processes > 1:  # a cut last batch has fewer samples on some
-            timesteps = accelerator.gather(accelerator.pad_across_processes(timesteps, pad_index=-1))
-            losses = accelerator.gather(accelerator.pad_across_processes(losses))
+            everyone: Any = accelerator.gather  # typed for collections too
+            timesteps = everyone(accelerator.pad_across_processes(timesteps, pad_index=-1))
+            losses = everyone(accelerator.pad_across_processes(losses))
         self.remember(timesteps, losses)
 
     def remember(self, timesteps: Tensor, losses: Tensor) -> None:
