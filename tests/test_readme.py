@@ -94,7 +94,7 @@ PAPER_PARAMETERS = {
     "cascaded-paper-64-128.yaml": {"build_unet": 575_283_203},
     "cascaded-paper-64-256.yaml": {"build_unet": 634_046_467},
     "cascaded-paper-lsun-64-128.yaml": {"build_unet": 575_099_907},
-    # PITI: GLIDE's base, 385,030,726 with its text encoder; 338,015,302, 338,012,166 and 338,020,006 with the encoders.
+    # PITI: GLIDE's base, 385,030,726 with its text encoder; 338,015,302, 338,012,166, 338,020,006 with the encoders.
     "piti-paper-prior.yaml": {"build_unet": 308_728_902, "build_text_encoder": 76_301_824},
     **{
         f"piti-paper-{kind}-{run}.yaml": {"build_unet": 308_728_902, "build_encoder": count}
