@@ -46,7 +46,9 @@ def fails(error: Exception):
     return main
 
 
-def test_messages_are_told_from_bugs(capsys, tmp_path):
+def test_messages_are_told_from_bugs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-c"])  # as in pytest-xdist's processes
+
     def of_the_house() -> None:
         DataArgs()
 

@@ -52,5 +52,6 @@ def is_message(error: Exception) -> bool:
     files = re.findall(r'^  File "(.+)", line \d+', str(error), re.M) if WORKER.match(str(error)) else []
     files = files or [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     raised_in = Path(files[-1]).resolve() if files else Path()
-    training = Path(sys.argv[0]).resolve().parent  # of a clone: beside the recipe
-    return any(raised_in.is_relative_to(folder) for folder in (PACKAGE, training))
+    script = Path(sys.argv[0])
+    beside = [script.resolve().parent] if script.is_file() else []  # in a clone, `training/` lies outside the package
+    return any(raised_in.is_relative_to(folder) for folder in (PACKAGE, *beside))
