@@ -25,7 +25,7 @@ from parts.piti_scenes import check_folder, condition_of, held_out_scenes, true_
 from torch import Tensor
 
 from diffusers_ext import PITIPipeline
-from diffusers_ext.degradations.resizing import resize
+from diffusers_ext.degradations.resizing import resize, round_to_8_bits
 from diffusers_ext.evaluation.frechet import frechet_distance
 from diffusers_ext.evaluation.image_quality import gradient_length, laplacian_variance, psnr
 from diffusers_ext.evaluation.prompt_following import case_generators
@@ -55,7 +55,7 @@ class Ladder:
         read = [first.read_conditions(**{name: one[None] for name, one in given.items()}) for given in maps]
         self.conditions = torch.cat(read)
         small = torch.stack([resize(image, low, low, "area") for image in self.true])
-        self.inputs = {"true": ((small + 1) * 127.5).round() / 127.5 - 1, "base": self.draw_base(first, maps)}
+        self.inputs = {"true": round_to_8_bits(small), "base": self.draw_base(first, maps)}
 
     def draw_base(self, first: Any, maps: list[dict[str, Any]]) -> Tensor:
         """What the base stage makes of the conditions, as it hands it on."""

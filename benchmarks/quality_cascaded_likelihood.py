@@ -34,7 +34,7 @@ from torch import Generator, Tensor
 
 from diffusers_ext import CascadedDiffusionPipeline
 from diffusers_ext.data.scenes import label
-from diffusers_ext.degradations.resizing import resize_batch
+from diffusers_ext.degradations.resizing import resize_batch, round_to_8_bits
 from diffusers_ext.evaluation.prompt_following import case_generators
 from diffusers_ext.losses.diffusion import VariationalLoss
 from diffusers_ext.pipelines.cascaded.denoising import StageCondition
@@ -170,8 +170,7 @@ def two_stage_bound(
 ) -> Bound:
     """The bound of images (n, 3, h, w) in [-1, 1] whose base stops at `level`."""
     side = upscaler.config["low_res_size"]
-    small = resize_batch(large, side, side, "area")
-    small = ((small + 1) * 127.5).round() / 127.5 - 1
+    small = round_to_8_bits(resize_batch(large, side, side, "area"))
     share = small[0].numel() / large[0].numel()
 
     def known(stage: Any) -> list[int] | None:

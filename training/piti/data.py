@@ -24,7 +24,7 @@ from diffusers_ext.data.crops import Crop, choose_text, draw_crop
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.scenes import metres_of_nearness
 from diffusers_ext.degradations.bsr import degrade_piti
-from diffusers_ext.degradations.resizing import resize
+from diffusers_ext.degradations.resizing import resize, round_to_8_bits
 from diffusers_ext.pipelines.tokenization import tokenize_texts
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training_utils.args import DataArgs
@@ -207,8 +207,8 @@ class UpscaleReader:
         image = sample["image"]
         if degradation == "none":
             method = "area" if self.args.downsampling == "area" else "antialiased"
-            low = resize(image, image.shape[1] // self.scale, image.shape[2] // self.scale, method).clamp(-1, 1)
-            return sample | {"low": ((low + 1) * 127.5).round() / 127.5 - 1}
+            low = resize(image, image.shape[1] // self.scale, image.shape[2] // self.scale, method)
+            return sample | {"low": round_to_8_bits(low)}
         low = degrade_piti(image, self.scale, generator, l0_prob=L0_PROB[degradation])
         return sample | {"low": low}
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet import zero_module
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -53,17 +54,11 @@ def build_unet(args: PITIArgs, *, sample_size: int = 64, in_channels: int = CHAN
     )
     for module in unet.modules():  # as in GLIDE every residual branch starts as nothing
         if isinstance(module, ResnetBlock2D):
-            zero(module.conv2)
+            zero_module(module.conv2)
         elif isinstance(module, Attention):
-            zero(module.to_out[0])
-    zero(unet.conv_out)
+            zero_module(module.to_out[0])
+    zero_module(unet.conv_out)
     return unet
-
-
-def zero(layer: nn.Module) -> None:
-    """Sets a layer's weights to 0."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
 
 
 def build_text_encoder(args: PITIArgs, vocab_size: int = GPT2_VOCABULARY) -> GlideTextEncoder:

@@ -69,9 +69,7 @@ def upsampler_parts(args: PITIArgs, pipe: Pipeline, resolution: int) -> tuple[UN
     else:
         unet = build_unet(args, sample_size=resolution, in_channels=2 * CHANNELS)
         scheduler = build_scheduler(args)
-    if (
-        "sampler" in scheduler.config
-    ):  # PITI's are ancestral, GLIDE's DDIM; both take the steps that were chosen for 1000
+    if "sampler" in scheduler.config:  # PITI's are ancestral, GLIDE's DDIM; both take the steps chosen for 1000
         own = {"sampler": "ancestral"} if isinstance(pipe, PITIPipeline) else {}
         steps = "fast27" if scheduler.config["num_train_timesteps"] == 1000 else None
         scheduler = type(scheduler).from_config(dict(scheduler.config) | {"timestep_respacing": steps} | own)

@@ -54,7 +54,7 @@ def geometry_condition(normals: Tensor, depth: Tensor) -> Tensor:
     return torch.cat([_normal_colors(normals.float()), torch.stack([_depth_colors(one) for one in depth])], dim=1)
 
 
-def read_geometry(path: Path, option: str) -> Any:
+def read_geometry_file(path: Path, option: str) -> Any:
     """Normals (3, h, w) or depth (h, w), floating point, of a .npy file; for normals also the image of another file.
 
     DIODE and `diffusers-ext prepare diode` write such files: unit normals (h, w, 3), metres (h, w) or (h, w, 1).

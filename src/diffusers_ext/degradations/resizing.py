@@ -106,3 +106,8 @@ def _overlaps(old: int, new: int) -> Tensor:
     start = torch.arange(old, dtype=torch.float64)
     covered = (torch.minimum(right, start + 1) - torch.maximum(left, start)).clamp(min=0)
     return covered / covered.sum(1, keepdim=True)
+
+
+def round_to_8_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape, on the grid of 8 bits, the nearest value each."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
-from ..conditions.geometry import read_geometry
+from ..conditions.geometry import read_geometry_file
 from ..places import did_you_mean, is_local, no_such
 from .base import HousePipeline
 
@@ -297,7 +297,7 @@ def read_file(option: str, path: Path) -> Any:
     if not path.is_file():
         raise ValueError(no_such("file" if path.suffix == ".npy" else "image", path))
     if option in ("normals", "depth"):
-        return read_geometry(path, f"--{option}")
+        return read_geometry_file(path, f"--{option}")
     try:
         return Image.open(path)
     except UnidentifiedImageError as error:

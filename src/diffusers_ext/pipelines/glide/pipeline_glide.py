@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...conditions.images import image_batch
 from ...conditions.masks import mask_batch
+from ...degradations.resizing import round_to_8_bits
 from ...models.encoder_glide_text import GlideTextEncoder
 from ..callbacks import Callback
 from ..checks import as_texts, check_integer, check_mask, check_one_or_each, check_parts
@@ -179,7 +180,7 @@ class GlidePipeline(GlideBasePipeline):
             known, mask = self._known(images, keep, noise, batch_size)
             maps = [] if known is None or mask is None else [known * mask, mask]
             if drawn is not None:
-                maps.append(upsample(((drawn.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1, self.sides(unet)))
+                maps.append(upsample(round_to_8_bits(drawn), self.sides(unet)))
             condition = GlideCondition(
                 embeds,
                 null_embeds() if stage_scale != 1.0 else None,
