@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from pipelines.contract import CASES, ONE_EACH, networks
 from pipelines.tiny_cascaded import tiny_base
-from pipelines.tiny_glide import tiny_piti
+from pipelines.tiny_glide import SIDE, tiny_decoder, tiny_glide, tiny_piti
 from pipelines.tiny_ldm import tiny_labels, tiny_mask
 from pipelines.tiny_paella import tiny_picture
 
@@ -137,6 +137,28 @@ def test_variations_by_weights_that_draw_from_texts_ask_for_their_adapter(files,
     (files / "saved" / "image_adapter").mkdir()
     assert cli.main(["sample", "saved", "--image", "image.png", "--steps", "2"]) == 2
     assert "pass --lora saved/image_adapter" in capsys.readouterr().err
+
+
+def test_a_prior_draws_from_a_condition_with_the_folder_that_holds_its_encoder(files, capsys):
+    tiny_glide(upscale=False).save_pretrained("prior")
+    pipe = tiny_piti("sketch", upscale=False)
+    pipe.unet = tiny_decoder(seed=7)
+    pipe.save_adapter("prior/sketch", "prior", rank=4)
+    lines = np.zeros((SIDE, SIDE), np.uint8)
+    lines[4, 3:20] = 255
+    Image.fromarray(lines).save("lines.png")
+    words = ["sample", "prior", "--sketch", "lines.png", "--steps", "2", "--out", "drawn.png"]
+    assert cli.main(words) == 2
+    assert (
+        "'prior' holds a GlidePipeline, which takes other options: pass --lora prior/sketch" in capsys.readouterr().err
+    )
+    assert cli.main([*words, "--lora", "prior/sketch"]) == 0
+    settings = json.loads(Image.open("drawn.png").info["diffusers_ext"])
+    assert settings["pipeline"] == "PITIPipeline" and settings["lora"] == "sketch"
+    assert settings["checkpoint"] == "prior" and settings["sketch"] == "lines.png"
+    assert cli.main(["info", "prior"]) == 0
+    assert "adapter: --lora prior/sketch, " in capsys.readouterr().out
+    assert cli.main(["sample", "prior", "a star", "--steps", "2", "--out", "text.png"]) == 0
 
 
 def test_other_files_and_boxes_are_refused(files, capsys):

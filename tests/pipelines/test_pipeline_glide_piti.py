@@ -245,3 +245,65 @@ def test_the_usual_palette_knows_what_coco_leaves_unlabelled():
     pipe = PITIPipeline(**tiny_piti().components)
     found = pipe.read_conditions(label_map=torch.full((SIDE, SIDE), 182))
     assert (found == -1).all()  # black
+
+
+def saved_prior(folder):
+    prior = tiny_glide(upscale=False)
+    prior.save_pretrained(folder)
+    return prior
+
+
+@pytest.mark.parametrize("condition_type", ["label_map", "sketch", "geometry"])
+def test_conditions_share_a_prior_as_matrices_beside_their_encoder(condition_type, tmp_path):
+    """At full rank the change of the weights is whole; biases and norms stay the prior's."""
+    prior, pipe = saved_prior(tmp_path / "prior"), tiny_piti(condition_type)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            if parameter.ndim > 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    pipe.save_adapter(tmp_path / "shared" / "one", tmp_path / "prior", rank=300)
+    assert not (tmp_path / "shared" / "one" / "unet").exists()
+    loaded = PITIPipeline.from_prior(tmp_path / "prior", tmp_path / "shared", subfolder="one")
+    loaded.set_progress_bar_config(disable=True)
+    given = tiny_condition(condition_type)
+    assert loaded.config["condition_type"] == condition_type and not loaded.get_list_adapters()
+    torch.testing.assert_close(run(loaded, **given), run(pipe, **given), rtol=1e-3, atol=1e-3)
+    for before, after in zip(prior.unet.parameters(), loaded.unet.parameters(), strict=True):
+        assert (before.ndim > 1) != torch.equal(before, after)
+    loaded.save_pretrained(tmp_path / "whole")  # a pipeline like any other
+    again = PITIPipeline.from_pretrained(tmp_path / "whole")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(run(again, **given), run(loaded, **given))
+
+
+def test_a_small_rank_keeps_what_changed_most(tmp_path):
+    saved_prior(tmp_path / "prior")
+    pipe = tiny_piti(upscale=False)
+    weight = pipe.unet.conv_in.weight
+    generator = torch.Generator().manual_seed(0)
+    columns, rows = ((2, 16, 1, 1, 1), (2, *weight.shape[1:]))
+    strong, weak = torch.randn(columns, generator=generator) * torch.randn(rows, generator=generator)[:, None]
+    weak *= 0.01
+    with torch.no_grad():
+        weight += strong + weak
+    pipe.to(torch.float16).save_adapter(tmp_path / "one", tmp_path / "prior", rank=1)
+    matrices = PITIPipeline.lora_state_dict(tmp_path / "one")
+    assert {value.dtype for value in matrices.values()} == {torch.float16}
+    change = (matrices["conv_in.lora_B.weight"].flatten(1) @ matrices["conv_in.lora_A.weight"].flatten(1)).float()
+    assert (change - strong.flatten(1)).norm() < 0.05 * strong.norm()
+    loaded = PITIPipeline.from_prior(tmp_path / "prior", tmp_path / "one", dtype=torch.float16)
+    assert loaded.unet.dtype == loaded.encoder.dtype == torch.float16
+
+
+def test_adapters_of_other_networks_and_ranks_are_refused(tmp_path):
+    saved_prior(tmp_path / "prior")
+    pipe = tiny_piti(upscale=False)
+    with pytest.raises(ValueError, match="`rank` must be at least 1, received 0"):
+        pipe.save_adapter(tmp_path / "one", tmp_path / "prior", rank=0)
+    tiny_glide(inpaint=True, upscale=False).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`base` has no layer conv_in with a weight \(16, 3, 3, 3\)"):
+        pipe.save_adapter(tmp_path / "one", tmp_path / "other", rank=2)
+    assert not (tmp_path / "one").exists()  # nothing half
+    pipe.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
+    with pytest.raises(ValueError, match="matrices of another network"):
+        PITIPipeline.from_prior(tmp_path / "other", tmp_path / "one")

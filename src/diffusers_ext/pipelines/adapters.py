@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin, _fetch_state_dict
 from diffusers.models.unets.unet_2d import UNet2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..models.blocks.wrappers import unwrap
 from ..models.unet_ldm import LDMUNet
@@ -207,6 +209,43 @@ def adapted_layers(network: nn.Module | None) -> list[BaseTunerLayer]:
     """The layers that hold, or held, matrices beside their weights: they are saved under other names."""
     modules = () if network is None else network.modules()
     return [module for module in modules if isinstance(module, BaseTunerLayer)]
+
+
+def low_rank_difference(tuned: nn.Module, base: nn.Module, rank: int) -> dict[str, Tensor]:
+    """The matrices of this rank that come nearest to what a training changed, for `load_lora_weights` on `base`.
+
+    Of each linear and convolutional layer they keep the largest singular values of the change (Eckart and Young).
+    Biases and norms are left as `base` has them.
+
+    Args:
+        tuned: The network after the training.
+        base: The same network before it.
+        rank: Number of rows and columns of each layer's matrices, at least 1.
+
+    Raises:
+        ValueError: For networks of different layers.
+    """
+    weights = {
+        name: layer.weight
+        for name, layer in tuned.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and getattr(layer, "groups", 1) == 1
+    }
+    layers, matrices = dict(base.named_modules()), {}
+    for name, weight in weights.items():
+        before = getattr(layers.get(name), "weight", None)
+        if before is None or before.shape != weight.shape:
+            raise ValueError(
+                f"`base` has no layer {name} with a weight {tuple(weight.shape)}: name the network that the training"
+                " started from."
+            )
+        change = (weight.detach().float() - before.detach().to(weight.device).float()).flatten(1)
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+        kept = values[:rank].sqrt()
+        down = F.pad(kept[:, None] * right[:rank], (0, 0, 0, rank - len(kept)))  # (rank, in * kh * kw)
+        up = F.pad(left[:, :rank] * kept, (0, rank - len(kept)))  # (out, rank)
+        matrices[f"{name}.lora_A.weight"] = down.reshape(rank, *weight.shape[1:])
+        matrices[f"{name}.lora_B.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:]))
+    return {name: matrix.cpu().contiguous() for name, matrix in matrices.items()}
 
 
 def _check_components(components: Sequence[str]) -> None:

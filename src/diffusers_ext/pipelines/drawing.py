@@ -234,8 +234,11 @@ def draw(
         ValueError: for options that do not fit the pipeline.
     """
     saved = pipeline_class(folder)
-    pipeline = choose_mode(saved, options)
-    arguments = call_arguments(pipeline, options, idle_arguments(pipeline, folder))
+    if lora is None and (part := _condition_beside(saved, folder, options)):
+        raise ValueError(f"{folder!r} holds a {saved.__name__}, which takes other options: pass --lora {part} too.")
+    condition = None if lora is None else condition_class(saved, lora)
+    pipeline = choose_mode(saved, options) if condition is None else condition
+    arguments = call_arguments(pipeline, options, idle_arguments(pipeline, folder if condition is None else str(lora)))
     for option in FILES:
         for name in (name for name in ARGUMENTS[option] if name in arguments):
             arguments[name] = read_file(option, Path(arguments[name]))
@@ -256,9 +259,13 @@ def draw(
             f"The weights of {folder!r} draw from texts, so variations of an image would be noise: pass"
             f" --lora {adapter}, or a prompt beside --image to edit it."
         )
-    pipe: Any = pipeline.from_pretrained(folder, dtype=dtype)
-    if lora is not None:
-        pipe.load_lora_weights(lora)
+    pipe: Any
+    if condition is not None:
+        pipe = condition.from_prior(folder, lora, dtype=dtype)
+    else:
+        pipe = pipeline.from_pretrained(folder, dtype=dtype)
+        if lora is not None:
+            pipe.load_lora_weights(lora)
     pipe = pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = options.get("num") or 1
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
@@ -273,6 +280,30 @@ def draw(
         "dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
     }
+
+
+def condition_class(saved: type[HousePipeline], lora: str | Path) -> Any:
+    """The class that draws with a folder which holds an encoder beside its LoRA matrices (`PITIPipeline.from_prior`).
+
+    None where `lora` holds matrices alone, or where `saved`, the class that they are for, has such an encoder.
+    """
+    if not Path(lora, "model_index.json").is_file():
+        return None
+    named = pipeline_class(str(lora))
+    return named if hasattr(named, "from_prior") and not issubclass(saved, named) else None
+
+
+def _condition_beside(saved: type[HousePipeline], folder: str, options: Mapping[str, Any]) -> str | None:
+    """The folder of an adapter within `folder` that takes the options, if the pipeline itself does not."""
+    given = {option for option, value in options.items() if value is not None}
+    if given <= set(options_of(saved)):
+        return None
+    for index in sorted(Path(folder).glob("*/model_index.json")):
+        part = str(index.parent)
+        condition = condition_class(saved, part)
+        if condition is not None and given <= set(options_of(condition, idle_arguments(condition, part))):
+            return part
+    return None
 
 
 def _settings(pipe: Any, folder: str, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ once a call, not once a step; the paper's normalised guidance, which the release
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ...conditions.label_maps import label_batch
@@ -28,12 +30,15 @@ from ...conditions.piti import (
     resize_nearest,
     sketch_condition,
 )
+from ...models.blocks.wrappers import unwrap
 from ...models.encoder_piti import PITIEncoder
+from ..adapters import low_rank_difference
 from ..base import Config, ConfigOf
 from ..callbacks import Callback
 from ..checks import check_integer, check_parts
 from ..glide.base import CHANNELS, Generators, GlideBasePipeline, GlideCondition, Stage, upsample
 from ..listed_options import read_option, record_option
+from ..saving import check_saveable
 
 logger = logging.get_logger(__name__)
 
@@ -100,6 +105,73 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
             label_names=record_option("label_names", label_names),
             default_guidance_scale=default_guidance_scale,
         )
+
+    @classmethod
+    def from_prior(
+        cls,
+        prior: str | Path,
+        adapter: str | Path,
+        *,
+        subfolder: str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "PITIPipeline":
+        """Loads a condition onto a prior: its encoder, and LoRA matrices that are added to the prior's U-Net.
+
+        Several conditions so share the weights of one prior, which `save_adapter` leaves out, and of which a training
+        with `--rank` changes no others.
+
+            pipe = PITIPipeline.from_prior("checkpoints/piti-scenes", "checkpoints/piti-scenes", subfolder="sketch")
+
+        Args:
+            prior: Folder or name on the Hub of the pipeline whose `unet` the matrices change.
+            adapter: Folder or name on the Hub of what `save_adapter` or a training with `--rank` wrote.
+            subfolder: Where in `adapter` it lies.
+            dtype: As in `from_pretrained`; float32 if unset.
+
+        The other arguments are those of `from_pretrained` that say how to look a name up on the Hub (`cache_dir`,
+        `local_files_only`, `revision` ...). They hold for both.
+
+        Raises:
+            ValueError: For matrices of another network than the prior's.
+        """
+        folder = Path(adapter)
+        if not folder.is_dir():
+            wanted = None if subfolder is None else f"{subfolder}/*"
+            folder = Path(snapshot_download(str(adapter), allow_patterns=wanted, **kwargs))
+        folder = folder / (subfolder or "")
+        unet = UNet2DConditionModel.from_pretrained(prior, subfolder="unet", dtype=torch.float32, **kwargs)
+        pipe = cls.from_pretrained(folder, unet=unet)
+        pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return pipe if dtype is None else pipe.to(dtype)
+
+    def save_adapter(self, save_directory: str | Path, prior: str | Path, rank: int = 16) -> None:
+        """Saves what the pipeline adds to a prior, for `from_prior`: all components but the U-Net, and of that the
+        change since the prior as LoRA matrices.
+
+        The matrices are the nearest of their rank to the change of the linear and convolutional layers. Biases and
+        norms stay the prior's: compare the images before you share it.
+
+        Args:
+            save_directory: Folder, made if missing.
+            prior: Folder or name on the Hub of the pipeline whose `unet` the training started from.
+            rank: Rank of the matrices, at least 1. The larger, the nearer.
+
+        Raises:
+            ValueError: For a prior of other layers, and a rank below 1.
+        """
+        check_integer("rank", rank, 1)
+        check_saveable(self.components)
+        base = UNet2DConditionModel.from_pretrained(prior, subfolder="unet")
+        matrices = low_rank_difference(self._network, base, rank)
+        self.save_config(save_directory)
+        for name, component in self.components.items():
+            if component is not None and name != "unet":
+                unwrap(component).save_pretrained(Path(save_directory, name))
+        dtype = self._network.dtype
+        self.save_lora_weights(save_directory, {name: value.to(dtype) for name, value in matrices.items()})
 
     @property
     def label_palette(self) -> np.ndarray:
