@@ -15,13 +15,17 @@ from urllib.parse import unquote, urlsplit
 
 class HubDouble:
     def __init__(self):
+        self.clear()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def clear(self) -> None:
+        """As it was in the beginning, but for its address."""
         self.repos: dict[str, dict[str, bytes]] = {}  # repo id -> path in the repo -> content
         self.private: dict[str, bool] = {}
         self.requests: list[tuple[str, str]] = []  # (method, path), in order
         self.fail_with: int | None = None
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "HubDouble":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -40,7 +40,8 @@ def test_the_console_script_is_installed(capsys):
 
 def test_help_and_wrong_words_load_no_network(run_python):
     """As the console script starts: torch comes with the first command that needs it, and with it the registration."""
-    printed = run_python("""
+    printed = run_python(
+        """
 import contextlib, io, runpy, sys
 import diffusers_ext_command
 def run(*words):
@@ -70,7 +71,9 @@ try:
 except SystemExit as end:
     assert end.code == 2
     print("all")
-""").stdout
+""",
+        cold=True,
+    ).stdout
     assert printed.split()[-1] == "all"
 
 

@@ -1,6 +1,6 @@
 """What the documents promise runs: every Python block, every shell line, every preset.
 
-Python blocks run in fresh processes, those under one heading together and in order, in a copy of what a
+Python blocks run in processes of their own, those under one heading together and in order, in a copy of what a
 clone holds, with a double of the Hub; `runs/<name>`, where the shell lines train to, is the bundled checkpoint there.
 README's fine-tuning command is run for two steps, its upload included.
 
@@ -27,9 +27,8 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,37 +181,32 @@ def test_the_readme_has_something_to_check():
 
 
 @pytest.mark.parametrize("code", [code for _, code in SECTIONS], ids=[name for name, _ in SECTIONS])
-def test_python_blocks_run(code, hub, tmp_path):
+def test_python_blocks_run(code, hub, warm_python, tmp_path):
     clone = tmp_path / "clone"
     clone.mkdir()
     for name in ("benchmarks", "checkpoints", "pipelines", "training"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {k: v for k, v in {**os.environ, **hub.env(tmp_path / "home")}.items() if v is not None}
+
+    def run(*words: str) -> None:
+        result = warm_python.run(*words, cwd=clone, env=environment)
+        assert result.returncode == 0, f"{words}\n---\n{result.stdout}{result.stderr}"
+
     for name in set(re.findall(r"runs/([\w.-]+)", code)):
         if name == "my-finetune":
-            train_as_the_readme_says(clone, environment)
+            train_as_the_readme_says(clone, run)
             shutil.rmtree(clone / "runs")  # what a stranger has is the repository alone
             pushed = hub.repos["user/my-finetune"].keys()
             assert {"model_index.json", "README.md", "pytorch_lora_weights.safetensors"} <= pushed
         elif name in TRAINED:
-            train_here(
-                ["training/train_ldm.py", "training/presets/ldm-smoke.yaml", *TRAINED[name]], clone, environment
-            )
+            run("training/train_ldm.py", "training/presets/ldm-smoke.yaml", *TRAINED[name])
         else:
             shutil.copytree(ROOT / "checkpoints" / "paella-scenes-64", clone / "runs" / name)
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, f"{code}\n---\n{result.stdout}{result.stderr}"
+    run("-c", code)
 
 
-def train_here(words: list[str], clone: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, f"{words}\n---\n{result.stdout}{result.stderr}"
-
-
-def train_as_the_readme_says(clone: Path, environment: dict[str, str]) -> None:
+def train_as_the_readme_says(clone: Path, run: Callable[..., None]) -> None:
     """Runs README's fine-tuning command as it stands, but for two steps, on eight images with text files."""
     folder = clone / "my" / "images"
     folder.mkdir(parents=True)
@@ -223,7 +217,7 @@ def train_as_the_readme_says(clone: Path, environment: dict[str, str]) -> None:
     (command,) = [text for heading, text in blocks(ROOT / "README.md", "shell") if heading == "Fine-tune"]
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["accelerate", "launch"] and {"--rank", "--push_to_hub"} <= set(words)
-    train_here([*words[2:], "--max_train_steps", "2", "--train_batch_size", "2"], clone, environment)
+    run(*words[2:], "--max_train_steps", "2", "--train_batch_size", "2")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
@@ -265,7 +259,20 @@ def test_blocks_that_sample_have_a_seed(name, code):
             assert "generator" in words or common, f"{name}: {ast.unparse(node)}"
 
 
-def check_line(words: list[str]) -> None:
+@pytest.fixture(scope="module")
+def program_help(warm_python) -> Callable[..., str]:
+    """What `python <target> --help` prints; documents name the same programs again and again."""
+
+    @functools.cache
+    def printed(*target: str) -> str:
+        result = warm_python.run(*target, "--help", cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return printed
+
+
+def check_line(words: list[str], program_help: Callable[..., str]) -> None:
     """Applies the rule of the table above; AssertionError or SystemExit when the line would not work."""
     while re.match(r"\w+=", words[0]):
         words = words[1:]
@@ -298,14 +305,6 @@ def check_line(words: list[str]) -> None:
             raise AssertionError(f"no rule for {words[0]!r}: give tests/test_readme.py one")
 
 
-@functools.cache  # documents name the same programs again and again
-def program_help(*target: str) -> str:
-    """What `python <target> --help` prints."""
-    result = subprocess.run([sys.executable, *target, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def cli_help(words: list[str]) -> str:
     """What `diffusers-ext <command> --help` prints; the options of `convert` are those of its kind."""
     printed = io.StringIO()
@@ -316,8 +315,8 @@ def cli_help(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize(("document", "line"), LINES, ids=[f"{d}: {line[:60]}" for d, line in LINES])
-def test_shell_lines_work(document, line):
-    check_line(shlex.split(line))
+def test_shell_lines_work(document, line, program_help):
+    check_line(shlex.split(line), program_help)
 
 
 @pytest.mark.parametrize(
@@ -333,9 +332,9 @@ def test_shell_lines_work(document, line):
         "no-such-program --help",
     ],
 )
-def test_a_wrong_line_is_found(line):
+def test_a_wrong_line_is_found(line, program_help):
     with pytest.raises((AssertionError, SystemExit, ValueError, OSError)):
-        check_line(shlex.split(line))
+        check_line(shlex.split(line), program_help)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=[path.name for path in PRESETS])

@@ -1,4 +1,4 @@
-"""What was saved here loads elsewhere: each test loads in a fresh process, from disk and from a double of the Hub."""
+"""What was saved here loads elsewhere: each test loads in another process, from disk and from a double of the Hub."""
 
 import json
 
@@ -169,7 +169,7 @@ report(pipe)
 assert type(diffusers.AutoModel.from_pretrained(folder, subfolder="unet")) is diffusers_ext.PaellaUNet
 """
     expected = ["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]
-    assert reports(run_python(code)) == [expected] * 4
+    assert reports(run_python(code, cold=True)) == [expected] * 4
 
 
 def test_hub_push_in_one_process_and_pull_in_another(saved, run_python, hub, tmp_path):
@@ -220,7 +220,7 @@ else:
     raise AssertionError("loaded code from a folder without trust")
 """
     expected = ["diffusers_ext.pipelines.paella.pipeline_paella", "PaellaPipeline", tokens]
-    assert reports(run_python(code, **hub.env(tmp_path / "home"))) == [expected] * 2
+    assert reports(run_python(code, cold=True, **hub.env(tmp_path / "home"))) == [expected] * 2
 
 
 def test_without_import_and_without_the_package_the_error_is_clear(saved, run_python, tmp_path):

@@ -1,9 +1,6 @@
 """benchmarks/quality_ldm_tiles.py: what it calls a seam, and the script on a tiny pipeline."""
 
-import os
 import runpy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,17 +38,15 @@ def test_mosaics_repeat_held_out_maps(script):
     assert all(labels[top : top + 32, left : left + 32].any() for top in (0, 32) for left in (0, 32))
 
 
-def test_the_script_on_a_tiny_pipeline(repo_root, tmp_path):
+def test_the_script_on_a_tiny_pipeline(repo_root, warm_python, tmp_path):
     parts = tiny_ldm_components("semantic") | {"label_names": ["ground", *SHAPES], "label_palette": None}
     parts["spatial_rescaler"] = LDMSpatialRescaler(len(SHAPES) + 1, 3)
     parts["unet"].register_to_config(sample_size=8)
     pipeline_class("semantic")(**parts).save_pretrained(tmp_path / "pipe")
     small = ["--size", "64", "--tile_size", "32", "--num_inference_steps", "1", "--whole"]
-    done = subprocess.run(
-        [sys.executable, str(repo_root / "benchmarks" / "quality_ldm_tiles.py"), str(tmp_path / "pipe"), *small,
-         "--output", str(tmp_path / "tiles.png")],
-        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = [str(repo_root / "benchmarks" / "quality_ldm_tiles.py"), str(tmp_path / "pipe"), *small]
+    done = warm_python.run(*command, "--output", str(tmp_path / "tiles.png"))
+    assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if "MiB" in line]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [
         "tiles that overlap by half", "tiles that touch", "in one piece",
