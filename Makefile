@@ -28,10 +28,10 @@ gallery: $(STAMP) ## draw the pictures of docs/gallery.md from the bundled check
 	$(PY) docs/gallery.py
 
 test: $(STAMP) ## the test suite without the long matrices, on two cores (ARGS="-k name" for pytest)
-	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## the long matrices too
-	$(ONE_THREAD) $(PY) -m pytest -n 2 $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(PY) -m ruff check .

@@ -66,20 +66,20 @@ def test_a_preset_runs_by_name_with_the_launcher(installed, tmp_path):
     assert {"config.json", "README.md", "log.jsonl", "checkpoint-1"} <= {
         p.name for p in (tmp_path / "result").iterdir()
     }
-    show = "import diffusers_ext, diffusers_ext.training as t; print(diffusers_ext.__file__, t.__file__)"
-    places = python(installed, tmp_path, "-c", show).stdout.split()
-    assert len(places) == 2 and all(Path(place).is_relative_to(installed) for place in places)
 
 
 def test_recipes_are_functions_in_python(installed, tmp_path):
     """Every recipe can be imported, and what needs a clone says so before anything is made."""
     lines = [
+        "import diffusers_ext, diffusers_ext.training as t; print(diffusers_ext.__file__, t.__file__, flush=True)",
         f"from diffusers_ext.training import {', '.join(RECIPES)}",
         "train_optimus.main(['optimus-smoke', '--output_dir', 'optimus', '--max_train_steps', '1', '--beta', '0'])",
         "train_paella.main(['paella-smoke', '--output_dir', 'paella'])",
     ]
     ran = python(installed, tmp_path, "-c", "\n".join(lines))
     assert ran.returncode == 1, ran.stderr
+    places = ran.stdout.splitlines()[0].split()
+    assert len(places) == 2 and all(Path(place).is_relative_to(installed) for place in places)
     last = ran.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: --pretrained_vqvae_name_or_path is checkpoints/paella-scenes-64/vqvae")
     assert "the bundled checkpoints lie in a clone of the repository" in last

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -300,25 +298,6 @@ def test_other_folders_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "c" / "holiday.txt").write_text("mine")
     with pytest.raises(CacheError, match=r"is not empty, but holds no readable cache\.json.*Name another --cache_dir"):
         open_numbers(tmp_path / "c")
-
-
-def test_two_processes_share_the_work(tmp_path):
-    script = tmp_path / "share.py"
-    script.write_text(
-        f"import os, pathlib, sys; sys.path[:0] = [{str(ROOT / 'tests' / 'training')!r}, {str(ROOT / 'training')!r}]\n"
-        "from test_cache import Numbers, assert_numbers, open_numbers\n"
-        "numbers = Numbers()\n"
-        f"assert_numbers(open_numbers({str(tmp_path / 'cache')!r}, numbers))\n"
-        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(numbers.seen))\n"
-    )
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        str(script),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1, 2, 3, 8, 9]", "[4, 5, 6, 7]"]
 
 
 def test_rows_are_computed_in_batches_of_one_size():

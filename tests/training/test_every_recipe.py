@@ -1,6 +1,6 @@
 """Every smoke preset and every task of latent diffusion in bf16, and on two processes (one launch for all).
 
-Also what two processes are held to: the same losses and weights as one with the double batch.
+Also what two processes are held to: the same losses and weights as one with the double batch, and one cache.
 """
 
 import importlib
@@ -134,7 +134,7 @@ def two_processes(tmp_path_factory) -> Path:
 
 def launch(folder: Path) -> None:
     jobs = [[name, JOBS[name][0], words_of(name, folder, *batch(name, 2), steps=3)] for name in JOBS]
-    (folder / "jobs.json").write_text(json.dumps([["codes", None, []], *jobs]))
+    (folder / "jobs.json").write_text(json.dumps([["codes", None, []], ["numbers", None, []], *jobs]))
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -168,6 +168,11 @@ def test_two_processes_train_like_one_with_the_double_batch(name, two_processes,
         torch.testing.assert_close(
             second[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+def test_two_processes_share_the_work_of_a_cache(two_processes):
+    seen = [json.loads((two_processes / f"numbers.{rank}.json").read_text())["seen"] for rank in range(2)]
+    assert seen == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
 
 
 def test_all_processes_start_from_the_same_codes(two_processes):

@@ -2,8 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 2 two_processes.py jobs.json
 
-Each job is [name, recipe, words of its command line]; what each process has to say of it goes to `<name>.<rank>.json`
-beside the list of jobs.
+Each job is [name, recipe, words of its command line], or [name of a check below, null, []]; what each process has to
+say of it goes to `<name>.<rank>.json` beside the list of jobs.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from test_cache import Numbers, assert_numbers, open_numbers
 
 from diffusers_ext.models.token_codec import codebook_weight
 from diffusers_ext.models.vq_paella import PaellaVQModel
@@ -23,7 +24,7 @@ from diffusers_ext.training.autoencoder.networks import new_autoencoder
 from diffusers_ext.training.autoencoder.objective import Quantized
 
 
-def first_codes_of_each_process() -> dict[str, list[float]]:
+def codes(jobs: Path) -> dict[str, list[float]]:
     """The codes that each process starts with when each sees other pictures (as rounding on a GPU would make them)."""
     args, _, _ = importlib.import_module("train_autoencoder").parse_args(
         ["--dataset_name", "scenes", "--model", "paella_vq", "--block_out_channels", "8", "16", "--num_vq_embeddings"]
@@ -38,6 +39,16 @@ def first_codes_of_each_process() -> dict[str, list[float]]:
     return {"codes": codebook_weight(objective.autoencoder).flatten().tolist()}
 
 
+def numbers(jobs: Path) -> dict[str, list[int]]:
+    """The samples that each process reads for a cache that they fill together; each finds all of them in it."""
+    read = Numbers()
+    assert_numbers(open_numbers(jobs.with_name("cache"), read))
+    return {"seen": read.seen}
+
+
+CHECKS = {check.__name__: check for check in (codes, numbers)}
+
+
 def main() -> None:
     jobs = Path(sys.argv[1])
     destroy = PartialState.destroy_process_group
@@ -45,7 +56,7 @@ def main() -> None:
     for name, recipe, words in json.loads(jobs.read_text()):
         started = time.monotonic()
         try:
-            found = {} if recipe else first_codes_of_each_process()
+            found = {} if recipe else CHECKS[name](jobs)
             if recipe:
                 importlib.import_module(f"train_{recipe}").main(words)
         except Exception:  # the other process must not wait for this one's next job
