@@ -5,10 +5,11 @@
 Each row of the page is a checkpoint and what it does, with the settings that its documents name. Prompts and pictures
 are the first held-out ones of `scenes`, and sample k is drawn from a seed of its own, (0, k): nothing is chosen by
 hand, and all that is drawn is shown and counted. The verifier of `scenes` (plain image processing, no network) reads
-the samples. "Everything" asks for shapes, colours, sizes, places and the number of objects.
+the samples. "Everything" asks for shapes, colours, sizes, places and the number of objects; of PITI's conditions,
+which say no colour, for shapes whose boxes overlap the given ones by half or more.
 
-Eight samples a row tell little: docs/latent_diffusion.md, docs/versatile_diffusion.md and docs/paella.md hold the
-counts over hundreds, and the commands that print them. A new family is one more entry of `ROWS`.
+Eight samples a row tell little: the pages of the families in docs/ hold the counts over hundreds, and the commands
+that print them. A new family is one more entry of `ROWS`.
 """
 
 import argparse
@@ -27,14 +28,17 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from parts.pages import Cell, draw_page
+from parts.piti_scenes import condition_of, condition_picture, held_out_scenes, recalled, shapes_right
 from PIL import Image
 
-from diffusers_ext import PaellaImageVariationPipeline
+from diffusers_ext import PaellaImageVariationPipeline, PITIPipeline
 from diffusers_ext.data.scenes import (
+    CLASS_NAMES,
     GROUNDS,
     WantedObject,
     balanced_prompts,
     full_caption,
+    label,
     parse_caption,
     render,
     sample_scene,
@@ -90,6 +94,34 @@ def text_to_image(pipe: Any, cases: Cases, **options: Any) -> list[Cell]:
     return judge_pictures(pipe(prompts, generator=cases.generators, **options).images, prompts, wanted)
 
 
+def class_to_image(pipe: Any, cases: Cases, **options: Any) -> list[Cell]:
+    """The classes of the held-out pictures."""
+    scenes = [sample_scene(0, i, split="test", num_objects=1, grounds=GROUNDS[:1]) for i in range(cases.count)]
+    names = [CLASS_NAMES[label(scene)] for scene in scenes]
+    drawn = pipe(names, generator=cases.generators, **options).images
+    return judge_pictures(drawn, names, [parse_caption(f"a {name}") for name in names])
+
+
+def condition_to_image(pipe: Any, cases: Cases, **options: Any) -> list[Cell]:
+    """Maps, sketches or geometry of held-out pictures, none of which says a colour.
+
+    What is right are shapes, and everything where each object also fills its box.
+    """
+    kind, side = pipe.config["condition_type"], pipe.encoder.config["sample_size"]
+    scenes = held_out_scenes("plain+one", cases.count)
+    some = [condition_of(kind, scene, side) for scene in scenes]
+    given = {name: np.stack([one[name] for one in some]) for name in some[0]}
+    drawn = pipe(**given, generator=cases.generators, **options).images
+    cells = []
+    for picture, scene, condition in zip(drawn, scenes, some, strict=True):
+        found = read_picture(np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
+        shape = shapes_right(found, scene)
+        placed = shape and all(recalled(found, item.shape, item.box) for item in scene.objects)
+        text = " and ".join(f"{item.size} {item.shape}" for item in scene.objects)
+        cells.append(Cell(picture, text, shape, placed, condition_picture(kind, condition, pipe.label_palette)))
+    return cells
+
+
 def super_resolution(pipe: Any, cases: Cases, **options: Any) -> list[Cell]:
     true, wanted = cases.pictures()
     small = [picture.resize((LOW_SIDE, LOW_SIDE), Image.Resampling.BICUBIC) for picture in true]
@@ -122,6 +154,10 @@ def load_paella_variations(folder: Path) -> Any:
     return pipe
 
 
+def load_piti(condition: str) -> Callable[[Path], Any]:
+    return lambda folder: PITIPipeline.from_prior(folder, folder, subfolder=condition, dtype=torch.float32)
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the page.
@@ -145,10 +181,16 @@ class Row:
 
 LDM = {"num_inference_steps": 25, "eta": 1.0}
 VERSATILE = {"num_inference_steps": 20, "eta": 1.0}
+CASCADE = {"num_inference_steps": [25, 10, 10]}  # of each stage
+PITI = {"num_inference_steps": 20}
 ROWS = (
     Row("Latent Diffusion: text to image", "ldm-text-scenes-64", text_to_image, LDM),
     Row("Versatile Diffusion: text to image", "versatile-scenes-64", text_to_image, VERSATILE),
     Row("Paella: text to image, one object", "paella-scenes-64", text_to_image, {"num_inference_steps": 8}, 1),
+    Row("Cascaded Diffusion: class to image", "cascaded-scenes-64", class_to_image, CASCADE, 1),
+    Row("PITI: label map to image", "piti-scenes", condition_to_image, PITI, 1, load_piti("label_map")),
+    Row("PITI: sketch to image", "piti-scenes", condition_to_image, PITI, 1, load_piti("sketch")),
+    Row("PITI: normals and depth to image", "piti-scenes", condition_to_image, PITI, 1, load_piti("geometry")),
     Row("Latent Diffusion: super-resolution", "ldm-super-resolution-scenes-64", super_resolution, LDM),
     Row("Versatile Diffusion: captions of pictures", "versatile-scenes-64", captions, VERSATILE),
     Row("Versatile Diffusion: variations of pictures", "versatile-scenes-64", variations, VERSATILE),

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_ext import (
+    CascadedDiffusionPipeline,
     LDMTextPipeline,
     LDMUpscalePipeline,
     PaellaImageVariationPipeline,
     PaellaImg2ImgPipeline,
     PaellaInpaintPipeline,
     PaellaPipeline,
+    PITIPipeline,
     VersatileEditPipeline,
     VersatilePipeline,
 )
-from diffusers_ext.data.scenes import render, sample_scene
+from diffusers_ext.data.scenes import metres_and_normals, render, sample_scene, semantic_map, sketch
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 SIDE = 128  # of an image of 64 pixels on a sheet
@@ -164,12 +167,53 @@ def super_resolution() -> list[Row]:
     ]
 
 
+def cascade() -> list[Row]:
+    pipe = load(CascadedDiffusionPipeline, "cascaded-scenes-64")
+    names = ["red circle", "green ring", "yellow star", "purple triangle", "blue square", "cyan cross"]
+    options = {"conditioning_mode": "non_truncated", "return_intermediates": True}  # small images without their noise
+    drawn = pipe(names, num_inference_steps=50, generator=seeds(6), **options).intermediates
+    large = {
+        name: [one.resize((64, 64), Image.Resampling.NEAREST) for one in images] for name, images in drawn.items()
+    }
+    return [
+        Row("Cascaded Diffusion: the base draws a class at 16 pixels a side, 50 steps", large["base"], [""] * 6),
+        Row("... the second stage makes 32 of them", large["upscale_1"], [""] * 6),
+        Row("... and the third 64", large["upscale_2"], names),
+    ]
+
+
+def piti() -> list[Row]:
+    folder, rows = CHECKPOINTS / "piti-scenes", []
+    scenes = [sample_scene(0, index, split="test", grounds=("plain",), num_objects=1) for index in range(6)]
+    for name, drawn in (("label_map", "a label map"), ("sketch", "a sketch"), ("geometry", "normals and depth")):
+        pipe = quiet(PITIPipeline.from_prior(folder, folder, subfolder=name, dtype=torch.float32))
+        side = pipe.encoder.config["sample_size"]
+        given: dict[str, Any]
+        if name == "geometry":
+            metres, normals = zip(*(metres_and_normals(scene, side) for scene in scenes), strict=True)
+            shown = [Image.fromarray(((one + 1) * 127.5).round().astype(np.uint8)) for one in normals]
+            given = {"normals": shown, "depth": np.stack(metres)}
+        elif name == "sketch":
+            given = {"sketch": [Image.fromarray(sketch(scene, side)) for scene in scenes]}
+            shown = given["sketch"]
+        else:
+            maps = [semantic_map(scene, side) for scene in scenes]
+            given, shown = {"label_map": maps}, [Image.fromarray(pipe.label_palette[one]) for one in maps]
+        images = pipe(**given, num_inference_steps=50, generator=seeds(6)).images
+        title = f"PITI draws of it, 50 steps, {images[0].width} pixels a side"
+        images = [one.resize((64, 64), Image.Resampling.NEAREST) for one in images]
+        rows.append(Row(f"What is given: {drawn}", [one.convert("RGB").resize((64, 64)) for one in shown], [""] * 6))
+        rows.append(Row(title, images, [""] * 6))
+    return rows
+
+
 def overview(sheets: dict[str, list[Row]]) -> list[Row]:
     """The rows for the README: something of every family."""
     ldm, versatile_rows, paella = sheets["text_to_image"]
     small, large, _ = sheets["super_resolution"]
     captions = sheets["versatile"][0]
     edits = sheets["editing"][0]
+    stages, conditions = sheets["cascade"], sheets["piti"]
     return [
         ldm,
         versatile_rows._replace(texts=[""] * 6),
@@ -181,6 +225,16 @@ def overview(sheets: dict[str, list[Row]]) -> list[Row]:
             [picture for pair in zip(small.images[:3], large.images[:3], strict=True) for picture in pair],
             ["16 pixels", "64 pixels"] * 3,
         ),
+        Row(
+            "Cascaded Diffusion: classes at 16, 32 and 64 pixels a side",
+            [row.images[k] for k in range(2) for row in stages],
+            [text for name in stages[-1].texts[:2] for text in ("16 pixels", "32 pixels", name)],
+        ),
+        Row(
+            "PITI: images of a label map, a sketch, normals and depth",
+            [row.images[k // 2] for k, row in enumerate(conditions)],
+            ["label map", "", "sketch", "", "normals", ""],
+        ),
     ]
 
 
@@ -189,6 +243,8 @@ SHEETS: dict[str, Callable[[], list[Row]]] = {
     "editing": editing,
     "versatile": versatile,
     "super_resolution": super_resolution,
+    "cascade": cascade,
+    "piti": piti,
 }
 
 
@@ -239,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     sheets = {name: draw() for name, draw in SHEETS.items()}
     for name, rows in {"overview": overview(sheets), **sheets}.items():
         path = args.output_dir / f"{name}.png"
-        draw_sheet(rows).save(path, optimize=True)
+        draw_sheet(rows).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)  # flat colours: a third
         print(f"{path}: {sum(len(row.images) for row in rows)} images, {path.stat().st_size / 1024:.0f} KiB")
     print(f"{time.perf_counter() - started:.0f} s")
 

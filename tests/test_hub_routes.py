@@ -229,7 +229,10 @@ for repo, lines in {cards!r}.items():
 def test_bundled_checkpoints_are_exported_and_load(online, load, tmp_path, capsys):
     """`export-hub --push`, with and without `--no-import`: cards name the repository, models and pipelines load."""
     calls, quick = {}, {"num_inference_steps": 1, "output_type": "pt"}
-    inputs = {"ldm-super-resolution-scenes-64": {"image": tiny_picture(1)}}
+    inputs = {
+        "ldm-super-resolution-scenes-64": {"image": tiny_picture(1)},
+        "cascaded-scenes-64": {"class_labels": "red circle", "num_inference_steps": 2},  # one step reaches no level
+    }
     for name in BUNDLED:
         folder = ROOT / "checkpoints" / name
         push = ["--push", "--hub_model_id", f"user/{name}"]
@@ -237,7 +240,7 @@ def test_bundled_checkpoints_are_exported_and_load(online, load, tmp_path, capsy
         copy = ["--no-import", "--output_dir", str(tmp_path / name), "--push", "--hub_model_id", f"user/{name}-copy"]
         assert cli.main(["export-hub", str(folder), *copy]) == 0, capsys.readouterr()
         is_pipeline = (folder / "model_index.json").is_file()
-        call = inputs.get(name, {"prompt": "a large red circle"}) | quick if is_pipeline else None
+        call = quick | inputs.get(name, {"prompt": "a large red circle"}) if is_pipeline else None
         for repo in (f"user/{name}", f"user/{name}-copy"):
             calls[repo] = (read_saved(folder).class_name, call)
             assert f'from_pretrained("{repo}"' in python_of(card_of(online, repo)), repo
@@ -256,6 +259,8 @@ for repo in [repo for repo in calls if not repo.endswith("-copy")]:
         fingerprint("generic", repo, diffusers.AutoModel.from_pretrained(repo))
     else:
         keep("generic", repo, diffusers.DiffusionPipeline.from_pretrained(repo, dtype=torch.float32))
+sketches = diffusers_ext.PITIPipeline.from_prior("user/piti-scenes", "user/piti-scenes", subfolder="sketch")
+assert sketches.config["condition_type"] == "sketch", sketches.config
 """
     results = load(code, calls)
     for name in BUNDLED:

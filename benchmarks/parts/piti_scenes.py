@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,11 +84,28 @@ def condition_of(kind: str, scene: Scene, side: int) -> dict[str, np.ndarray]:
     return {"normals": normals.transpose(2, 0, 1), "depth": metres}
 
 
+def load_condition(folder: str) -> PITIPipeline:
+    """A whole pipeline, or what lies below its prior and has no U-Net, as in `checkpoints/piti-scenes`."""
+    if Path(folder, "unet").is_dir():
+        return PITIPipeline.from_pretrained(folder, dtype=torch.float32)
+    return PITIPipeline.from_prior(Path(folder).parent, folder, dtype=torch.float32)
+
+
+def condition_picture(kind: str, condition: dict[str, np.ndarray], palette: np.ndarray) -> Image.Image:
+    """A condition for the eye: the map's colours, the lines, or the normals as colours."""
+    if kind == "label_map":
+        return Image.fromarray(palette[condition["label_map"]])
+    if kind == "sketch":
+        return Image.fromarray(condition["sketch"]).convert("RGB")
+    colours = (condition["normals"].transpose(1, 2, 0) + 1) * 127.5
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
 class Sampler:
     """A checkpoint, and the pictures that it draws of scenes.
 
     Args:
-        folder: A `PITIPipeline`.
+        folder: A `PITIPipeline`, or one of the conditions below a prior.
         args: As `add_sampling_options` reads them.
 
     Raises:
@@ -99,7 +117,8 @@ class Sampler:
         if args.stage == "base":
             parts = {f"upscale_{name}": None for name in ("encoder", "unet", "scheduler")}
         self.args = args
-        self.pipe: Any = PITIPipeline.from_pretrained(folder, dtype=torch.float32, **parts).to(args.device)
+        self.pipe: Any = load_condition(folder).to(args.device)
+        self.pipe.register_modules(**parts)
         self.pipe.set_progress_bar_config(disable=True)
         if args.stage == "upscale" and not self.pipe.upscales:
             raise SystemExit(f"{folder!r} has no upsampler: leave out --stage upscale")

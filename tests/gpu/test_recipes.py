@@ -15,12 +15,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-JOBS = runpy.run_path(str(ROOT / "tests" / "training" / "test_every_recipe.py"))["JOBS"]
+EVERY_RECIPE = runpy.run_path(str(ROOT / "tests" / "training" / "test_every_recipe.py"))
+JOBS = EVERY_RECIPE["JOBS"]
 
 
 def run(name: str, folder: Path, *more: str, steps: int) -> list[float]:
     """The losses of the log so far."""
     recipe, words = JOBS[name]
+    words = [*words, *EVERY_RECIPE["base_words"](name, folder / "base")]
     plan = ["--max_train_steps", str(steps), "--logging_steps", "1", "--checkpointing_steps", "1"]
     importlib.import_module(f"train_{recipe}").main([*words, *plan, "--output_dir", str(folder), *more])
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
+from pipelines.tiny_glide import WIDTH, tiny_glide, tiny_piti
 from safetensors.torch import load_file
 
 from diffusers_ext.training.ldm.tasks.table import TASKS
@@ -49,8 +50,20 @@ JOBS["piti-geometry"] = ("piti", [str(PRESETS / "piti-joint-smoke.yaml"), "--con
 JOBS = {name: (recipe, [*words, *SHORT.get(recipe, ())]) for name, (recipe, words) in JOBS.items()}
 
 
+def base_words(name: str, folder: Path) -> list[str]:
+    """Of an upsampler's smoke preset: a base stage in place of the one that another preset trains before."""
+    if not name.endswith("upsampler-smoke"):
+        return []
+    base, place = folder / f"base-of-{name}", "--pretrained_model_name_or_path"
+    if "prior" in name:
+        tiny_glide(upscale=False).save_pretrained(base)
+        return [place, str(base), "--cross_attention_dim", str(WIDTH)]
+    tiny_piti("sketch", upscale=False).save_pretrained(base)  # it knows no labels of `scenes`
+    return [place, str(base), "--cross_attention_dim", str(WIDTH), "--condition", "sketch"]
+
+
 def words_of(name: str, folder: Path, *more: str, steps: int = 2) -> list[str]:
-    _, words = JOBS[name]
+    words = [*JOBS[name][1], *base_words(name, folder)]
     steps_words = ["--max_train_steps", str(steps), "--logging_steps", "1", "--checkpointing_steps", str(steps)]
     return [*words, *steps_words, "--output_dir", str(folder / name), *more]
 

@@ -145,7 +145,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         pipe.load_lora_weights(folder)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-        return pipe if dtype is None else pipe.to(dtype)
+        return pipe if dtype in (None, torch.float32) else pipe.to(dtype)
 
     def save_adapter(self, save_directory: str | Path, prior: str | Path, rank: int = 16) -> None:
         """Saves what the pipeline adds to a prior, for `from_prior`: all components but the U-Net, and of that the
