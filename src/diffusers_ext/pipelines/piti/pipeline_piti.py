@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
@@ -107,6 +108,22 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in the other pipelines; a folder that `save_adapter` wrote is refused with what loads it.
+
+        Raises:
+            ValueError: For a folder without a U-Net, or one of another pipeline.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / LORA_WEIGHT_NAME_SAFE).is_file() and not (folder / "unet").is_dir() and "unet" not in kwargs:
+            raise ValueError(
+                f"{str(folder)!r} holds what a condition adds to a prior, and no U-Net: load it with"
+                f" `PITIPipeline.from_prior(prior, {str(folder)!r})`, or with --lora beside the prior's folder."
+                " `save_pretrained` then makes a whole pipeline of it."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_prior(
         cls,
         prior: str | Path,
@@ -118,8 +135,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
     ) -> "PITIPipeline":
         """Loads a condition onto a prior: its encoder, and LoRA matrices that are added to the prior's U-Net.
 
-        Several conditions so share the weights of one prior, which `save_adapter` leaves out, and of which a training
-        with `--rank` changes no others.
+        So several conditions share the weights of one prior.
 
             pipe = PITIPipeline.from_prior("checkpoints/piti-scenes", "checkpoints/piti-scenes", subfolder="sketch")
 
@@ -148,11 +164,11 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         return pipe if dtype in (None, torch.float32) else pipe.to(dtype)
 
     def save_adapter(self, save_directory: str | Path, prior: str | Path, rank: int = 16) -> None:
-        """Saves what the pipeline adds to a prior, for `from_prior`: all components but the U-Net, and of that the
-        change since the prior as LoRA matrices.
+        """Saves what the pipeline adds to a prior, for `from_prior`.
 
-        The matrices are the nearest of their rank to the change of the linear and convolutional layers. Biases and
-        norms stay the prior's: compare the images before you share it.
+        That is all components but the U-Net, and the U-Net's change since the prior as LoRA matrices. They are
+        the nearest of their rank to the change of the linear and convolutional layers. Biases and norms stay the
+        prior's: compare the images before you share it.
 
         Args:
             save_directory: Folder, made if missing.
