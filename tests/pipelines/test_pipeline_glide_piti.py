@@ -303,6 +303,10 @@ def test_adapters_of_other_networks_and_ranks_are_refused(tmp_path):
     tiny_glide(inpaint=True, upscale=False).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"`base` has no layer conv_in with a weight \(16, 3, 3, 3\)"):
         pipe.save_adapter(tmp_path / "one", tmp_path / "other", rank=2)
+    broken = tiny_piti(upscale=False)
+    torch.nn.init.constant_(broken.unet.conv_in.weight, torch.nan)
+    with pytest.raises(ValueError, match="layer conv_in are not finite"):
+        broken.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
     assert not (tmp_path / "one").exists()  # nothing half
     pipe.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
     with pytest.raises(ValueError, match="no U-Net: load it with `PITIPipeline.from_prior"):

@@ -223,7 +223,7 @@ def low_rank_difference(tuned: nn.Module, base: nn.Module, rank: int) -> dict[st
         rank: Number of rows and columns of each layer's matrices, at least 1.
 
     Raises:
-        ValueError: For networks of different layers.
+        ValueError: For networks of different layers, and weights that are not finite.
     """
     weights = {
         name: layer.weight
@@ -239,6 +239,8 @@ def low_rank_difference(tuned: nn.Module, base: nn.Module, rank: int) -> dict[st
                 " started from."
             )
         change = (weight.detach().float() - before.detach().to(weight.device).float()).flatten(1)
+        if not bool(change.isfinite().all()):
+            raise ValueError(f"Weights of the layer {name} are not finite: save a checkpoint from before they were.")
         left, values, right = torch.linalg.svd(change, full_matrices=False)
         kept = values[:rank].sqrt()
         down = F.pad(kept[:, None] * right[:rank], (0, 0, 0, rank - len(kept)))  # (rank, in * kh * kw)
