@@ -1,8 +1,10 @@
 """Schedulers that hold another one: config, files, what is handed on, and what is not."""
 
 import copy
+import inspect
 import json
 import pickle
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -147,6 +149,33 @@ def test_a_run_is_that_of_the_held_scheduler(name):
             noise = torch.randn(sample.shape, generator=generator)
             results.append((sample, scheduler.add_noise(sample, noise, scheduler.timesteps[1:2])))
         assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_signatures_are_those_of_the_held_scheduler(name, kind):
+    """There diffusers' pipelines look for `eta`, `generator` and `timesteps`; what they miss they leave out, and then
+    the same seed gives other images."""
+    held = getattr(diffusers, kind)()
+    made = adapter(name, adapter(name, held))
+    for method in ("step", *(["set_timesteps"] if name == "NormalizedCFGScheduler" else [])):  # the other has its own
+        taken = inspect.signature(getattr(held, method)).parameters
+        shown = inspect.signature(getattr(made, method)).parameters
+        assert set(taken) <= set(shown) and "inner" not in shown
+        inherited = taken.keys() - inspect.signature(getattr(type(made), method)).parameters
+        assert all(shown[one].default == taken[one].default for one in inherited)
+
+
+def test_pipelines_of_diffusers_find_what_the_held_scheduler_takes():
+    pipe, generator = diffusers.StableDiffusionPipeline, torch.Generator()
+    for held in (diffusers.DDIMScheduler(), diffusers.DDPMScheduler(), diffusers.EulerDiscreteScheduler()):
+        made = NormalizedCFGScheduler(held)
+        found, wanted = (
+            pipe.prepare_extra_step_kwargs(SimpleNamespace(scheduler=one), generator, 0.5) for one in (made, held)
+        )
+        assert found == wanted and found["generator"] is generator
+    made.set_timesteps(timesteps=[900, 400])
+    assert made.timesteps.tolist() == [900, 400]
 
 
 def test_a_solver_made_of_an_adapters_config_holds_nothing(recwarn):

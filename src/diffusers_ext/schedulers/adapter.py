@@ -5,8 +5,10 @@ To swap the solver, assign a scheduler to `.scheduler`. As always in diffusers, 
 config, `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`; it is then without the adapter.
 """
 
+import functools
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -17,6 +19,38 @@ from torch import Tensor
 
 LIBRARY = __name__.partition(".")[0]
 INNER = "scheduler"  # name of the held scheduler, as an argument, as an attribute and in the config
+
+
+class _Bound(functools.partial):
+    """A method and its adapter; the signature has the held method's parameters in place of `**inner`."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        adapter, name = self.args[0], self.func.__name__
+        kinds = inspect.Parameter
+        own = [one for one in list(inspect.signature(self.func).parameters.values())[1:] if one.name != "inner"]
+        held = inspect.signature(getattr(adapter.scheduler, name)).parameters
+        others = [
+            one if one.kind is kinds.VAR_KEYWORD else one.replace(kind=kinds.KEYWORD_ONLY)
+            for one in held.values()
+            if one.name not in {mine.name for mine in own} and one.kind is not kinds.VAR_POSITIONAL
+        ]
+        return inspect.Signature([*own, *others])
+
+
+class handed_on:
+    """Decorates a method whose `**inner` go to the method of this name of the held scheduler.
+
+    Pipelines of diffusers read in a method's signature whether it takes `eta`, `generator` or `timesteps`, and leave
+    out what they do not find there.
+    """
+
+    def __init__(self, method: Callable):
+        self.method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, adapter: Any, owner: type | None = None) -> Any:
+        return self.method if adapter is None else _Bound(self.method, adapter)
 
 
 class SchedulerAdapter(SchedulerMixin, ConfigMixin):
@@ -113,6 +147,7 @@ class SchedulerAdapter(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         return getattr(self.scheduler, "order", 1)
 
+    @handed_on
     def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **inner: Any) -> None:
         """As the held scheduler does."""
         self.scheduler.set_timesteps(num_inference_steps, device=device, **inner)
@@ -120,6 +155,7 @@ class SchedulerAdapter(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return self.scheduler.scale_model_input(sample, timestep)
 
+    @handed_on
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **inner: Any) -> SchedulerOutput | tuple:
         """A step of the held scheduler, with all of its arguments."""
         return self.scheduler.step(model_output, timestep, sample, **inner)

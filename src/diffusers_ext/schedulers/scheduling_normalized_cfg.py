@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..guidance import guide, normalized_guidance
-from .adapter import SchedulerAdapter
+from .adapter import SchedulerAdapter, handed_on
 
 
 class NormalizedCFGScheduler(SchedulerAdapter):
@@ -59,6 +59,7 @@ class NormalizedCFGScheduler(SchedulerAdapter):
             per_channel=own["per_channel"],
         )
 
+    @handed_on
     def step(
         self,
         model_output: Tensor,

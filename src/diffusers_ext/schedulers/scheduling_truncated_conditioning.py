@@ -19,7 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .adapter import SchedulerAdapter
+from .adapter import SchedulerAdapter, handed_on
 from .gaussian import scheduler_attribute, scheduler_chain, scheduler_setting
 
 # Measured with the exact prediction for Gaussian data (tests/schedulers/test_truncated_conditioning.py): after each of
@@ -124,6 +124,7 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
         else:
             self._stops[len(self.scheduler.timesteps)] = stops[-1]
 
+    @handed_on
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **inner: Any) -> SchedulerOutput | tuple:
         """A step of the sampler. What reaches one of the levels is kept in `captured`, as `to_vp` gives it."""
         result = self.scheduler.step(model_output, timestep, sample, **inner)
