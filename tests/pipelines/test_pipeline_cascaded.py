@@ -2,8 +2,10 @@
 
 import gc
 import json
+import shutil
 
 import diffusers
+import numpy
 import pytest
 import torch
 from pipelines.tiny_cascaded import (
@@ -215,9 +217,9 @@ def test_a_sampler_that_guides_stops_as_well():
 # --- a first stage of another kind
 
 
-def ldm_cascade(task, **changes):
+def ldm_cascade(task, classes=None, **changes):
     first = tiny_ldm.tiny_ldm(task)  # 16 x 16 pixels
-    stage = tiny_upscale(2, classes=task == "class", **changes)
+    stage = tiny_upscale(2, classes=task == "class" if classes is None else classes, **changes)
     return quiet(CascadedDiffusionPipeline(base=first, upscale_1=stage))
 
 
@@ -244,6 +246,30 @@ def test_the_first_stage_may_be_any_pipeline_that_returns_images(task, tmp_path)
         torch.testing.assert_close(loaded(**run, generator=seeded(0, 1)).images, out.images, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=f"before upscale_1 is a {type(pipe.base).__name__}.*non_truncated"):
         pipe(**run, conditioning_mode="truncated")
+
+
+def test_a_first_stage_of_another_kind_draws_as_many_as_the_others():
+    pipe, run = ldm_cascade("class", classes=False), {"num_inference_steps": 1, "output_type": "pt"}
+    for labels in (torch.tensor([2, 0]), numpy.array([2, 0]), ("star", "circle")):
+        found = pipe(labels, generator=seeded(0, 1), **run).images
+        assert torch.equal(found, pipe([2, 0], generator=seeded(0, 1), **run).images)
+    pipe, labels = ldm_cascade("text", classes=True), ["star", "circle"]
+    wanted = pipe(labels, ["a star"] * 2, generator=seeded(0, 1), **run).images
+    assert torch.equal(pipe(labels, "a star", generator=seeded(0, 1), **run).images, wanted)
+    assert len(pipe("star", ["a star", "a circle"], **run).images) == 2
+
+
+def test_what_a_first_stage_of_another_kind_needs_is_refused_before_it_runs():
+    options = {"class_labels": ["star", "circle"], "prompt": ["a", "b", "c"]}
+    pipe = ldm_cascade("text", classes=True)
+    refused(pipe, "`class_labels` holds 2 for 3 prompts; pass one for all", **options)
+    refused(pipe, "`prompt` is missing: LDMTextPipeline, the first stage")
+    pipe = ldm_cascade("class", classes=False)
+    refused(pipe, "`class_labels` is missing: LDMClassConditionalPipeline, the first stage", class_labels=None)
+    refused(pipe, "holds \\['image'\\]; allowed are", callback_on_step_end=print,
+            callback_on_step_end_tensor_inputs=["image"])  # fmt: skip
+    pipe.base = tiny_ldm.tiny_ldm("upscale")
+    refused(pipe, "base is a LDMUpscalePipeline, which needs `image`: .*`image=...`", class_labels=None)
 
 
 def test_the_first_stage_may_be_a_stock_pipeline(tmp_path):
@@ -296,6 +322,55 @@ def test_stage_by_stage_no_more_than_one_is_in_memory(tmp_path):
         "model_index.json", "scheduler", "unet"
     ]  # fmt: skip
     assert torch.equal(draw(quiet(CascadedDiffusionPipeline.from_pretrained(tmp_path / "copy"))), wanted)
+
+
+def test_what_is_asked_of_all_stages_holds_for_those_that_are_read_later(tmp_path):
+    tiny_cascade(2).save_pretrained(tmp_path)
+    lazy = CascadedDiffusionPipeline.from_pretrained(tmp_path, stage_by_stage=True).to(torch.bfloat16).to("cpu")
+    lazy.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    lazy.set_progress_bar_config(disable=True)
+    assert draw(lazy, noise_level=0).dtype == torch.bfloat16 and lazy.base is None
+    shared = CascadedDiffusionPipeline.from_pipe(lazy)  # of where its stages lie
+    for pipe in (lazy, shared):
+        pipe.load_stages("base")
+        assert pipe.base.dtype == torch.bfloat16 and pipe.base.unet.conv_in._diffusers_hook.hooks
+    assert lazy.base._progress_bar_config == {"disable": True}
+    lazy.remove_all_hooks()
+    lazy.load_stages()
+    assert lazy.upscale_1.dtype == torch.bfloat16 and not hasattr(lazy.upscale_1.unet.conv_in, "_diffusers_hook")
+
+
+def test_stages_that_are_offloaded_to_a_disk_have_files_of_their_own(tmp_path):
+    pipe = tiny_cascade(3)
+    wanted = draw(pipe)
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path)}
+    pipe.enable_group_offload(torch.device("cpu"), **options)
+    assert torch.equal(draw(pipe), wanted)
+
+
+def test_variants_of_the_weights(tmp_path):
+    """Of every stage: diffusers hands a pipeline within a pipeline only what its signature names."""
+    pipe = tiny_cascade(2)
+    pipe.save_pretrained(tmp_path, variant="v2", max_shard_size="10KB")
+    files = [path.name for path in (tmp_path / "upscale_1" / "unet").glob("*.safetensors*")]
+    assert len(files) > 2 and all(".v2" in name for name in files)
+    for stage_by_stage in (False, True):
+        loaded = CascadedDiffusionPipeline.from_pretrained(tmp_path, variant="v2", stage_by_stage=stage_by_stage)
+        assert torch.equal(draw(quiet(loaded)), draw(pipe))
+
+
+def test_stages_whose_folders_are_gone(tmp_path):
+    tiny_cascade(2).save_pretrained(tmp_path / "one")
+    lazy = CascadedDiffusionPipeline.from_pretrained(tmp_path / "one", stage_by_stage=True)
+    shutil.rmtree(tmp_path / "one" / "upscale_1")
+    with pytest.raises(ValueError, match="one' names a stage upscale_1, but has no pipeline in a folder upscale_1"):
+        CascadedDiffusionPipeline.from_pretrained(tmp_path / "one", stage_by_stage=True)
+    given = CascadedDiffusionPipeline.from_pretrained(tmp_path / "one", upscale_1=tiny_upscale())
+    assert draw(quiet(given)).shape[-1] == 16
+    for call in (lambda: lazy("star"), lambda: lazy.save_pretrained(tmp_path / "two")):
+        with pytest.raises(ValueError, match="upscale_1' holds no pipeline: a stage of a cascade is a folder"):
+            call()
+    assert not (tmp_path / "two").exists()
 
 
 def test_stages_from_folders_of_their_own_and_in_place_of_saved_ones(tmp_path):
@@ -404,6 +479,8 @@ def test_a_first_stage_that_was_trained_down_to_a_level_stops_there():
     alone = pipe.base("star", num_inference_steps=2, generator=seeded(0), output_type="latent").images
     same = tiny_base()("star", num_inference_steps=2, generator=seeded(0), output_type="latent", stop_level=301).images
     assert torch.equal(alone, same)
+    run = {"num_inference_steps": 2, "output_type": "latent"}  # as the last stage of a run it ends as alone
+    assert torch.equal(pipe("star", generator=seeded(0), stop_stage="base", **run).images, same)
 
 
 def test_schedules_that_disagree():
@@ -487,6 +564,9 @@ def test_pictures_of_the_wrong_size_and_places_to_start():
         ({"guidance_scale": [1, 1, -1]}, ValueError, "upscale_2: `guidance_scale` must be finite"),
         ({"noise_level": -1}, ValueError, "upscale_1: `noise_level` is -1: it must lie between 0"),
         ({"noise_level": 1001}, ValueError, "upscale_1: `noise_level` is 1001: it must lie between 0 .* 1000"),
+        ({"noise_level": float("nan")}, ValueError, "upscale_1: `noise_level` is nan: .* between 0 .clean. and 1000"),
+        ({"num_inference_steps": 2.5}, TypeError, "base: `num_inference_steps` must be an integer, received 2.5.$"),
+        ({"noise_level": 250.5}, ValueError, "`stop_level` is 250.5, .* at any whole level up to 501.*non_truncated"),
         ({"noise_level": "much"}, TypeError, "upscale_1: `noise_level` must be a number"),
         (
             {"noise_level": 5, "conditioning_mode": "none"},

@@ -173,7 +173,15 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As in diffusers; what would not load back as it is (adapters, fp8 storage ...) is refused."""
         check_saveable(self.components)
         hub: dict[str, Any] = {
@@ -181,7 +189,14 @@ class HousePipeline(AdapterMixin, CardMixin, DiffusionPipeline):
             for key in ("repo_id", "commit_message", "private", "create_pr", "token")
             if key in kwargs
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # named one by one: diffusers hands a pipeline within a pipeline those that its signature names
+        super().save_pretrained(
+            save_directory,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
         if push_to_hub:
             hub.setdefault("repo_id", Path(save_directory).name)
             self._push(Path(save_directory), **hub)

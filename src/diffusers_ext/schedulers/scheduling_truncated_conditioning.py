@@ -38,6 +38,8 @@ ANYWHERE = {
 }  # fmt: skip
 # These step down by T // n, whatever their list says; with "linspace" the two differ.
 STRIDES = {"DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"}
+# With these set, samplers take no list.
+OWN_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _NEAR = 6e-3  # by which a level may miss a timestep of the grid, which need not be whole
 
 
@@ -255,9 +257,12 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
         valid = self.valid_stop_levels()
         shown = ", ".join(map(str, valid)) if len(valid) <= 60 else f"{', '.join(map(str, valid[:60]))} ..."
         name = type(scheduler_chain(self)[-1]).__name__
+        anywhere = ""
+        if self._is_one_of(ANYWHERE) and not any(scheduler_setting(self, spacing, False) for spacing in OWN_SPACINGS):
+            anywhere = f", and at any whole level up to {int(self.scheduler.timesteps.max())}"
         return (
             f"`stop_level` is {', '.join(map(str, missed))}, where {name} does not stop with these steps. It stops"
-            f" at {shown}. Other steps stop elsewhere; `corrupt` noises a finished sample to any level."
+            f" at {shown}{anywhere}. Other steps stop elsewhere; `corrupt` noises a finished sample to any level."
         )
 
 

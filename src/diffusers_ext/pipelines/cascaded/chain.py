@@ -17,6 +17,9 @@ from .stage import CascadedStage
 
 STAGES = ("base", "upscale_1", "upscale_2", "upscale_3")
 MODES = ("truncated", "non_truncated", "none")
+HANDED_ON = (  # besides classes and texts, to a first stage of another kind
+    "height", "width", "num_inference_steps", "num_images_per_prompt", "batch_size", "generator", "output_type",
+)  # fmt: skip
 _SAME_NOISE = 1e-3  # by which the noise of two schedules may differ: one of them may be float32
 
 
@@ -124,6 +127,9 @@ def plan_run(
                 plans[-1] = _stopped(plans[-1], level)
         plan = StagePlan(name, batch_size, sizes[name], steps[name], scales[name], labels[name], level, is_noisy)
         plans.append(plan)
+    last = parts[names[-1]]
+    if isinstance(last, CascadedStage) and last.config.get("min_timestep", 0):
+        plans[-1] = _stopped(plans[-1], last.config["min_timestep"])  # nothing takes its noise: it ends as alone
     for plan in plans:
         _check(plan, parts[plan.name], plans, eta, generator, latents)
     return plans
@@ -187,6 +193,7 @@ def _start_of(parts: Mapping[str, Any], images: Tensor, start_stage: str | None)
 
 def _each(name: str, value: Any, stages: list[str]) -> dict[str, Any]:
     """An argument by stage: one for all, or one each."""
+    value = as_list(value)
     if isinstance(value, (list, tuple)):
         if len(value) != len(stages):
             raise ValueError(
@@ -195,6 +202,11 @@ def _each(name: str, value: Any, stages: list[str]) -> dict[str, Any]:
             )
         return dict(zip(stages, value, strict=True))
     return dict.fromkeys(stages, value)
+
+
+def as_list(value: Any) -> Any:
+    """An array or a tensor as a list, or as a number if it holds one; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _read_labels(
@@ -211,29 +223,51 @@ def _read_labels(
     for name in names:
         part = parts[name]
         if not isinstance(part, CascadedStage):
-            taken |= inspect.signature(kinds[name].__call__).parameters.keys()
+            parameters = inspect.signature(kinds[name].__call__).parameters
+            taken |= parameters.keys()
+            _check_other_kind(name, kinds[name], parameters, {"prompt": prompt, "class_labels": class_labels})
         elif part.num_classes is not None:
             taken.add("class_labels")
             try:
                 labels[name] = part.get_label_ids(class_labels)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-    for argument, value in (("class_labels", class_labels), ("prompt", prompt)):
+    given = {"class_labels": as_list(class_labels), "prompt": prompt}
+    for argument, value in given.items():
         if value is not None and argument not in taken:
             raise ValueError(f"`{argument}` is {value!r}, but none of the stages {', '.join(names)} takes any.")
-    if "prompt" in taken and prompt is None:
-        raise ValueError(f"`prompt` is missing: {kinds[names[0]].__name__}, the first stage, draws what a text says.")
-    counts = [len(ids) for ids in labels.values() if ids is not None]
-    counts += [len(value) for value in (class_labels, prompt) if isinstance(value, (list, tuple))]
-    if images is not None:
-        for ids in counts:
-            check_one_or_each("class_labels", ids, len(images), "images")
-        counts = [len(images)]
-    count = max(counts, default=1)
+    counts = {name: max(len(value), 1) if isinstance(value, (list, tuple)) else 1 for name, value in given.items()}
+    count = max(counts.values()) if images is None else len(images)
+    what = "images" if images is not None else "prompts" if counts["prompt"] == count else "classes"
+    for argument, number in counts.items():
+        check_one_or_each(argument, number, count, what)
     for name, ids in labels.items():
         if ids is not None and len(ids) == 1:
             labels[name] = ids * count
     return labels, count
+
+
+def _check_other_kind(
+    name: str, kind: Any, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
+) -> None:
+    """A first stage that is any pipeline gets what its call asks for."""
+    lacking = [argument for argument, value in given.items() if argument in parameters and value is None]
+    if "prompt" in lacking:
+        raise ValueError(f"`prompt` is missing: {kind.__name__}, the first stage, draws what a text says.")
+    if lacking and parameters[lacking[0]].default is inspect.Parameter.empty:
+        raise ValueError(f"`{lacking[0]}` is missing: {kind.__name__}, the first stage, needs it.")
+    unknown = [
+        argument
+        for argument, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        and argument not in ("self", *given, *HANDED_ON)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{name} is a {kind.__name__}, which needs `{unknown[0]}`: a cascade hands on classes and texts. Draw its"
+            " images first, and start from them with `image=...`."
+        )
 
 
 def _sizes(
@@ -323,7 +357,11 @@ def _check(
             eta=eta,
             latents=latents if plan is plans[0] else None,
         )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{plan.name}: {error}") from error
+    try:
         stage.set_timesteps(plan.num_inference_steps, plan.stop_level, device="cpu")
     except (TypeError, ValueError) as error:
-        way_out = ' Or use `conditioning_mode="non_truncated"`.' if plan.stop_level > 0 else ""
+        is_stopped = plan.stop_level > 0 and plan is not plans[-1]
+        way_out = ' Or use `conditioning_mode="non_truncated"`.' if is_stopped else ""
         raise type(error)(f"{plan.name}: {error}{way_out}") from error

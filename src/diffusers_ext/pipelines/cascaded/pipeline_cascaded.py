@@ -25,12 +25,13 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from ...conditions.images import image_batch
+from ...places import is_path
 from ..base import LOOKUP_ARGUMENTS, Config, ConfigOf, HousePipeline, house_pipelines
 from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_choice, check_integer, check_output_type
 from ..recognition import check_folder
 from ..saving import check_saveable
-from .chain import STAGES, StagePlan, plan_run
+from .chain import STAGES, StagePlan, as_list, plan_run
 from .pipeline_cascaded_upscale import CascadedUpscalePipeline
 from .sources import StageSource
 from .stage import CascadedStage, Generators
@@ -97,7 +98,7 @@ class CascadedDiffusionPipeline(HousePipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.stage: str | None = None  # the one that is running, for callbacks
         self._sources: dict[str, StageSource] = {}
-        self._placement: tuple[tuple, dict[str, Any]] = ((), {})
+        self._asked: list[tuple[str, tuple, dict[str, Any]]] = []  # of all stages, also of those that are read later
         self.register_modules(base=base, upscale_1=upscale_1, upscale_2=upscale_2, upscale_3=upscale_3)
         for name, source in (hub_stages or {}).items():
             self._sources[_stage_name("hub_stages", name)] = StageSource(str(source))
@@ -150,6 +151,7 @@ class CascadedDiffusionPipeline(HousePipeline):
                 f"`stages` must be a list of 1 to {len(STAGES)} pipelines, folders or names on the Hub, in order;"
                 f" received {type(stages).__name__} of {count}."
             )
+        dtype = options.pop("torch_dtype", None) or dtype
         given = dict(zip(STAGES, stages, strict=False))
         pipe = cls(**{name: stage for name, stage in given.items() if not isinstance(stage, (str, Path))})
         for name, stage in given.items():
@@ -185,6 +187,11 @@ class CascadedDiffusionPipeline(HousePipeline):
             recorded = index.get(stage)
             if stage not in given and recorded and recorded != [None, None]:
                 source = recorded if isinstance(recorded, str) else str(folder / stage)
+                if not isinstance(recorded, str) and not (folder / stage / "model_index.json").is_file():
+                    raise ValueError(
+                        f"{name!r} names a stage {stage}, but has no pipeline in a folder {stage}: copy it there, or"
+                        f" pass `{stage}=...`."
+                    )
                 pipe._sources[stage] = StageSource(source, _dtype_of(stage, dtype), inner)
         pipe.register_to_config(_name_or_path=name)
         if not stage_by_stage:
@@ -208,8 +215,9 @@ class CascadedDiffusionPipeline(HousePipeline):
     def _load(self, name: str) -> Any:
         stage = self._sources[name].load()
         stage.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
-        args, kwargs = self._placement
-        return stage.to(*args, **kwargs) if args or kwargs else stage
+        for call in self._asked:
+            _tell(name, stage, *call)
+        return stage
 
     @contextmanager
     def _in_memory(self, name: str) -> Iterator[Any]:
@@ -240,27 +248,40 @@ class CascadedDiffusionPipeline(HousePipeline):
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Writes each stage as a folder that is a pipeline of its own; what was named on the Hub stays a name.
 
-        The arguments are those of diffusers.
+        The arguments are those of diffusers. Folders of stages that were never read are copied as they are.
         """
         folder = Path(save_directory)
         for stage in self._residents():
             check_saveable(stage.components)  # before anything is written
+        kinds = {
+            name: source.pipeline_class  # a folder that is gone is an error here
+            for name, source in self._sources.items()
+            if source.is_folder or is_path(source.name)
+        }
         upload = {key: kwargs.pop(key) for key in _UPLOAD if key in kwargs}
-        super().save_pretrained(folder, *args, **kwargs)
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index: dict[str, Any] = {}
         for name, source in self._sources.items():
-            if source.is_folder:
+            index[name] = source.name
+            if name in kinds:
                 if (folder / name).resolve() != Path(source.name).resolve():
                     shutil.copytree(source.name, folder / name, dirs_exist_ok=True, ignore=_not_a_stage)
-                kind = source.pipeline_class
-                index[name] = list(_fetch_class_library_tuple(kind.__new__(kind)))
-            else:
-                index[name] = source.name
+                index[name] = list(_fetch_class_library_tuple(kinds[name].__new__(kinds[name])))
+        super().save_pretrained(folder, *args, **kwargs)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | index
         index.pop("hub_stages", None)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
             options: dict[str, Any] = {"repo_id": folder.name} | upload
             self._push(folder, **options)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As in diffusers; stages that are not in memory are shared by where they lie."""
+        pipe: Any = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, CascadedDiffusionPipeline):
+            pipe._sources = {name: source for name, source in pipeline._sources.items() if getattr(pipe, name) is None}
+            pipe._asked = list(pipeline._asked)
+        return pipe
 
     # --- what diffusers' pipelines do for networks, done for the stages in memory
 
@@ -271,10 +292,16 @@ class CascadedDiffusionPipeline(HousePipeline):
         """As in diffusers: moves and casts all stages, also those that are read later."""
         if not isinstance(kwargs.get("dtype"), (torch.dtype, type(None))):
             return self  # of `from_pipe`: all stay as they are
-        self._placement = (args, kwargs)
-        for stage in self._residents():
-            stage.to(*args, **kwargs)
+        self._ask("to", *args, **kwargs)
         return self
+
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Calls a method of all stages: now of those in memory, and of the others when they are read."""
+        call = (method, args, kwargs)
+        for name in STAGES:
+            if (stage := getattr(self, name)) is not None:
+                _tell(name, stage, *call)
+        self._asked = [one for one in self._asked if one != call] + [call]
 
     @property
     def device(self) -> torch.device:
@@ -285,20 +312,23 @@ class CascadedDiffusionPipeline(HousePipeline):
         return next((stage.dtype for stage in self._residents()), torch.float32)
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        for stage in self._residents():
-            stage.enable_model_cpu_offload(*args, **kwargs)
+        self._ask("enable_model_cpu_offload", *args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        for stage in self._residents():
-            stage.enable_sequential_cpu_offload(*args, **kwargs)
+        self._ask("enable_sequential_cpu_offload", *args, **kwargs)
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        for stage in self._residents():
-            stage.enable_group_offload(*args, **kwargs)
+        self._ask("enable_group_offload", *args, **kwargs)
 
     def remove_all_hooks(self) -> None:
+        self._asked = [call for call in self._asked if call[0] == "to"]
         for stage in self._residents():
             stage.remove_all_hooks()
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        super().set_progress_bar_config(**kwargs)
+        for stage in self._residents():  # a first stage of another kind shows its own
+            stage.set_progress_bar_config(**kwargs)
 
     def maybe_free_model_hooks(self) -> None:
         for stage in self._residents():
@@ -356,7 +386,7 @@ class CascadedDiffusionPipeline(HousePipeline):
                 one for each of them. The default is each stage's own.
             conditioning_mode: How they get that noise. "truncated": the stage before stops at s. "non_truncated": it
                 runs to its end, and its images are noised to s. "none": they get none. By default the first where the
-                stage before has a `TruncatedConditioningScheduler`, else the second.
+                stage before has a `TruncatedConditioningScheduler`, else the second. `image` is noised in either.
             eta: Noise of DDIM's steps in [0, 1]; 0 adds none. Schedulers without it ignore it.
             num_images_per_prompt: Number of images for each class, prompt or image. Those of the first come first.
             generator: One generator for the batch, or a list with one for each image. With a list, image k depends on
@@ -403,6 +433,8 @@ class CascadedDiffusionPipeline(HousePipeline):
             generator=generator,
             latents=latents,
         )
+        if plans[-1].name != "base":  # a first stage of another kind may have further tensors
+            self.callback_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         run: dict[str, Any] = {
             "eta": eta,
             "generator": generator,
@@ -455,6 +487,11 @@ class CascadedDiffusionPipeline(HousePipeline):
         """Images in [-1, 1] of a first stage that is any pipeline, which gets those options that it takes."""
         taken = inspect.signature(stage.__call__).parameters
         options = {key: value for key, value in options.items() if value is not None}
+        count = plan.batch_size // num_images_per_prompt
+        for key in ("prompt", "class_labels"):  # one for all
+            value = as_list(options.get(key))
+            if value is not None and count > 1 and (not isinstance(value, (list, tuple)) or len(value) == 1):
+                options[key] = [*value] * count if isinstance(value, (list, tuple)) else [value] * count
         options |= {"num_inference_steps": plan.num_inference_steps, "output_type": "pt"}
         options |= {} if plan.guidance_scale is None else {"guidance_scale": plan.guidance_scale}
         options |= {} if plan.size is None else {"height": plan.size[0], "width": plan.size[1]}
@@ -480,7 +517,8 @@ class CascadedDiffusionPipeline(HousePipeline):
 
     def _pass_on(self, callback: Any, stage: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         """A callback of a first stage that is any pipeline: it gets the cascade, and what it sets there holds."""
-        self._guidance_scale, self._num_timesteps = scale, _ = stage._guidance_scale, stage._num_timesteps
+        scale = getattr(stage, "_guidance_scale", 1.0)
+        self._guidance_scale, self._num_timesteps = scale, getattr(stage, "_num_timesteps", 0)
         returned = callback(self, step, timestep, tensors)
         if self._guidance_scale is not scale:
             stage._guidance_scale = self._guidance_scale
@@ -491,6 +529,13 @@ class CascadedDiffusionPipeline(HousePipeline):
 def _stage_name(argument: str, name: str) -> str:
     check_choice(argument, name, STAGES)
     return name
+
+
+def _tell(name: str, stage: Any, method: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Calls a method of a stage. Files are named after the places in a network, which the stages have in common."""
+    folder = kwargs.get("offload_to_disk_path")
+    own = {} if folder is None else {"offload_to_disk_path": str(Path(folder) / name)}
+    getattr(stage, method)(*args, **kwargs | own)
 
 
 def _dtype_of(stage: str, dtype: Any) -> Any:

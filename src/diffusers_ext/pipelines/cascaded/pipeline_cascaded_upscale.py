@@ -5,6 +5,7 @@ Ho et al., arXiv 2106.15282, section 3. Also for ADM's upsamplers (Dhariwal and 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ class CascadedUpscalePipeline(CascadedStage):
             choices = (self.config["default_noise_level"], fixed, 0)
             noise_level = next(level for level in choices if level is not None)
         assert noise_level is not None
-        check_level("noise_level", noise_level, 10**9)
+        corrupter = self.corrupter
+        check_level("noise_level", noise_level, inf if corrupter is None else corrupter.num_levels)
         if fixed is not None and noise_level != fixed:
             raise ValueError(
                 f"`noise_level` is {noise_level}, but this stage was trained at level {fixed} alone"
@@ -132,7 +134,6 @@ class CascadedUpscalePipeline(CascadedStage):
             )
         if noise_level > 0:
             check_parts(self, f"`noise_level`={noise_level}", "conditioning_scheduler")
-            check_level("noise_level", noise_level, self.corrupter.num_levels)  # type: ignore[union-attr]
         return noise_level
 
     def upscaled_size(self, height: int, width: int) -> tuple[int, int]:
