@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
@@ -65,6 +65,7 @@ def register() -> bool:
             f"diffusers {diffusers.__version__} has no table of loadable libraries: {LIBRARY} loads from "
             "local folders only. From the Hub: PaellaPipeline.from_pretrained(huggingface_hub.snapshot_download(id))."
         )
+    _cast_inner_pipelines()
     package = sys.modules[LIBRARY]
     bases = (DiffusionPipeline, ModelMixin, SchedulerMixin, BaseGuidance)
     for name in package.__all__:
@@ -79,6 +80,24 @@ def register() -> bool:
     elif not any(isinstance(finder, _AutoPipelineWatch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoPipelineWatch())
     return True
+
+
+def _cast_inner_pipelines() -> None:
+    """Lets `DiffusionPipeline.from_pretrained(..., dtype=...)` reach the pipelines within a pipeline, a cascade's.
+
+    It hands the dtype to networks alone.
+    """
+    original: Any = getattr(pipeline_utils, "load_sub_model", None)
+    if original is None or original.__module__ == __name__:
+        return
+
+    def load_sub_model(*args: Any, **options: Any) -> Any:
+        loaded = original(*args, **options)
+        if isinstance(loaded, DiffusionPipeline) and options.get("dtype") is not None:
+            loaded.to(options["dtype"])
+        return loaded
+
+    pipeline_utils.load_sub_model = load_sub_model
 
 
 def _guard_parents(model: Any) -> None:

@@ -394,6 +394,9 @@ def test_stages_from_folders_of_their_own_and_in_place_of_saved_ones(tmp_path):
     assert shared.base is pipe.base and torch.equal(draw(shared), wanted)
     half = CascadedDiffusionPipeline.from_pretrained(tmp_path / "all", dtype={"base": torch.bfloat16})
     assert (half.base.dtype, half.upscale_1.dtype) == (torch.bfloat16, torch.float32)
+    for dtype in (torch.bfloat16, {"base": torch.bfloat16, "default": torch.bfloat16}):
+        plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "all", dtype=dtype)
+        assert plain.base.dtype == plain.upscale_1.dtype == torch.bfloat16
     lazy = CascadedDiffusionPipeline.from_pretrained(tmp_path / "all", stage_by_stage=True).to(torch.bfloat16)
     lazy.load_stages()
     assert lazy.upscale_2.dtype == lazy.dtype == torch.bfloat16

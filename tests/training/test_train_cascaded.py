@@ -238,6 +238,20 @@ def test_a_base_is_not_trained_below_its_least_timestep():
     assert torch.equal(labels[~dropped], batch["label"][~dropped])
 
 
+def test_a_stage_that_goes_on_takes_its_noise_levels_with_it(tmp_path):
+    """A level where an earlier training stopped is not kept, and what a network does not predict is not trained."""
+    build_pipeline(CascadedArgs(min_timestep=40, condition="unconditional", **SMALL), 16, None).save_pretrained(
+        tmp_path
+    )
+    args = {"pretrained_model_name_or_path": str(tmp_path), "condition": "unconditional", **SMALL}
+    for level in (40, 0):
+        pipe = build_pipeline(CascadedArgs(min_timestep=level, **args), 16, None)
+        assert pipe.usual_stop_level == level and pipe.scheduler.config["num_train_timesteps"] == 100
+    pipe.scheduler.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="predicts 'v_prediction'; this recipe trains .*'epsilon'"):
+        CascadedObjective(pipe, CascadedArgs(**args))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # from networks of others
 
@@ -319,6 +333,7 @@ def test_a_network_that_is_told_the_level_is_not_trained_without(tmp_path):
         (("--num_head_channels", "5"), r"--num_head_channels=5 must divide the widths \[32, 32\]"),
         (("--attention_levels", "2"), r"--attention_levels=\[2\]: --block_out_channels gives the levels 0 to 1"),
         (("--num_train_timesteps", "1"), "--num_train_timesteps must be >= 2, got 1"),
+        (("--num_train_timesteps", "20", "--beta_schedule", "linear"), "--num_train_timesteps=20: the linear .*21"),
         (("--pretrained_model_name_or_path", "a", "--pretrained_unet_name_or_path", "b"), "leave one out"),
     ],
 )
@@ -337,6 +352,7 @@ def test_options_of_a_base_that_do_not_fit_are_refused(words, message):
         (("--augmentation", "blur", "--truncation_level", "5"), "--truncation_level=5 goes with --augmentation trunc"),
         (("--augmentation", "blur", "--noise_level", "5"), "--noise_level=5.0 goes with --augmentation truncated"),
         (("--truncation_level", "5", "--noise_level", "6"), "--noise_level=6.0, but --truncation_level=5 trains no"),
+        (("--conditioning_timesteps", "5", "--conditioning_schedule", "linear"), "--conditioning_timesteps=5: the l"),
         (("--truncation_level", "101"), r"--truncation_level must lie in \[0, 100\], got 101"),
         (("--blur_sigma", "0.6", "0.4"), "--blur_sigma needs two numbers, 0 < first <= second"),
         (("--clean_prob", "2"), r"--clean_prob must lie in \[0, 1\], got 2"),

@@ -162,6 +162,9 @@ def test_a_dropped_condition_is_the_null_condition():
     found = objective.embeds({"condition": conditions}, torch.tensor([True, False]))
     torch.testing.assert_close(found[:1], pipe.encode_conditions(conditions[:1]))
     torch.testing.assert_close(found[1:], pipe.null_embeds(1))
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="predicts 'v_prediction'; this recipe trains .*'epsilon'"):
+        PITIObjective(pipe, PITIArgs(stage="joint"), torch.device("cpu"))
 
 
 def test_weights_of_drawn_levels_keep_the_mean_and_the_losses_are_observed():

@@ -166,6 +166,13 @@ class CascadedArgs:
         between(self, 0, 1, "cond_dropout_prob", "blur_prob", "clean_prob", "dropout")
         if self.num_train_timesteps < 2:
             raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
+        for schedule, levels in (
+            (self.beta_schedule, "num_train_timesteps"),
+            (self.conditioning_schedule or self.beta_schedule, "conditioning_timesteps"),
+        ):
+            count = getattr(self, levels)
+            if schedule == "linear" and count is not None and count <= 20:
+                raise ValueError(f"--{levels}={count}: the linear schedule, whose betas end at 20 / T, needs 21.")
         between(self, 1, 1e6, "max_loss_weight")
         between(self, 0, self.num_train_timesteps - 1, "min_timestep")
         between(self, 0, self.num_conditioning_timesteps, "truncation_level", "noise_level")

@@ -90,6 +90,8 @@ def build_pipeline(args: CascadedArgs, resolution: int, classes: Classes | None)
     pipe.register_to_config(default_guidance_scale=args.guidance_scale)
     if not args.upscales:
         pipe.register_to_config(min_timestep=args.min_timestep)
+        if pipe.scheduler.config.get("stop_level", args.min_timestep) != args.min_timestep:  # of an earlier training
+            pipe.scheduler = TruncatedConditioningScheduler(pipe.scheduler.scheduler, stop_level=args.min_timestep)
         return pipe
     if args.noises_low and pipe.conditioning_scheduler is None:
         pipe.register_modules(conditioning_scheduler=build_conditioning_scheduler(args))

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from diffusers_ext.degradations.blur import blur_augmentation
 from diffusers_ext.losses.diffusion import VariationalLoss, noise_error, v_weights
 from diffusers_ext.training.cascaded.args import CascadedArgs
-from diffusers_ext.training_utils.objective import Objective, draw_integers, keep_condition
+from diffusers_ext.training_utils.objective import Objective, check_predicts_noise, draw_integers, keep_condition
 
 
 class CascadedObjective(Objective):
@@ -27,6 +27,7 @@ class CascadedObjective(Objective):
 
     def __init__(self, pipe: Any, args: CascadedArgs):
         super().__init__()
+        check_predicts_noise(pipe.scheduler)
         self.unet = pipe.unet
         self.pipe, self.args = pipe, args
         self.dropout_prob = args.dropout_of_condition

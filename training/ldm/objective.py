@@ -15,7 +15,13 @@ from diffusers_ext.pipelines.ldm.denoising import call_unet
 from diffusers_ext.pipelines.ldm.first_stage import FirstStage
 from diffusers_ext.training.ldm.tasks.base import Task
 from diffusers_ext.training_utils.kernels import plain_attention
-from diffusers_ext.training_utils.objective import Objective, draw_integers, draw_posterior, keep_condition
+from diffusers_ext.training_utils.objective import (
+    Objective,
+    check_predicts_noise,
+    draw_integers,
+    draw_posterior,
+    keep_condition,
+)
 
 
 class LDMObjective(Objective):
@@ -31,11 +37,7 @@ class LDMObjective(Objective):
 
     def __init__(self, pipe: LDMBasePipeline, task: Task):
         super().__init__()
-        if pipe.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(
-                f"The pipeline's network predicts {pipe.scheduler.config['prediction_type']!r}; this recipe trains "
-                "networks that predict the noise ('epsilon')."
-            )
+        check_predicts_noise(pipe.scheduler)
         self.pipe, self.task, self.args = pipe, task, task.args
         self.dropout_prob = task.args.dropout_of_condition
         self.unet, self.conditioner = pipe.unet, task.trained_conditioner(pipe)

@@ -19,7 +19,7 @@ from diffusers_ext.pipelines.glide.base import call_unet
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
 from diffusers_ext.training.piti.args import PITIArgs
-from diffusers_ext.training_utils.objective import Objective, keep_condition
+from diffusers_ext.training_utils.objective import Objective, check_predicts_noise, keep_condition
 from diffusers_ext.training_utils.timesteps import TIMESTEP_SAMPLERS
 
 
@@ -57,6 +57,7 @@ class DiffusionObjective(Objective):
         super().__init__()
         self.pipe, self.args = pipe, args
         self.scheduler = pipe.scheduler if scheduler is None else scheduler
+        check_predicts_noise(self.scheduler)
         self.dropout_prob = args.dropout_of_condition
         levels = int(self.scheduler.config["num_train_timesteps"])
         self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)

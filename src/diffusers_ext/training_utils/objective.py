@@ -72,6 +72,20 @@ def keep_condition(generators: Sequence[Generator], dropout_prob: float) -> Tens
     return torch.stack([torch.rand((), generator=g) for g in generators]) >= dropout_prob
 
 
+def check_predicts_noise(scheduler: Any) -> None:
+    """A stage to go on from has a network that predicts the noise, as its scheduler says.
+
+    Raises:
+        ValueError: It predicts something else.
+    """
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(
+            f"The pipeline's network predicts {kind!r}; this recipe trains networks that predict the noise "
+            "('epsilon')."
+        )
+
+
 def draw_integers(generators: Sequence[Generator], first: int, end: int) -> Tensor:
     """An integer a sample (b,), from `first` to `end` - 1, such as the number of its noise level."""
     return torch.stack([torch.randint(first, end, (), generator=g) for g in generators])
