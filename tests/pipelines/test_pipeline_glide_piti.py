@@ -113,6 +113,15 @@ def test_label_ids_and_their_colours_are_one_condition():
     torch.testing.assert_close(pipe.read_conditions(label_map=labels), expected)
 
 
+def test_geometry_in_lists_and_arrays_is_the_same():
+    pipe, given = tiny_piti("geometry"), tiny_condition("geometry")
+    found = pipe.read_conditions(**given)
+    arrays = {"normals": given["normals"].permute(1, 2, 0).numpy(), "depth": given["depth"][..., None].numpy()}
+    assert torch.equal(pipe.read_conditions(**arrays), found)
+    listed = {name: [values, values] for name, values in given.items()}
+    assert torch.equal(pipe.read_conditions(**listed), found.expand(2, -1, -1, -1))
+
+
 def test_sketches_become_distance_maps_and_none_is_the_null_condition(caplog):
     pipe, sketch = tiny_piti("sketch"), tiny_condition("sketch")["sketch"]
     found = pipe.read_conditions(sketch=sketch)
@@ -195,6 +204,34 @@ GEOMETRY = tiny_condition("geometry")
             TypeError,
             "`depth` is torch.int64",
         ),
+        (
+            lambda: tiny_piti("geometry"),
+            {"normals": torch.zeros(0, 3, SIDE, SIDE), "depth": torch.zeros(0, SIDE, SIDE)},
+            ValueError,
+            "`normals` is empty",
+        ),
+        (
+            lambda: tiny_piti("geometry"),
+            GEOMETRY | {"depth": [GEOMETRY["depth"], GEOMETRY["depth"][:8]]},
+            ValueError,
+            r"`depth` holds maps of different shapes: \(32, 32\), \(8, 32\)",
+        ),
+        (tiny_piti, {"label_map": Image.new("RGBA", (SIDE, SIDE))}, ValueError, "`label_map` is .* of mode 'RGBA'"),
+        (tiny_piti, {"label_map": Image.new("RGB", (9, 9), (9, 99, 9))}, ValueError, "`label_map` has the colour"),
+        (tiny_piti, tiny_condition() | {"upscale_temperature": math.nan}, ValueError, "`upscale_temperature` is nan"),
+        (tiny_glide, {"prompt": "a", "upscale_temperature": "hot"}, TypeError, "`upscale_temperature` must be a num"),
+        (
+            tiny_glide,
+            {"prompt": "a", "upscale_latents": torch.zeros(1, 3, 8, 8)},
+            ValueError,
+            "`upscale_latents` must",
+        ),
+        (
+            tiny_glide,
+            {"prompt": "a", "upscale_num_inference_steps": 1001},
+            ValueError,
+            "`upscale_num_inference_steps` must be at most 1000",
+        ),
         (tiny_glide, {"prompt": "a", "image": tiny_picture()}, ValueError, "draws whole images"),
         (lambda: tiny_glide(inpaint=True), {"prompt": "a"}, ValueError, "`image` is None, .* fills parts"),
         (
@@ -239,6 +276,9 @@ def test_components_that_do_not_fit_are_named(change, message):
         PITIPipeline(**pipe.components, condition_type="text")
     with pytest.raises(ValueError, match=r"colour \(0, 0, 0\) for labels 0 and 4"):
         PITIPipeline(**pipe.components, label_palette=[*PALETTE, [0, 0, 0]])
+    for wrong in ([], "coco182", [[0, 0, 0], [0, 0]], [[0, 0, 256]], [[0.5, 0, 0]]):
+        with pytest.raises(ValueError, match="`label_palette` must be a list of .red, green, blue."):
+            PITIPipeline(**pipe.components, label_palette=wrong)
 
 
 def test_the_usual_palette_knows_what_coco_leaves_unlabelled():

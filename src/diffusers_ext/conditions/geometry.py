@@ -34,6 +34,8 @@ def geometry_condition(normals: Tensor, depth: Tensor) -> Tensor:
         ValueError: for other shapes, values that are not finite, or out of range.
     """
     for name, values in (("normals", normals), ("depth", depth)):
+        if values.numel() == 0:
+            raise ValueError(f"`{name}` is empty: its shape is {tuple(values.shape)}.")
         if not values.is_floating_point():
             raise TypeError(f"`{name}` is {values.dtype}: expected floating point.")
         bad = ~torch.isfinite(values)

@@ -24,8 +24,9 @@ def label_batch(
     """One map or several of one size as int64 (b, H, W), labels from 0 to `num_labels` - 1.
 
     Args:
-        label_map: A PIL picture of mode L, P or I, whose values are labels; of mode RGB, drawn in the palette's
-            colours; an integer array or tensor (H, W) or (b, H, W). Or a list of those.
+        label_map: A PIL picture of mode L, P or I, whose values are labels; an integer array or tensor (H, W) or
+            (b, H, W). A PIL picture of mode RGB, drawn in the palette's colours, or such pictures as uint8
+            (H, W, 3) or (b, H, W, 3). Or a list of those.
         num_labels: How many labels there are.
         palette: (r, g, b) of each label.
         name: What messages call it.
@@ -48,6 +49,9 @@ def label_batch(
         values = torch.as_tensor(label_map)
         if values.ndim in (3, 4) and values.shape[-1] == 1:  # one channel behind
             values = values.squeeze(-1)
+        elif values.ndim in (3, 4) and values.shape[-1] == 3 and values.dtype == torch.uint8:  # what RGB pictures hold
+            pictures = values.reshape(-1, *values.shape[-3:]).cpu().numpy()
+            values = torch.from_numpy(np.stack([_read_colors(picture, palette, name) for picture in pictures]))
     else:
         raise TypeError(
             f"`{name}` must be a PIL picture, an integer array or tensor, or a list of them, received"
@@ -81,12 +85,16 @@ def _read_picture(picture: Image.Image, palette: Sequence[Sequence[int]] | None,
             f"`{name}` is a PIL picture of mode {picture.mode!r}; the modes L, P and I hold labels, RGB colours of the"
             " palette."
         )
+    return _read_colors(picture, palette, name)
+
+
+def _read_colors(picture: Image.Image | np.ndarray, palette: Sequence[Sequence[int]] | None, name: str) -> np.ndarray:
     if palette is None:
         raise ValueError(
             f"`{name}` is a coloured picture, but the pipeline has no `label_palette`: pass integers, or a PIL picture"
             " of mode L or P that holds them."
         )
-    return labels_from_colors(picture, np.asarray(palette, dtype=np.uint8))
+    return labels_from_colors(picture, np.asarray(palette), name=name)
 
 
 def _check_labels(values: Tensor, num_labels: int, name: str) -> None:

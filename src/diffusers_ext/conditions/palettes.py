@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -56,25 +57,36 @@ def read_palette(name: str) -> np.ndarray:
     if not Path(name).is_file():
         raise ValueError(f"The palette {name!r} is no file and none of {', '.join(NAMED_PALETTES)}.")
     try:
-        colors = np.array(json.loads(Path(name).read_text(encoding="utf-8")))
+        colors = json.loads(Path(name).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"The palette {name!r} is no JSON list of [red, green, blue]: {error}.") from error
-    if colors.ndim != 2 or colors.shape[1] != 3 or colors.dtype.kind != "i" or colors.min() < 0 or colors.max() > 255:
-        raise ValueError(f"The palette {name!r} must be a list of [red, green, blue], whole numbers from 0 to 255.")
-    check_palette(colors)
-    return colors.astype(np.uint8)
+    return check_palette(colors, f"The palette {name!r}")
 
 
-def check_palette(colors: np.ndarray) -> None:
-    """Refuses two labels of one colour, which a map in colours cannot tell apart.
+def check_palette(colors: Any, name: str = "The palette") -> np.ndarray:
+    """Colours of labels as uint8 (labels, 3).
+
+    Args:
+        colors: a list or an array of (red, green, blue).
+        name: what messages call it.
 
     Raises:
-        ValueError: naming both labels and their colour.
+        ValueError: for something else, and for two labels of one colour, which a map in colours cannot tell apart:
+            names both and their colour.
     """
+    try:
+        values: Any = np.asarray(colors)
+    except ValueError:  # rows of different lengths
+        values = np.asarray(None)
+    are_colors = values.ndim == 2 and values.shape[1] == 3 and len(values) > 0 and values.dtype.kind in "iu"
+    if not are_colors or values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{name} must be a list of [red, green, blue], whole numbers from 0 to 255.")
     seen: dict[tuple[int, ...], int] = {}
-    for label, color in enumerate(map(tuple, np.asarray(colors).tolist())):
+    for label, row in enumerate(values):
+        color = tuple(map(int, row))
         if (other := seen.setdefault(color, label)) != label:
-            raise ValueError(f"The palette has the colour {color} for labels {other} and {label}: change one of them.")
+            raise ValueError(f"{name} has the colour {color} for labels {other} and {label}: change one of them.")
+    return values.astype(np.uint8)
 
 
 def colorize_labels(labels: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE) -> np.ndarray:
@@ -96,7 +108,11 @@ def colorize_labels(labels: np.ndarray | Image.Image, palette: np.ndarray = SCEN
 
 
 def labels_from_colors(
-    picture: np.ndarray | Image.Image, palette: np.ndarray = SCENES_PALETTE, *, tolerance: int = 24
+    picture: np.ndarray | Image.Image,
+    palette: np.ndarray = SCENES_PALETTE,
+    *,
+    tolerance: int = 24,
+    name: str = "picture",
 ) -> np.ndarray:
     """Class ids of a picture drawn in the palette's colours: uint8 (h, w).
 
@@ -104,15 +120,17 @@ def labels_from_colors(
         picture: uint8 (h, w, 3), or a PIL picture.
         palette: uint8 (classes, 3), at most 256 classes.
         tolerance: Largest difference in a channel from the nearest palette colour (lossy files shift colours).
+        name: What messages call the picture.
 
     Raises:
-        ValueError: A pixel is farther from every colour of the palette.
+        ValueError: A pixel is farther from every colour of the palette, or the palette has one colour twice.
     """
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"`picture` must be uint8 of shape (h, w, 3), but is {pixels.dtype} {pixels.shape}.")
+        raise ValueError(f"`{name}` must be uint8 of shape (h, w, 3), but is {pixels.dtype} {pixels.shape}.")
     if not 1 <= len(palette) <= 256:
         raise ValueError(f"`palette` must have 1 to 256 colours, but has {len(palette)}.")
+    palette = check_palette(palette)
     colors, where = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)  # few colours, many pixels
     distance = np.abs(colors[:, None].astype(np.int16) - palette[None].astype(np.int16)).max(axis=-1)  # (n, classes)
     nearest = distance.argmin(axis=1)
@@ -121,7 +139,7 @@ def labels_from_colors(
         row, column = divmod(int(np.flatnonzero(far[where.ravel()])[0]), pixels.shape[1])
         rgb = tuple(int(value) for value in pixels[row, column])
         raise ValueError(
-            f"`picture` has the colour {rgb} in row {row}, column {column}, which is no colour of the palette: "
+            f"`{name}` has the colour {rgb} in row {row}, column {column}, which is no colour of the palette: "
             f"draw with its {len(palette)} colours, without anti-aliasing."
         )
     return nearest[where.ravel()].reshape(pixels.shape[:2]).astype(np.uint8)

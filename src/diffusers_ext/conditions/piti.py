@@ -53,18 +53,34 @@ def resize_nearest(values: Tensor, side: int) -> Tensor:
 
 def read_normals(normals: Any) -> Tensor:
     """Unit normals as users have them as (n, 3, h, w); pictures hold them as colours."""
+    if isinstance(normals, (list, tuple)) and normals:
+        return _joined("normals", [read_normals(one) for one in normals])
     if isinstance(normals, (np.ndarray, Tensor)) and torch.as_tensor(normals).is_floating_point():
         values = torch.as_tensor(normals)
+        if isinstance(normals, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] == 3 != values.shape[-3]:
+            values = values.movedim(-1, -3)  # (h, w, 3), as arrays of pictures are
         return values[None] if values.ndim == 3 else values
     return image_batch(normals, "normals") * 2 - 1
 
 
 def read_depth(depth: Any) -> Tensor:
     """Metres as users have them as (n, h, w)."""
+    if isinstance(depth, (list, tuple)) and depth:
+        return _joined("depth", [read_depth(one) for one in depth])
     if not isinstance(depth, (np.ndarray, Tensor)):
         raise TypeError(
-            f"`depth` is {type(depth).__name__}: expected a float array or tensor (H, W) or (n, H, W) of metres. A"
-            " picture does not say what its grey values mean."
+            f"`depth` is {type(depth).__name__}: expected a float array or tensor (H, W) or (n, H, W) of metres, or"
+            " a list of them. A picture does not say what its grey values mean."
         )
     values = torch.as_tensor(depth)
+    if isinstance(depth, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] == 1:
+        values = values.squeeze(-1)  # one channel behind
     return values[None] if values.ndim == 2 else values
+
+
+def _joined(name: str, parts: list[Tensor]) -> Tensor:
+    """Maps of one size as a batch."""
+    shapes = [tuple(part.shape[1:]) for part in parts]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"`{name}` holds maps of different shapes: {', '.join(map(str, dict.fromkeys(shapes)))}.")
+    return torch.cat([part.to(parts[0].device) for part in parts])

@@ -59,12 +59,18 @@ def check_choice(name: str, value: Any, allowed: Sequence[str], *, or_none: bool
     raise ValueError(f"`{name}` is {value!r}; allowed are {listed}.")
 
 
-def check_temperature(temperature: Any) -> None:
-    """A finite number, at least 0: the temperature of words that are drawn."""
+def check_temperature(
+    temperature: Any, name: str = "temperature", meaning: str = "0 takes the most probable words, 1 draws them"
+) -> None:
+    """A finite number, at least 0.
+
+    Args:
+        meaning: What the values do, for the message.
+    """
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
-        raise TypeError(f"`temperature` must be a number, received {temperature!r}.")
+        raise TypeError(f"`{name}` must be a number, received {temperature!r}.")
     if not 0 <= float(temperature) < math.inf:
-        raise ValueError(f"`temperature` is {temperature}: 0 takes the most probable words, 1 draws them.")
+        raise ValueError(f"`{name}` is {temperature}, it must be finite and at least 0: {meaning}.")
 
 
 def check_callback_tensors(names: Sequence[str] | None, allowed: Sequence[str]) -> None:
@@ -181,17 +187,17 @@ def check_fraction(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"`{name}` must lie in [0, 1], received {value}: {meaning}.")
 
 
-def check_steps(scheduler: Any, num_inference_steps: Any) -> None:
+def check_steps(scheduler: Any, num_inference_steps: Any, name: str = "num_inference_steps") -> None:
     """A number of steps that the scheduler's training steps allow for."""
-    check_integer("num_inference_steps", num_inference_steps, 1)
+    check_integer(name, num_inference_steps, 1)
     last = int(scheduler_setting(scheduler, "num_train_timesteps"))
     if num_inference_steps > last:
         raise ValueError(
-            f"`num_inference_steps` must be at most {last}, the steps of the training; received {num_inference_steps}."
+            f"`{name}` must be at most {last}, the steps of the training; received {num_inference_steps}."
         )
 
 
-def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
+def check_timesteps(scheduler: Any, num_inference_steps: int, name: str = "num_inference_steps") -> None:
     """What a scheduler made of the steps leads from noise to a picture, and lies within the training.
 
     The spacing "leading" with an offset may leave the training.
@@ -205,24 +211,24 @@ def check_timesteps(scheduler: Any, num_inference_steps: int) -> None:
     highest, last = float(timesteps.max()), int(scheduler_setting(scheduler, "num_train_timesteps")) - 1
     if highest > last:
         raise ValueError(
-            f"`num_inference_steps`={num_inference_steps} makes {type(scheduler).__name__} start at timestep"
+            f"`{name}`={num_inference_steps} makes {type(scheduler).__name__} start at timestep"
             f" {highest:g}, the last one of the training is {last}. Use fewer steps, or a scheduler with"
             " steps_offset=0."
         )
 
 
-def check_noise(latents: Any, shape: tuple[int, ...]) -> None:
+def check_noise(latents: Any, shape: tuple[int, ...], name: str = "latents") -> None:
     """Latents in place of the initial draw: floating point, of the wanted shape, finite."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
-        raise TypeError(f"`latents` must be a floating-point tensor of standard normal noise, received {kind}.")
+        raise TypeError(f"`{name}` must be a floating-point tensor of standard normal noise, received {kind}.")
     if tuple(latents.shape) != shape:
         raise ValueError(
-            f"`latents` must have shape {shape} (images, channels, height and width of the latents), received"
+            f"`{name}` must have shape {shape} (images, channels, height and width of the latents), received"
             f" {tuple(latents.shape)}."
         )
     if not bool(torch.isfinite(latents).all()):
-        raise ValueError("`latents` holds values that are not finite.")
+        raise ValueError(f"`{name}` holds values that are not finite.")
 
 
 def sample_sides(name: str, value: Any) -> tuple[int, int]:

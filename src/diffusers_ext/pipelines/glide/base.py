@@ -41,11 +41,13 @@ from ..checks import (
     check_output_type,
     check_predictions,
     check_steps,
+    check_temperature,
     check_timesteps,
 )
 
 Generators = torch.Generator | list[torch.Generator] | None
 CHANNELS = 3  # of an image
+_TEMPERATURES = "the large image's noise is multiplied by it, in the authors' code by 0.997"
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class GlideBasePipeline(HousePipeline):
         generator: Any,
         latents: Any,
         upscale_latents: Any,
+        upscale_temperature: Any,
         output_type: Any,
         callback: Any,
         callback_tensors: Any,
@@ -167,6 +170,7 @@ class GlideBasePipeline(HousePipeline):
         check_guidance_scale(guidance_scale)
         check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
+        check_temperature(upscale_temperature, "upscale_temperature", _TEMPERATURES)
         check_generator(generator, batch_size, self._execution_device)
         self.callback_names(callback, callback_tensors)
         given = {"base": (num_inference_steps, latents), "upscale": (upscale_num_inference_steps, upscale_latents)}
@@ -178,7 +182,7 @@ class GlideBasePipeline(HousePipeline):
         for name, unet, scheduler in self.stage_parts():
             steps, noise = given[name]
             if noise is not None:
-                check_noise(noise, (batch_size, CHANNELS, *self.sides(unet)))
+                check_noise(noise, (batch_size, CHANNELS, *self.sides(unet)), _argument(name, "latents"))
             self._set_steps(name, scheduler, steps)
 
     def _set_steps(self, stage: str, scheduler: Any, steps: Any) -> None:
@@ -190,10 +194,11 @@ class GlideBasePipeline(HousePipeline):
         if steps is None or (isinstance(steps, str) and respaces):
             scheduler.set_timesteps(steps, device=device)
             return
-        check_steps(scheduler, steps)
+        argument = _argument(stage, "num_inference_steps")
+        check_steps(scheduler, steps, argument)
         count = int(steps)
         scheduler.set_timesteps(count, device=device)
-        check_timesteps(scheduler, count)
+        check_timesteps(scheduler, count, argument)
 
     @staticmethod
     def sides(unet: Any) -> tuple[int, int]:
@@ -285,10 +290,17 @@ class GlideBasePipeline(HousePipeline):
             temperature: What the noise is multiplied by.
 
         Raises:
-            ValueError: For a pipeline without its second stage.
+            TypeError, ValueError: For a pipeline without its second stage, images of other channels, and a number of
+                steps or a temperature out of range.
         """
         if not self.upscales:
             raise ValueError("The pipeline has no `upscale_unet`: load one with it.")
+        check_temperature(temperature, meaning=_TEMPERATURES)
+        if images.ndim != 4 or images.shape[1] != CHANNELS or not images.is_floating_point():
+            raise ValueError(
+                f"`images` is {images.dtype} of shape {tuple(images.shape)}: expected floating-point values in [-1, 1]"
+                f" of shape (b, {CHANNELS}, h, w)."
+            )
         unet, scheduler = self.upscale_unet, self.upscale_scheduler
         self._set_steps("upscale", scheduler, num_inference_steps)
         noise = self.draw_noise(unet, len(images), generator, None, temperature)
@@ -305,6 +317,11 @@ class GlideBasePipeline(HousePipeline):
     def finish_images(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """As `finish`, from the samples of the last stage."""
         return self.finish(images, output_type, return_dict, lambda drawn: drawn.clamp(-1, 1))
+
+
+def _argument(stage: str, name: str) -> str:
+    """What an argument of a call is called for a stage."""
+    return name if stage == "base" else f"{stage}_{name}"
 
 
 def _keep_known(stage: Stage, prediction: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:

@@ -161,6 +161,7 @@ class GlidePipeline(GlideBasePipeline):
             generator=generator,
             latents=latents,
             upscale_latents=upscale_latents,
+            upscale_temperature=upscale_temperature,
             output_type=output_type,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,

@@ -99,7 +99,8 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
                 f"`condition_type` is {condition_type!r}: it must be one of {', '.join(CONDITION_CHANNELS)}."
             )
         if label_palette is not None:
-            check_palette(np.array(read_option(record_option("label_palette", label_palette))))
+            listed = read_option(record_option("label_palette", label_palette))
+            label_palette = check_palette(listed, "`label_palette`").tolist()
         self.register_to_config(
             condition_type=condition_type,
             label_palette=record_option("label_palette", label_palette),
@@ -223,8 +224,9 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
                 the checkpoint's `label_palette`; integer arrays or tensors (H, W) or (n, H, W).
             sketch: White lines on black: PIL images, arrays or tensors. Only pure white is a line.
             normals: Unit normals: PIL images in the usual colours, or float tensors (3, H, W) or (n, 3, H, W) in
-                [-1, 1].
-            depth: Depth in metres: float arrays or tensors (H, W) or (n, H, W), 0 where it is unknown.
+                [-1, 1], or arrays (H, W, 3) of them; or a list of those.
+            depth: Depth in metres: float arrays or tensors (H, W) or (n, H, W), 0 where it is unknown, or a list of
+                those.
             num_inference_steps: Number of steps of the small image, at least 1. `RespacedScheduler` also takes a
                 respacing such as "250". The default is the checkpoint's, else 100.
             upscale_num_inference_steps: The same for the large image; the default is the checkpoint's, else 27.
@@ -272,6 +274,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
             generator=generator,
             latents=latents,
             upscale_latents=upscale_latents,
+            upscale_temperature=upscale_temperature,
             output_type=output_type,
             callback=callback_on_step_end,
             callback_tensors=callback_on_step_end_tensor_inputs,
