@@ -124,7 +124,8 @@ def build_parser() -> Parser:
         "low-resolution images are drawn once for all levels of the second form.",
     )
     search.add_argument("folder", help="a saved cascade, or its name on the Hub")
-    search.add_argument("--levels", type=float, nargs="+", default=[0, 101, 251, 501, 751, 1000], help="s, 0 is clean")
+    search.add_argument("--levels", type=float, nargs="+", help="s, 0 is clean; default: 0 and, of T steps of noise, "
+                        "the first after a tenth, a quarter, a half and three quarters")  # fmt: skip
     search.add_argument("--modes", nargs="+", default=["truncated", "non_truncated"], help="one form, or both")
     search.add_argument("--stage", default="upscale_1", help="the stage whose level is varied (default upscale_1)")
     search.add_argument("--metric", default="frechet", choices=("frechet", "scenes"), help="Frechet distance to "
@@ -254,8 +255,10 @@ def run_info(options: argparse.Namespace) -> int:
 def run_search_truncation(options: argparse.Namespace) -> int:
     from torch.nn.functional import interpolate
 
-    from .pipelines.cascaded.search import TruncationSearch, check_stage, draw_curve, load_cascade
+    from .pipelines.cascaded.search import TruncationSearch, check_stage, draw_curve, load_cascade, usual_levels
 
+    if options.num < 1:
+        raise ValueError(f"--num is {options.num}: draw at least 1 image a level.")
     pipe = load_cascade(options.folder, options.device)
     check_stage(pipe, options.stage)
     side = getattr(pipe, options.stage).unet.config["sample_size"]
@@ -277,7 +280,7 @@ def run_search_truncation(options: argparse.Namespace) -> int:
     )
     low = getattr(pipe, options.stage).config["low_res_size"]
     points = search.run(
-        options.levels,
+        usual_levels(getattr(pipe, options.stage)) if options.levels is None else options.levels,
         metric,
         conditioning_modes=["non_truncated"] if options.from_real else options.modes,
         image=interpolate(real, (low, low), mode="area") if options.from_real else None,

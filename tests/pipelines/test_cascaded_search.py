@@ -3,11 +3,11 @@
 import pytest
 import torch
 from PIL import Image
-from pipelines.tiny_cascaded import small_picture, tiny_base, tiny_cascade, tiny_upscale
+from pipelines.tiny_cascaded import small_picture, tiny_base, tiny_cascade, tiny_scheduler, tiny_upscale
 
 from diffusers_ext import CascadedDiffusionPipeline, cli
 from diffusers_ext.data.scenes import CLASS_NAMES
-from diffusers_ext.pipelines.cascaded.search import TruncationSearch
+from diffusers_ext.pipelines.cascaded.search import TruncationSearch, usual_levels
 
 RUN = {"num_inference_steps": 3, "batch_size": 2}
 
@@ -88,6 +88,16 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=match):
             search(pipe).run(levels, lambda found: 0.0, **options)
+
+
+def test_a_search_that_names_no_levels_tries_some_that_are_reached(capsys):
+    for steps in (100, 1000, 4000):
+        stage = tiny_upscale(1, conditioning_scheduler=tiny_scheduler(num_train_timesteps=steps))
+        levels = usual_levels(stage)
+        assert levels == [0, steps // 10 + 1, steps // 4 + 1, steps // 2 + 1, steps * 3 // 4 + 1]
+        stage.corrupter.set_timesteps(25, stop_level=levels)
+    assert cli.main(["search-truncation", "checkpoints/cascaded-scenes-64", "--num", "0"]) == 2
+    assert "--num is 0: draw at least 1 image a level" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["frechet", "scenes"])

@@ -259,6 +259,15 @@ def test_a_first_stage_of_another_kind_draws_as_many_as_the_others():
     assert len(pipe("star", ["a star", "a circle"], **run).images) == 2
 
 
+def test_a_cascade_may_be_the_first_stage():
+    pipe = quiet(CascadedDiffusionPipeline(base=tiny_cascade(2), upscale_1=tiny_upscale(2)))
+    run = {"num_inference_steps": 2, "output_type": "pt", "return_intermediates": True}
+    found = pipe(["star", "circle"], generator=seeded(0, 1), **run)
+    alone = pipe.base(["star", "circle"], num_inference_steps=2, output_type="pt", generator=seeded(0, 1)).images
+    torch.testing.assert_close(found.intermediates["base"], alone)
+    assert found.images.shape == (2, 3, 32, 32)
+
+
 def test_what_a_first_stage_of_another_kind_needs_is_refused_before_it_runs():
     options = {"class_labels": ["star", "circle"], "prompt": ["a", "b", "c"]}
     pipe = ldm_cascade("text", classes=True)
@@ -390,6 +399,10 @@ def test_stages_from_folders_of_their_own_and_in_place_of_saved_ones(tmp_path):
     other = tiny_base(unet={"seed": 5})
     loaded = quiet(CascadedDiffusionPipeline.from_pretrained(tmp_path / "all", base=other))
     assert loaded.base is other and not torch.equal(draw(loaded), wanted)
+    for stage_by_stage in (True, False):
+        options = {"upscale_1": str(tmp_path / "upscale_1"), "upscale_2": None, "stage_by_stage": stage_by_stage}
+        loaded = quiet(CascadedDiffusionPipeline.from_pretrained(tmp_path / "all", **options))
+        assert torch.equal(draw(loaded), draw(pipe, stop_stage="upscale_1"))
     shared = quiet(CascadedDiffusionPipeline.from_pipe(pipe))
     assert shared.base is pipe.base and torch.equal(draw(shared), wanted)
     half = CascadedDiffusionPipeline.from_pretrained(tmp_path / "all", dtype={"base": torch.bfloat16})
@@ -616,6 +629,7 @@ def test_stages_of_the_wrong_kind():
         ({"base": tiny_upscale()}, "`base` is a CascadedUpscalePipeline: it must be a pipeline that draws images"),
         ({"base": tiny_unet(0)}, "`base` is a CascadedUNet"),
         ({"base": tiny_base(), "upscale_1": tiny_base()}, "`upscale_1` is a CascadedBasePipeline: it must be a Casc"),
+        ({"upscale_1": "user/upscale"}, "`upscale_1` is a str: it must be a CascadedUpscalePipeline"),
     ]:
         with pytest.raises(TypeError, match=match):
             CascadedDiffusionPipeline(**options)
@@ -633,7 +647,21 @@ def test_stages_of_the_wrong_kind():
         tiny_upscale(augmentation="noise")
 
 
+def test_stages_of_the_wrong_kind_are_refused_before_any_is_read(tmp_path):
+    tiny_cascade(2).save_pretrained(tmp_path)
+    for places, match in [
+        (("upscale_1", "base"), "`base` is a CascadedUpscalePipeline: it must be a pipeline that draws images"),
+        (("base", "base"), "`upscale_1` is a CascadedBasePipeline: it must be a CascadedUpscalePipeline"),
+    ]:
+        pipe = CascadedDiffusionPipeline.from_stages([tmp_path / place for place in places], stage_by_stage=True)
+        with pytest.raises(TypeError, match=match):
+            pipe("star")
+
+
 def test_a_folder_that_is_no_stage(tmp_path):
+    for name in (tmp_path, tmp_path / "nothing", "runs/nothing", "a/b/c"):
+        with pytest.raises(ValueError, match="holds no pipeline: a stage of a cascade is a folder with a model_index"):
+            CascadedDiffusionPipeline.from_stages([name])
     pipe = CascadedDiffusionPipeline.from_stages([tmp_path], stage_by_stage=True)
     with pytest.raises(ValueError, match="holds no pipeline: a stage of a cascade is a folder with a model_index"):
         pipe("star")

@@ -250,6 +250,11 @@ REFUSED = {
 }
 
 
+def test_half_a_step_is_refused():
+    with pytest.raises(TypeError, match="`num_inference_steps` must be an integer or a respacing, received 2.5"):
+        adm_scheduler().set_timesteps(2.5)
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_refuses(message):
     with pytest.raises(ValueError, match=message):

@@ -77,6 +77,10 @@ def test_samplers_that_run_any_list_stop_at_any_level(name):
         scheduler.set_timesteps(20, stop_level=level)
         assert scheduler.stop_level == level and float(scheduler.timesteps[-1]) >= level
         assert float(scheduler.to_vp(run(scheduler)).std()) == pytest.approx(wanted_std(scheduler, level), rel=0.03)
+    with pytest.raises(
+        ValueError, match=r"`stop_level` is 1000, 40.5, where .*, 0, and at any whole level up to 9\d\d"
+    ):
+        scheduler.set_timesteps(20, stop_level=[1000, 251, 40.5])
 
 
 @pytest.mark.parametrize("name", sorted(ON_THE_GRID - ANYWHERE))

@@ -208,6 +208,8 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         else:
             respacing = num_inference_steps
             respacing = self.config["timestep_respacing"] if respacing is None else respacing
+            if isinstance(respacing, float):
+                raise TypeError(f"`num_inference_steps` must be an integer or a respacing, received {respacing!r}.")
             steps = respaced_timesteps(last, last if respacing is None else respacing)
         self._use_timesteps(steps, device)
         self.num_inference_steps = len(steps)

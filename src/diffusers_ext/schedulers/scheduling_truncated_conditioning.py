@@ -254,12 +254,14 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
 
     def _unreached(self, levels: list[float]) -> str:
         missed = [level for level in levels if self._place(level) is None]
+        anywhere = ""
+        if self._is_one_of(ANYWHERE) and not any(scheduler_setting(self, spacing, False) for spacing in OWN_SPACINGS):
+            first = int(self.scheduler.timesteps.max())
+            missed = [level for level in missed if level > first or not float(level).is_integer()] or missed
+            anywhere = f", and at any whole level up to {first}"
         valid = self.valid_stop_levels()
         shown = ", ".join(map(str, valid)) if len(valid) <= 60 else f"{', '.join(map(str, valid[:60]))} ..."
         name = type(scheduler_chain(self)[-1]).__name__
-        anywhere = ""
-        if self._is_one_of(ANYWHERE) and not any(scheduler_setting(self, spacing, False) for spacing in OWN_SPACINGS):
-            anywhere = f", and at any whole level up to {int(self.scheduler.timesteps.max())}"
         return (
             f"`stop_level` is {', '.join(map(str, missed))}, where {name} does not stop with these steps. It stops"
             f" at {shown}{anywhere}. Other steps stop elsewhere; `corrupt` noises a finished sample to any level."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ...schedulers.gaussian import scheduler_attribute
@@ -105,6 +106,8 @@ def plan_run(
     """
     check_choice("conditioning_mode", conditioning_mode, MODES, or_none=True)
     kinds = {n: s.pipeline_class if isinstance(s, StageSource) else type(s) for n, s in stages.items()}
+    for name, kind in kinds.items():
+        check_stage_kind(name, kind)
     parts = {n: s.blueprint() if isinstance(s, StageSource) else s for n, s in stages.items()}
     names = _running(parts, images, start_stage, stop_stage)
     for name in names:
@@ -133,6 +136,18 @@ def plan_run(
     for plan in plans:
         _check(plan, parts[plan.name], plans, eta, generator, latents)
     return plans
+
+
+def check_stage_kind(name: str, kind: type) -> None:
+    """A class of pipelines that can be this stage.
+
+    Raises:
+        TypeError: It cannot.
+    """
+    is_upscaler = issubclass(kind, CascadedUpscalePipeline)
+    if not issubclass(kind, DiffusionPipeline) or is_upscaler == (name == "base"):
+        wanted = "pipeline that draws images from nothing" if name == "base" else "CascadedUpscalePipeline"
+        raise TypeError(f"`{name}` is a {kind.__name__}: it must be a {wanted}.")
 
 
 def _device_of(generator: Any) -> torch.device:
@@ -252,10 +267,11 @@ def _check_other_kind(
 ) -> None:
     """A first stage that is any pipeline gets what its call asks for."""
     lacking = [argument for argument, value in given.items() if argument in parameters and value is None]
-    if "prompt" in lacking:
+    if "prompt" in lacking and getattr(kind, "_needs_condition", True):  # a cascade may draw classes
         raise ValueError(f"`prompt` is missing: {kind.__name__}, the first stage, draws what a text says.")
-    if lacking and parameters[lacking[0]].default is inspect.Parameter.empty:
-        raise ValueError(f"`{lacking[0]}` is missing: {kind.__name__}, the first stage, needs it.")
+    needed = [argument for argument in lacking if parameters[argument].default is inspect.Parameter.empty]
+    if needed:
+        raise ValueError(f"`{needed[0]}` is missing: {kind.__name__}, the first stage, needs it.")
     unknown = [
         argument
         for argument, parameter in parameters.items()

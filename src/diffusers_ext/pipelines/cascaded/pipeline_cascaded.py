@@ -31,7 +31,7 @@ from ..callbacks import Callback, callback_tensor_names
 from ..checks import check_choice, check_integer, check_output_type
 from ..recognition import check_folder
 from ..saving import check_saveable
-from .chain import STAGES, StagePlan, as_list, plan_run
+from .chain import STAGES, StagePlan, as_list, check_stage_kind, plan_run
 from .pipeline_cascaded_upscale import CascadedUpscalePipeline
 from .sources import StageSource
 from .stage import CascadedStage, Generators
@@ -99,7 +99,11 @@ class CascadedDiffusionPipeline(HousePipeline):
         self.stage: str | None = None  # the one that is running, for callbacks
         self._sources: dict[str, StageSource] = {}
         self._asked: list[tuple[str, tuple, dict[str, Any]]] = []  # of all stages, also of those that are read later
-        self.register_modules(base=base, upscale_1=upscale_1, upscale_2=upscale_2, upscale_3=upscale_3)
+        stages = dict(zip(STAGES, (base, upscale_1, upscale_2, upscale_3), strict=True))
+        for name, stage in stages.items():
+            if stage is not None:
+                check_stage_kind(name, type(stage))
+        self.register_modules(**stages)
         for name, source in (hub_stages or {}).items():
             self._sources[_stage_name("hub_stages", name)] = StageSource(str(source))
 
@@ -170,7 +174,8 @@ class CascadedDiffusionPipeline(HousePipeline):
         Args:
             pretrained_model_name_or_path: Folder, or name on the Hub.
             stage_by_stage: Whether a stage is read when its turn comes, and freed after it.
-            kwargs: `dtype` and the like; stages in place of those of the folder, `upscale_1=...`.
+            kwargs: `dtype` and the like; stages in place of those of the folder, `upscale_1=...`, which are pipelines,
+                folders, or names on the Hub.
         """
         name = str(pretrained_model_name_or_path)
         if kwargs.get("custom_pipeline") is not None:
@@ -182,10 +187,13 @@ class CascadedDiffusionPipeline(HousePipeline):
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or torch.float32
         folder = Path(name) if Path(name).is_dir() else Path(DiffusionPipeline.download(name, **kwargs))
         inner = {key: value for key, value in kwargs.items() if key != "revision"}  # that of this repository
+        places = {stage: given.pop(stage) for stage in STAGES if isinstance(given.get(stage), (str, Path))}
         pipe = cls(**given)
         for stage in STAGES:
             recorded = index.get(stage)
-            if stage not in given and recorded and recorded != [None, None]:
+            if stage in places:
+                pipe._sources[stage] = StageSource(str(places[stage]), _dtype_of(stage, dtype), inner)
+            elif stage not in given and recorded and recorded != [None, None]:
                 source = recorded if isinstance(recorded, str) else str(folder / stage)
                 if not isinstance(recorded, str) and not (folder / stage / "model_index.json").is_file():
                     raise ValueError(
@@ -237,10 +245,7 @@ class CascadedDiffusionPipeline(HousePipeline):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in STAGES and value is not None:
-            wanted = DiffusionPipeline if name == "base" else CascadedUpscalePipeline
-            if not isinstance(value, wanted) or (name == "base" and isinstance(value, CascadedUpscalePipeline)):
-                kind = "pipeline that draws images from nothing" if name == "base" else "CascadedUpscalePipeline"
-                raise TypeError(f"`{name}` is a {type(value).__name__}: it must be a {kind}.")
+            check_stage_kind(name, type(value))
             self.register_to_config(**{name: _fetch_class_library_tuple(value)})  # diffusers' forgets what was None
             self._sources.pop(name, None)
         super().__setattr__(name, value)

@@ -14,6 +14,7 @@ from ...conditions.images import image_batch
 from ..checks import check_choice, check_integer
 from .chain import STAGES
 from .pipeline_cascaded import CascadedDiffusionPipeline
+from .pipeline_cascaded_upscale import CascadedUpscalePipeline
 from .stage import CascadedStage
 
 Metric = Callable[[Tensor], float]  # of images (n, 3, H, W) in [0, 1], in the order of their classes
@@ -260,3 +261,9 @@ def draw_curve(points: Sequence[SearchPoint], path: Any, *, name: str) -> None:
 def check_stage(pipe: Any, stage: str) -> None:
     """The stage is one of the cascade's that enlarge images."""
     check_choice("stage", stage, [name for name in pipe.stage_names if name != "base"])
+
+
+def usual_levels(stage: CascadedUpscalePipeline) -> list[float]:
+    """Levels to begin a search with: clean, and four of its T steps of noise. The last ones leave nothing to see."""
+    last = 1000 if stage.corrupter is None else stage.corrupter.num_levels
+    return [0, *(last * percent // 100 + 1 for percent in (10, 25, 50, 75))]

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
 
 from ...models.unet_cascaded import CascadedUNet
 from ...places import did_you_mean
@@ -36,7 +37,11 @@ class StageSource:
 
     def load(self) -> Any:
         """The pipeline, weights and all."""
-        return DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **self.options)
+        try:
+            return DiffusionPipeline.from_pretrained(self.name, dtype=self.dtype, **self.options)
+        except (OSError, ValueError):
+            _ = self.pipeline_class  # says so if there is no pipeline at all
+            raise
 
     @property
     def pipeline_class(self) -> Any:
@@ -48,7 +53,7 @@ class StageSource:
         lookup: Any = {name: value for name, value in self.options.items() if name in LOOKUP_ARGUMENTS}
         try:
             index: Any = DiffusionPipeline.load_config(self.name, **lookup)
-        except OSError as error:
+        except (OSError, HFValidationError) as error:
             raise ValueError(
                 f"{self.name!r} holds no pipeline: a stage of a cascade is a folder with a model_index.json, or the"
                 f" name of such a repository on the Hub. ({' '.join(str(error).split())})"
