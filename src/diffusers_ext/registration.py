@@ -87,7 +87,8 @@ def _cast_inner_pipelines() -> None:
 
     It hands the dtype to networks alone.
     """
-    original: Any = getattr(pipeline_utils, "load_sub_model", None)
+    module: Any = pipeline_utils
+    original: Any = getattr(module, "load_sub_model", None)
     if original is None or original.__module__ == __name__:
         return
 
@@ -97,7 +98,7 @@ def _cast_inner_pipelines() -> None:
             loaded.to(options["dtype"])
         return loaded
 
-    pipeline_utils.load_sub_model = load_sub_model
+    module.load_sub_model = load_sub_model
 
 
 def _guard_parents(model: Any) -> None:

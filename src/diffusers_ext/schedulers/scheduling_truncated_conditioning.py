@@ -268,7 +268,7 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
         )
 
 
-def check_level(name: str, level: Any, last: int, batch: int | None = None) -> None:
+def check_level(name: str, level: Any, last: float, batch: int | None = None) -> None:
     """A number from 0 to T, or a tensor with one a sample.
 
     Raises:

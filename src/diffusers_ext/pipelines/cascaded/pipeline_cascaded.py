@@ -536,7 +536,7 @@ def _stage_name(argument: str, name: str) -> str:
     return name
 
 
-def _tell(name: str, stage: Any, method: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def _tell(name: str, stage: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> None:
     """Calls a method of a stage. Files are named after the places in a network, which the stages have in common."""
     folder = kwargs.get("offload_to_disk_path")
     own = {} if folder is None else {"offload_to_disk_path": str(Path(folder) / name)}
