@@ -123,6 +123,17 @@ def test_only_public_names_are_handed_on(name):
 
 
 @EACH
+def test_values_of_the_config_and_names_that_there_are_not(name, recwarn):
+    """As diffusers' schedulers: the one with a warning, the other with the scheduler's own name."""
+    made = adapter(name, ldm_scheduler())
+    made.register_to_config(test_attribute=5)
+    assert made.test_attribute == made.config.test_attribute == 5
+    assert f"`test_attribute` directly via '{name}' object" in str(recwarn.pop(FutureWarning).message)
+    with pytest.raises(AttributeError, match=f"^'{name}' object has no attribute 'does_not_exist'$"):
+        made.does_not_exist  # noqa: B018
+
+
+@EACH
 def test_a_solver_that_is_assigned_is_the_one_that_is_saved(name):
     made = adapter(name, ldm_scheduler())
     made.scheduler = diffusers.EulerDiscreteScheduler.from_config(made.config)

@@ -215,8 +215,11 @@ def test_saving_and_compatibles(tmp_path):
         torch.testing.assert_close(stock.alphas_cumprod.double(), scheduler.alphas_cumprod, atol=1e-5, rtol=1e-4)
         back = RespacedScheduler.from_config(stock.config)
         torch.testing.assert_close(back.alphas_cumprod, scheduler.alphas_cumprod)
-    trained = RespacedScheduler(trained_betas=scheduler.betas.tolist(), num_train_timesteps=4000)
+    trained = RespacedScheduler(trained_betas=scheduler.betas.numpy())  # T is their number
     torch.testing.assert_close(trained.alphas_cumprod, scheduler.alphas_cumprod)
+    trained.save_pretrained(tmp_path)
+    loaded = RespacedScheduler.from_pretrained(tmp_path)
+    assert loaded.config.num_train_timesteps == 4000 and loaded.betas.tolist() == trained.betas.tolist()
 
 
 SCHEDULER = adm_scheduler("linear")
@@ -229,7 +232,6 @@ REFUSED = {
     r"`prediction_type` is 'flow'": lambda: RespacedScheduler(prediction_type="flow"),
     r"`clip_sample_range` is 0": lambda: RespacedScheduler(clip_sample_range=0),
     r"`num_train_timesteps` is 0": lambda: RespacedScheduler(num_train_timesteps=0),
-    r"`trained_betas` has 2 numbers": lambda: RespacedScheduler(trained_betas=[0.1, 0.2]),
     r"betas go from 0.0001 to 1.5": lambda: RespacedScheduler(beta_end=1.5),
     r"`timestep_respacing` is 'quick': expected counts": lambda: RespacedScheduler(timestep_respacing="quick"),
     r"`timestep_respacing` is 'ddim3,4'": lambda: respaced_timesteps(1000, "ddim3,4"),

@@ -126,9 +126,11 @@ class SchedulerAdapter(SchedulerMixin, ConfigMixin):
 
     def __getattr__(self, name: str) -> Any:
         # neither `_internal_dict` nor anything else of the held one's own: `copy` and `pickle` ask for such names too
-        if name.startswith("_") or "_held" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.__dict__["_held"], name)
+        if not name.startswith("_") and name in self.__dict__.get("_internal_dict", ()):
+            return super().__getattr__(name)  # warns: a value of the config is no attribute
+        if not name.startswith("_") and hasattr(held := self.__dict__.get("_held"), name):
+            return getattr(held, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def timesteps(self) -> Tensor:

@@ -123,7 +123,7 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
         beta_start: First beta, for the linear schedules. ADM scales it with 1000 / T: see `adm_scheduler`.
         beta_end: Last beta, for the linear schedules.
         beta_schedule: "linear", "scaled_linear" (squares of evenly spaced numbers) or "squaredcos_cap_v2" (cosine).
-        trained_betas: Betas themselves (T,), in place of a schedule.
+        trained_betas: Betas themselves (T,), in place of a schedule. T is their number then.
         timestep_respacing: What `set_timesteps` runs unless it is told otherwise: see `respaced_timesteps`. None: all
             steps.
         sampler: "ancestral" draws from the network's Gaussian, "ddim" steps by arXiv 2010.02502, eq. 12.
@@ -168,6 +168,9 @@ class RespacedScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`{name}` is {value!r}: it must be one of {', '.join(allowed)}.")
         if not clip_sample_range > 0:
             raise ValueError(f"`clip_sample_range` is {clip_sample_range}: it must be above 0.")
+        if trained_betas is not None:
+            num_train_timesteps = len(trained_betas)
+            self.register_to_config(num_train_timesteps=num_train_timesteps)
         self.betas = _betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)  # float64
         self.alphas_cumprod = (1 - self.betas).cumprod(0)  # float64
         self.init_noise_sigma = 1.0
@@ -400,8 +403,6 @@ def _betas(count: int, start: float, end: float, schedule: str, trained_betas: S
         raise ValueError(f"`num_train_timesteps` is {count}: it must be at least 1.")
     if trained_betas is not None:
         betas = torch.tensor([float(beta) for beta in trained_betas], dtype=torch.float64)
-        if len(betas) != count:
-            raise ValueError(f"`trained_betas` has {len(betas)} numbers, but `num_train_timesteps` is {count}.")
     elif schedule == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float64)
     elif schedule == "scaled_linear":
