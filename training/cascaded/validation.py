@@ -107,7 +107,7 @@ class Neighbours:
                 generator=None,
                 latents=None,
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             options = "--stages_before, --stages_after, --guidance_scale, --noise_level or --num_inference_steps"
             raise ValueError(f"{options}: {error}") from error
 
