@@ -15,7 +15,9 @@ import torch
 from accelerate.state import AcceleratorState
 from hub_double import HubDouble
 from huggingface_hub import constants, hf_api
+from PIL import Image
 from pipelines.contract import CASES, ONE_EACH, assert_alike, networks, sample
+from pipelines.tiny_glide import tiny_glide, tiny_piti
 from pipelines.tiny_ldm import tiny_mask, tiny_picture
 from safetensors.torch import load_file
 
@@ -270,6 +272,33 @@ assert sketches.config["condition_type"] == "sketch", sketches.config
         assert all(torch.equal(one[2][key], other[2][key]) for key in one[2])
         if one[1] is not None:
             assert_alike(one[1], other[1])
+
+
+def test_a_condition_and_its_prior_are_named_on_the_hub(online, tmp_path, monkeypatch, capsys):
+    """`sample PRIOR --lora ADAPTER`, of repositories and of a folder in one; what is no pipeline says so."""
+    prior, pipe = tiny_glide(upscale=False), tiny_piti("sketch", upscale=False)
+    prior.save_pretrained(tmp_path / "prior")
+    pipe.save_adapter(tmp_path / "prior" / "sketch", tmp_path / "prior", rank=2)
+    push_folder(tmp_path / "prior", "user/shared-prior")
+    push_folder(tmp_path / "prior" / "sketch", "user/sketches")
+    monkeypatch.chdir(tmp_path / "prior" / "sketch")  # where nothing is called like them
+    lines = Image.new("L", (32, 32))
+    lines.paste(255, (3, 4, 20, 5))
+    lines.save("lines.png")
+    words = ["sample", "user/shared-prior", "--sketch", "lines.png", "--steps", "2", "--out"]
+    assert cli.main([*words, "none.png"]) == 2
+    assert "takes other options: pass --lora user/shared-prior/sketch too" in capsys.readouterr().err
+    for name, adapter in (("one.png", "user/sketches"), ("other.png", "user/shared-prior/sketch")):
+        assert cli.main([*words, name, "--lora", adapter]) == 0, capsys.readouterr()
+        assert Image.open(name).info["diffusers_ext"].count("PITIPipeline") == 1
+    assert Image.open("one.png").tobytes() == Image.open("other.png").tobytes()
+    assert cli.main([*words, "none.png", "--lora", "user/shared-prior/lines"]) == 2
+    words = ["sample", "user/shared-prior", "a star", "--out", "none.png", "--lora", "user/shared-prior/lines"]
+    assert cli.main(words) == 2
+    assert "There is no adapter 'user/shared-prior/lines'" in capsys.readouterr().err
+    for kind in (diffusers_ext.PITIPipeline, diffusers.DiffusionPipeline):
+        with pytest.raises(ValueError, match="'user/sketches' holds what a condition adds to a prior, and no U-Net"):
+            kind.from_pretrained("user/sketches")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from diffusers_ext.cli import main as cli
 from diffusers_ext.conversion.keys import load_original
 from diffusers_ext.data.image_folder import load_image_dataset
 from diffusers_ext.pipelines.base import house_pipelines
-from diffusers_ext.places import did_you_mean, is_local, is_path
+from diffusers_ext.places import did_you_mean, is_local, is_path, split_place
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs, check_places
 from diffusers_ext.training_utils.saved_folders import read_saved
 
@@ -21,6 +21,19 @@ def folders(tmp_path, monkeypatch):
     for name in ("runs/my-kl/vae", "runs/my-vq", "my_images", "Pictures", "stabilityai/sd-vae"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "weights.ckpt").touch()
+
+
+def test_a_folder_in_a_repository_is_told_from_a_path():
+    assert split_place("user/repo/sub/folder") == ("user/repo", "sub/folder")
+    for name in (
+        "user/repo",
+        "runs/my-kl/vae",
+        "runs/none/here",
+        "./user/repo/sub",
+        "/user/repo/sub",
+        "stabilityai/x/y",
+    ):
+        assert split_place(name) == (name, None)
 
 
 @pytest.mark.parametrize(

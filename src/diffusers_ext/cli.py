@@ -98,7 +98,7 @@ def build_parser() -> Parser:
     sample.add_argument("--boxes", nargs="+", metavar="BOX", help='each "name x0 y0 x1 y1", corners from 0 to 1')
     sample.add_argument("--class_label", help="number or name of a class")
     sample.add_argument("--caption", action="store_const", const=True, help="make texts instead of images")
-    sample.add_argument("--lora", help="folder, file or Hub name of an adapter")
+    sample.add_argument("--lora", help="folder, file or Hub name of an adapter (user/repo[/folder])")
     sample.add_argument("--seed", type=int, default=0, help="of the first result (default 0)")
     sample.add_argument("--num", type=int, help="how many results (default 1)")
     sample.add_argument("--steps", type=int, help="sampling steps")

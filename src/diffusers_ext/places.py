@@ -20,6 +20,18 @@ def is_local(name: str) -> bool:
     return is_path(name) or (len(path.parts) == 2 and path.parent.is_dir())
 
 
+def split_place(name: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """A folder, a file or a repository as it is, and None; of `user/repo/sub/folder` the repository, and the folder
+    in it.
+    """
+    path = Path(name)
+    outer = path.parts[0] if path.parts else ""
+    on_the_hub = len(path.parts) > 2 and not path.is_absolute() and not str(name).startswith((".", "~"))
+    if not on_the_hub or path.exists() or outer in ("runs", "checkpoints") or Path(outer).is_dir():
+        return str(name), None
+    return "/".join(path.parts[:2]), "/".join(path.parts[2:])
+
+
 def did_you_mean(name: str | os.PathLike[str]) -> str:
     """ " Did you mean 'runs/my-kl'?": the folders and files with names near to that of a path that does not exist.
 

@@ -65,7 +65,7 @@ def register() -> bool:
             f"diffusers {diffusers.__version__} has no table of loadable libraries: {LIBRARY} loads from "
             "local folders only. From the Hub: PaellaPipeline.from_pretrained(huggingface_hub.snapshot_download(id))."
         )
-    _cast_inner_pipelines()
+    _load_parts()
     package = sys.modules[LIBRARY]
     bases = (DiffusionPipeline, ModelMixin, SchedulerMixin, BaseGuidance)
     for name in package.__all__:
@@ -82,10 +82,11 @@ def register() -> bool:
     return True
 
 
-def _cast_inner_pipelines() -> None:
-    """Lets `DiffusionPipeline.from_pretrained(..., dtype=...)` reach the pipelines within a pipeline, a cascade's.
+def _load_parts() -> None:
+    """Lets `DiffusionPipeline.from_pretrained` do to the parts of a pipeline what its class does.
 
-    It hands the dtype to networks alone.
+    It hands a dtype to networks alone, not to the pipelines within a pipeline, a cascade's. And it asks no class what
+    is missing in a folder (`check_part`).
     """
     module: Any = pipeline_utils
     original: Any = getattr(module, "load_sub_model", None)
@@ -93,6 +94,9 @@ def _cast_inner_pipelines() -> None:
         return
 
     def load_sub_model(*args: Any, **options: Any) -> Any:
+        check_part = getattr(options.get("pipeline_class"), "check_part", None)
+        if check_part is not None:
+            check_part(options["cached_folder"], options["name"])
         loaded = original(*args, **options)
         if isinstance(loaded, DiffusionPipeline) and options.get("dtype") is not None:
             loaded.to(options["dtype"])

@@ -351,5 +351,9 @@ def test_adapters_of_other_networks_and_ranks_are_refused(tmp_path):
     pipe.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
     with pytest.raises(ValueError, match="no U-Net: load it with `PITIPipeline.from_prior"):
         PITIPipeline.from_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="no U-Net: load it with `PITIPipeline.from_prior"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "one")
+    whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "one", unet=pipe.unet)
+    assert type(whole) is PITIPipeline and whole.unet is pipe.unet
     with pytest.raises(ValueError, match="matrices of another network"):
         PITIPipeline.from_prior(tmp_path / "other", tmp_path / "one")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, list_repo_files
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from safetensors import safe_open
 
 from ..conditions.geometry import read_geometry_file
-from ..places import did_you_mean, is_local, no_such
+from ..places import did_you_mean, is_local, no_such, split_place
 from .base import HousePipeline
 
 # option of the command -> the argument of `__call__` that it fills: the first that the pipeline has
@@ -60,7 +61,7 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
     """
     _check_folder(folder)
     try:
-        index: Any = DiffusionPipeline.load_config(folder)
+        index: Any = _index_of(folder)
     except OSError as error:
         raise ValueError(
             f"{folder!r} is no folder here, and no pipeline of that name was found on the Hub ({error})"
@@ -74,10 +75,16 @@ def pipeline_class(folder: str) -> type[HousePipeline]:
     return found
 
 
+def _index_of(folder: str) -> Any:
+    """model_index.json of a folder, of a repository on the Hub, or of a folder in one."""
+    place, subfolder = split_place(folder)
+    return DiffusionPipeline.load_config(place, subfolder=subfolder)
+
+
 def _check_folder(folder: str) -> None:
     """Refuses what is meant as a folder and holds no pipeline, with what makes one."""
     path = Path(folder)
-    if not path.exists() and is_local(folder):
+    if not path.exists() and is_local(folder) and split_place(folder)[1] is None:
         beside = sorted(one.parent.name for one in path.parent.glob("*/model_index.json"))
         holds = f" Pipelines in {str(path.parent)!r}: {', '.join(beside)}." if beside else ""
         raise ValueError(f"{no_such('folder', folder)}{holds} {MAKES}")
@@ -153,11 +160,12 @@ def options_of(pipeline: type[HousePipeline], idle: Set[str] = frozenset()) -> l
 def idle_arguments(pipeline: type[HousePipeline], folder: str) -> set[str]:
     """Arguments that the networks of a checkpoint, in a folder or on the Hub, can do nothing with."""
 
-    def config_of(component: str) -> Any:
-        return UNet2DModel.load_config(folder, subfolder=component)
+    place, subfolder = split_place(folder)
 
-    index: Any = DiffusionPipeline.load_config(folder)
-    return pipeline.idle_arguments(index, config_of)
+    def config_of(component: str) -> Any:
+        return UNet2DModel.load_config(place, subfolder=f"{subfolder}/{component}" if subfolder else component)
+
+    return pipeline.idle_arguments(_index_of(folder), config_of)
 
 
 def call_arguments(
@@ -227,7 +235,7 @@ def draw(
         folder: of a saved pipeline, or its name on the Hub.
         options: by the names of `ARGUMENTS`; files are named by their paths.
         seed: of the first result; result k is drawn from seed + k.
-        lora: folder, file or Hub name of an adapter.
+        lora: folder, file or Hub name of an adapter, the latter also with a folder behind it (`user/repo/folder`).
         device: by default a GPU where there is one.
 
     Raises:
@@ -244,7 +252,11 @@ def draw(
             arguments[name] = read_file(option, Path(arguments[name]))
     if "class_labels" in arguments and str(arguments["class_labels"]).isdecimal():
         arguments["class_labels"] = int(arguments["class_labels"])
-    if lora is not None and is_local(lora) and not Path(lora).exists():
+    place, subfolder = (None, None) if lora is None else split_place(lora)
+    on_the_hub = condition is not None or (
+        subfolder is not None and f"{subfolder}/{LORA_WEIGHT_NAME_SAFE}" in _files_on_the_hub(str(place))
+    )
+    if lora is not None and is_local(lora) and not Path(lora).exists() and not on_the_hub:
         raise ValueError(
             f"{no_such('adapter', lora)} A training with --rank writes {LORA_WEIGHT_NAME_SAFE} into its folder."
         )
@@ -261,11 +273,11 @@ def draw(
         )
     pipe: Any
     if condition is not None:
-        pipe = condition.from_prior(folder, lora, dtype=dtype)
+        pipe = condition.from_prior(folder, place, subfolder=subfolder, dtype=dtype)
     else:
         pipe = pipeline.from_pretrained(folder, dtype=dtype)
         if lora is not None:
-            pipe.load_lora_weights(lora)
+            pipe.load_lora_weights(place, subfolder=subfolder)
     pipe = pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     count = options.get("num") or 1
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
@@ -287,23 +299,43 @@ def condition_class(saved: type[HousePipeline], lora: str | Path) -> Any:
 
     None where `lora` holds matrices alone, or where `saved`, the class that they are for, has such an encoder.
     """
-    if not Path(lora, "model_index.json").is_file():
-        return None
-    named = pipeline_class(str(lora))
+    if Path(lora).exists() or (is_local(str(lora)) and split_place(lora)[1] is None):
+        if not Path(lora, "model_index.json").is_file():
+            return None
+        named = pipeline_class(str(lora))
+    else:
+        try:
+            named = pipeline_class(str(lora))
+        except ValueError:  # matrices alone, those of another library, or nothing: `load_lora_weights` says which
+            return None
     return named if hasattr(named, "from_prior") and not issubclass(saved, named) else None
 
 
 def _condition_beside(saved: type[HousePipeline], folder: str, options: Mapping[str, Any]) -> str | None:
-    """The folder of an adapter within `folder` that takes the options, if the pipeline itself does not."""
+    """The folder of an adapter within `folder` that takes the options, if the pipeline itself does not; of a
+    repository on the Hub `user/repo/folder`.
+    """
     given = {option for option, value in options.items() if value is not None}
     if given <= set(options_of(saved)):
         return None
-    for index in sorted(Path(folder).glob("*/model_index.json")):
-        part = str(index.parent)
+    if Path(folder).is_dir():
+        parts = [str(index.parent) for index in sorted(Path(folder).glob("*/model_index.json"))]
+    else:
+        files = _files_on_the_hub(folder)
+        parts = [f"{folder}/{name.split('/')[0]}" for name in files if re.fullmatch("[^/]+/model_index.json", name)]
+    for part in parts:
         condition = condition_class(saved, part)
         if condition is not None and given <= set(options_of(condition, idle_arguments(condition, part))):
             return part
     return None
+
+
+def _files_on_the_hub(repository: str) -> list[str]:
+    """Paths of a repository's files, none where it does not exist or is out of reach."""
+    try:
+        return sorted(list_repo_files(repository))
+    except (OSError, ValueError):
+        return []
 
 
 def _settings(pipe: Any, folder: str, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

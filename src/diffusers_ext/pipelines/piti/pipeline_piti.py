@@ -115,14 +115,32 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         Raises:
             ValueError: For a folder without a U-Net, or one of another pipeline.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if (folder / LORA_WEIGHT_NAME_SAFE).is_file() and not (folder / "unet").is_dir() and "unet" not in kwargs:
-            raise ValueError(
-                f"{str(folder)!r} holds what a condition adds to a prior, and no U-Net: load it with"
-                f" `PITIPipeline.from_prior(prior, {str(folder)!r})`, or with --lora beside the prior's folder."
-                " `save_pretrained` then makes a whole pipeline of it."
-            )
+        if "unet" not in kwargs and Path(pretrained_model_name_or_path).is_dir():
+            cls.check_part(pretrained_model_name_or_path, "unet")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def check_part(cls, folder: str | Path, name: str) -> None:
+        """Refuses a folder that `save_adapter` wrote; `DiffusionPipeline.from_pretrained` asks before it reads a part.
+
+        Args:
+            folder: Of the pipeline, on this machine.
+            name: Of the part.
+
+        Raises:
+            ValueError: For a U-Net that is not there. It names what loads the folder.
+        """
+        # of a repository on the Hub, where the matrices are not loaded with a pipeline
+        cached = next((part for part in Path(folder).parts if part.startswith("models--")), None)
+        has_matrices = cached is not None or Path(folder, LORA_WEIGHT_NAME_SAFE).is_file()
+        if name != "unet" or Path(folder, name).is_dir() or not has_matrices:
+            return
+        place = str(folder) if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
+        raise ValueError(
+            f"{place!r} holds what a condition adds to a prior, and no U-Net: load it with"
+            f" `PITIPipeline.from_prior(prior, {place!r})`, or with --lora beside the prior's folder."
+            " `save_pretrained` then makes a whole pipeline of it."
+        )
 
     @classmethod
     def from_prior(
