@@ -354,6 +354,8 @@ def test_options_of_a_base_that_do_not_fit_are_refused(words, message):
         (("--truncation_level", "5", "--noise_level", "6"), "--noise_level=6.0, but --truncation_level=5 trains no"),
         (("--conditioning_timesteps", "5", "--conditioning_schedule", "linear"), "--conditioning_timesteps=5: the l"),
         (("--truncation_level", "101"), r"--truncation_level must lie in \[0, 100\], got 101"),
+        (("--blur_sigma", "0.4", "inf"), "--blur_sigma needs two numbers, 0 < first <= second"),
+        (("--block_out_channels", "0", "16"), r"--block_out_channels=\[0, 16\]: give each level a width above 0"),
         (("--blur_sigma", "0.6", "0.4"), "--blur_sigma needs two numbers, 0 < first <= second"),
         (("--clean_prob", "2"), r"--clean_prob must lie in \[0, 1\], got 2"),
     ],

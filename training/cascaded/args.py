@@ -1,5 +1,6 @@
 """The options of train_cascaded.py, and what can be said against them before anything is loaded."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -177,7 +178,7 @@ class CascadedArgs:
         between(self, 0, self.num_train_timesteps - 1, "min_timestep")
         between(self, 0, self.num_conditioning_timesteps, "truncation_level", "noise_level")
         check_guidance_scale(self.guidance_scale)
-        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
             raise ValueError(f"--blur_sigma needs two numbers, 0 < first <= second, got {self.blur_sigma}.")
         check_unet_widths(self, num_heads=self.num_heads, num_head_channels=self.head_channels)
 

@@ -387,6 +387,8 @@ def check_unet_widths(args: Any, **heads: int | None) -> None:
         heads: Number or width of the attention's heads, under the option's name; `None` where it is unset.
     """
     widths, levels = args.block_out_channels, len(args.block_out_channels)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"--block_out_channels={widths}: give each level a width above 0.")
     if not set(args.attention_levels) <= set(range(levels)):
         raise ValueError(
             f"--attention_levels={args.attention_levels}: --block_out_channels gives the levels 0 to {levels - 1}."
