@@ -468,6 +468,11 @@ def test_noise_for_a_stage_that_was_not_trained_with_it():
     pipe.upscale_1 = tiny_upscale(unet={"aug_cond_type": None}, **options)
     refused(pipe, "upscale_1: `noise_level` is 101, but this stage was not trained with n.*'blur'", noise_level=101)
     assert draw(pipe).shape[-1] == 16
+    pipe.upscale_2 = tiny_upscale(2)
+    each = "Or pass a list of `noise_level`, one for each of upscale_1, upscale_2.$"
+    refused(pipe, f"upscale_1: .*not trained with noise.*{each}", noise_level=101)
+    assert draw(pipe, noise_level=[0, 101]).shape[-1] == 32
+    pipe = tiny_cascade(2)
     pipe.upscale_1 = tiny_upscale(conditioning_scheduler=None, default_noise_level=None)
     refused(pipe, "upscale_1: The pipeline was built without conditioning_scheduler", noise_level=101)
 
@@ -605,6 +610,7 @@ def test_guidance_needs_a_null_class():
     pipe = tiny_cascade(2)
     pipe.upscale_1 = tiny_upscale(unet={"num_class_embeds": 3, "null_class": None})
     refused(pipe, "upscale_1: `guidance_scale` is 2.0, but .*without a null class", guidance_scale=2.0)
+    refused(pipe, "Or pass a list of `guidance_scale`, one for each of base, upscale_1.$", guidance_scale=2.0)
     assert draw(pipe, guidance_scale=[2.0, None]).shape[-1] == 16
 
     def turn_on(pipe, step, timestep, tensors):

@@ -125,7 +125,8 @@ def plan_run(
         stage, level, is_noisy = parts[name], 0.0, False
         if isinstance(stage, CascadedUpscalePipeline):
             before = parts[names[place - 1]] if place else None
-            level, is_noisy = _noise(name, stage, before, levels[name], conditioning_mode)
+            hint = _or_each("noise_level", noise_level, list(levels))
+            level, is_noisy = _noise(name, stage, before, levels[name], conditioning_mode, hint)
             if is_noisy:
                 plans[-1] = _stopped(plans[-1], level)
         plan = StagePlan(name, batch_size, sizes[name], steps[name], scales[name], labels[name], level, is_noisy)
@@ -133,8 +134,9 @@ def plan_run(
     last = parts[names[-1]]
     if isinstance(last, CascadedStage) and last.config.get("min_timestep", 0):
         plans[-1] = _stopped(plans[-1], last.config["min_timestep"])  # nothing takes its noise: it ends as alone
+    hint = _or_each("guidance_scale", guidance_scale, list(stages))
     for plan in plans:
-        _check(plan, parts[plan.name], plans, eta, generator, latents)
+        _check(plan, parts[plan.name], plans, eta, generator, latents, hint)
     return plans
 
 
@@ -217,6 +219,13 @@ def _each(name: str, value: Any, stages: list[str]) -> dict[str, Any]:
             )
         return dict(zip(stages, value, strict=True))
     return dict.fromkeys(stages, value)
+
+
+def _or_each(name: str, value: Any, stages: list[str]) -> str:
+    """What to do with a value for all stages that one of them refuses, for messages."""
+    if isinstance(as_list(value), (list, tuple)) or len(stages) < 2:
+        return ""
+    return f" Or pass a list of `{name}`, one for each of {', '.join(stages)}."
 
 
 def as_list(value: Any) -> Any:
@@ -318,13 +327,13 @@ def _sizes(
 
 
 def _noise(
-    name: str, stage: CascadedUpscalePipeline, before: Any, noise_level: float | None, mode: str | None
+    name: str, stage: CascadedUpscalePipeline, before: Any, noise_level: float | None, mode: str | None, hint: str
 ) -> tuple[float, bool]:
     """How much noise a stage takes, and whether the stage before brings it: the truncated form."""
     try:
         level = stage.resolve_noise_level(0 if mode == "none" and noise_level is None else noise_level)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}{'' if noise_level is None else hint}") from error
     if mode == "none" and level > 0:
         raise ValueError(f'`noise_level` of {name} is {level}, but `conditioning_mode` is "none": use another one.')
     stops = isinstance(before, CascadedStage) and scheduler_attribute(before.scheduler, "corrupt") is not None
@@ -355,7 +364,7 @@ def _stopped(plan: StagePlan, level: float) -> StagePlan:
 
 
 def _check(
-    plan: StagePlan, stage: Any, plans: list[StagePlan], eta: float, generator: Any, latents: Tensor | None
+    plan: StagePlan, stage: Any, plans: list[StagePlan], eta: float, generator: Any, latents: Tensor | None, hint: str
 ) -> None:
     """What a stage refuses by itself, with its name before the message."""
     if not isinstance(stage, CascadedStage):
@@ -374,7 +383,8 @@ def _check(
             latents=latents if plan is plans[0] else None,
         )
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{plan.name}: {error}") from error
+        about_guidance = "`guidance_scale`" in str(error)
+        raise type(error)(f"{plan.name}: {error}{hint if about_guidance else ''}") from error
     try:
         stage.set_timesteps(plan.num_inference_steps, plan.stop_level, device="cpu")
     except (TypeError, ValueError) as error:
