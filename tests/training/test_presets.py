@@ -10,6 +10,7 @@ is that of a step, all processes together.
 
 import importlib
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,18 @@ def test_glides_base():
         networks = build_text_encoder(args), build_piti_unet(args)
     assert sum(p.numel() for network in networks for p in network.parameters()) == GLIDE_PARAMETERS
     assert "ettings unverified" in PAPER["piti-prior"].read_text()
+
+
+def test_a_preset_starts_from_what_another_one_or_its_header_makes():
+    texts = {path.name: path.read_text() for path in PRESETS.glob("*.yaml")}
+    made = {found[1] for text in texts.values() if (found := re.search(r"^output_dir: (\S+)", text, re.M))}
+    missing = [
+        (name, field, place)
+        for name, text in texts.items()
+        for field, place in re.findall(r"^(pretrained_\w+): (runs/[^\s/]+)", text, re.M)
+        if place not in made and not re.search(rf"^#.*{place}\b", text, re.M)
+    ]
+    assert len(made) > 50 and missing == []
 
 
 def test_paellas_schedule():

@@ -17,6 +17,7 @@ from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training.piti.data import UpscaleReader
 from diffusers_ext.training.piti.objective import Prediction
 from diffusers_ext.training.piti.upsampler import MapUpsamplerObjective, build_opponent
+from diffusers_ext.training.piti.upsampler_networks import build_upsampler
 
 SMALL = [
     "--dataset_name", "scenes", "--dataset_config_name", "plain+one", "--max_train_samples", "24",
@@ -285,3 +286,11 @@ def test_an_upsampler_that_is_there_is_trained_on(tmp_path, prior):
         moved = [float((one - other).detach().abs().max()) for one, other in pairs]
         assert 0 < max(moved) < 1e-4
     assert type(trained.upscale_scheduler) is type(before.upscale_scheduler)
+
+
+def test_an_upsampler_keeps_the_colours_of_its_base(tmp_path):
+    tiny_piti(upscale=False).save_pretrained(tmp_path)
+    words = [*SMALL, "--stage", "upsampler", "--encoder_attention_heads", "2", "--encoder_layers", "1"]
+    words += ["--pretrained_model_name_or_path", str(tmp_path), "--palette", "coco182"]
+    with pytest.raises(ValueError, match="--palette=coco182: .* knows its labels by other colours; leave it out"):
+        build_upsampler(train_piti.parse_args(words)[0], 16)

@@ -140,19 +140,17 @@ def build_piti(args: PITIArgs, data: DataArgs, found: Pipeline | None) -> PITIPi
     Raises:
         ValueError: The stage was trained on another condition, or on other colours of the labels.
     """
-    asked = None if args.palette is None else read_palette(args.palette)
     if isinstance(found, PITIPipeline):
         place, kind = args.pretrained_model_name_or_path, found.config["condition_type"]
         if kind != args.condition:
             raise ValueError(f"{place!r} draws from {kind}: pass --condition {kind}, or start from a GLIDE prior.")
-        if asked is not None and not np.array_equal(asked, found.label_palette):
-            raise ValueError(f"--palette={args.palette}: {place!r} knows its labels by other colours; leave it out.")
+        check_colors(found, args)
         return found
     if found is None:
         unet, scheduler = build_unet(args, sample_size=data.resolution), build_scheduler(args)
     else:
         unet, scheduler = found.unet, found.scheduler
-    names = None
+    names, asked = None, None if args.palette is None else read_palette(args.palette)
     if args.condition == "label_map" and asked is None and data.dataset_name == "scenes":
         asked, names = SCENES_PALETTE, list(SCENES_CLASSES)
     return PITIPipeline(
@@ -163,6 +161,17 @@ def build_piti(args: PITIArgs, data: DataArgs, found: Pipeline | None) -> PITIPi
         label_palette=None if asked is None else asked.tolist(),
         label_names=names,
     )
+
+
+def check_colors(found: PITIPipeline, args: PITIArgs) -> None:
+    """Refuses a palette that is not the pipeline's, which its networks have learnt.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    if args.palette is not None and not np.array_equal(read_palette(args.palette), found.label_palette):
+        place = args.pretrained_model_name_or_path
+        raise ValueError(f"--palette={args.palette}: {place!r} knows its labels by other colours; leave it out.")
 
 
 def build_tokenizer(args: PITIArgs, captions: Sequence[str], train: TrainArgs) -> PreTrainedTokenizerBase:

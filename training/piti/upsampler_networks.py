@@ -15,6 +15,7 @@ from diffusers_ext.training.piti.networks import (
     build_encoder,
     build_scheduler,
     build_unet,
+    check_colors,
     check_outputs,
     check_resolution,
     load_pipeline,
@@ -36,6 +37,8 @@ def build_upsampler(args: PITIArgs, resolution: int) -> Pipeline:
     if isinstance(pipe, PITIPipeline) and pipe.config["condition_type"] != args.condition:
         kind = pipe.config["condition_type"]
         raise ValueError(f"{place!r} draws from {kind}: pass --condition {kind}.")
+    if isinstance(pipe, PITIPipeline):
+        check_colors(pipe, args)
     low = pipe.unet.config["sample_size"]
     if resolution <= low or resolution % low:
         raise ValueError(
