@@ -173,7 +173,9 @@ def test_unconditional_stages_and_classes_of_some_stages():
     assert pipe(["star", 0], num_images_per_prompt=2, **run).images.shape == (4, 3, 16, 16)
 
 
-@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep", "Respaced"])
+@pytest.mark.parametrize(
+    "name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "SASolver", "UniPCMultistep", "Respaced"]
+)
 def test_any_sampler_in_any_stage(name):
     """Also of a network with a learned variance, which not all of them read; Euler keeps clean + sigma * noise."""
     pipe, sizes = tiny_cascade(2), {}

@@ -61,8 +61,11 @@ def step_arguments(scheduler: Any, **wanted: Any) -> dict[str, Any]:
 def takes_learned_variance(scheduler: Any) -> bool:
     """Whether the scheduler's step reads a variance from the second half of the prediction's channels.
 
-    Asked of its constructor: a config keeps the value that another scheduler was made with.
+    Asked of its constructor: a config keeps the value that another scheduler was made with. `SASolverScheduler` only
+    leaves that half out, and draws its noise in the shape of the whole.
     """
+    if any(kind.__name__ == "SASolverScheduler" for kind in type(scheduler_chain(scheduler)[-1]).__mro__):
+        return False
     return str(_own_setting(scheduler, "variance_type")).startswith("learned")
 
 
