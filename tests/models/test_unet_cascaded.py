@@ -223,6 +223,17 @@ def test_takes_adapters_and_attention_processors(tmp_path):
     torch.testing.assert_close(other(SAMPLE, 3).sample, adapted, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_repeated_blocks_compile():
+    """Attention, of which a program a level is enough; with residual blocks torch would give up."""
+    torch._dynamo.reset()
+    wide = {"block_out_channels": (16, 24, 32, 48), "attention_levels": (False, True, True, True), "num_heads": 2}
+    unet = tiny_cascaded_unet(**wide, layers_per_block=2)
+    expected = unet(SAMPLE, 3).sample
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    assert torch.equal(unet(SAMPLE, 3).sample, expected)
+
+
 CONSTRUCTIONS = {
     r"`resample` is 'pool': it must be one of resnet, conv": {"resample": "pool"},
     r"`resnet_time_scale_shift` is 'film'": {"resnet_time_scale_shift": "film"},

@@ -71,7 +71,9 @@ class CascadedUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D"]
-    _repeated_blocks = ["ResnetBlock2D", "Attention"]
+    _repeated_blocks = [
+        "Attention"
+    ]  # residual blocks are nearly all of different shapes: no one's program fits another
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "aug_embedding"]
 
     @register_to_config

@@ -66,7 +66,7 @@ class VersatileUNet(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D", "FCResBlock", "BasicTransformerBlock"]
-    _repeated_blocks = ["ResnetBlock2D", "FCResBlock", "BasicTransformerBlock"]
+    _repeated_blocks = ["FCResBlock", "BasicTransformerBlock"]  # not residual blocks, nearly all of different shapes
     _skip_layerwise_casting_patterns = ["norm", "time_embedding"]
     _keys_to_ignore_on_load_unexpected = [r"^(data|context)_layers\."]  # groups that the asked-for flows do not need
 
