@@ -106,6 +106,39 @@ def test_diode_becomes_normals_and_depth(tmp_path):
         prepare("diode", tmp_path / "in", tmp_path / "other")
 
 
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    """After an error the same command works again, and no condition is that of another picture."""
+    source, out = tmp_path / "in", tmp_path / "below" / "out"
+    source.mkdir()
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (8, 8)).save(source / name)
+    with pytest.raises(ValueError, match=r"a\.jpg' and '.*a\.png' would both be called 'a' .*: rename one of them"):
+        prepare("sketch", source, out)
+    assert list(out.parent.iterdir()) == []
+    (source / "a.jpg").rename(source / "b.jpg")
+    assert prepare("sketch", source, out) == 2 and list(out.parent.iterdir()) == [out]
+
+
+def test_arrays_that_are_none_are_named(tmp_path):
+    folder = tmp_path / "in" / "train"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 6)).save(folder / "x.png")
+    good = {"depth": np.ones((6, 8, 1)), "depth_mask": np.ones((6, 8)), "normal": np.zeros((6, 8, 3))}
+    for name, bad, message in (
+        ("depth", np.ones((6, 8, 2)), r"x_depth\.npy' has the shape \(6, 8, 2\): expected \(h, w\)"),
+        ("normal", np.ones((6, 8)), r"x_normal\.npy' has the shape \(6, 8\): expected \(h, w, 3\)"),
+        ("depth_mask", None, r"x_depth_mask\.npy' is no \.npy file of numbers"),
+    ):
+        for part, values in (good | {name: bad}).items():
+            if values is None:
+                (folder / f"x_{part}.npy").write_bytes(b"junk")
+            else:
+                np.save(folder / f"x_{part}.npy", values)
+        with pytest.raises(ValueError, match=message):
+            prepare("diode", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_such_data_set_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     for kind, message in (

@@ -1,7 +1,7 @@
 """Public data sets and own pictures as image folders with conditions: label maps, sketches, normals and depth.
 
 `diffusers-ext prepare KIND INPUT_DIR OUTPUT_DIR` writes the picture, its conditions in subfolders of their names, and
-`metadata.jsonl` last, so that a folder with metadata is a complete one. Splits become `train` and `validation`.
+`metadata.jsonl`. The folder appears when it is complete. Splits become `train` and `validation`.
 
 Layouts of the originals: COCO-Stuff `images/train2017/*.jpg` with `annotations/train2017/*.png` (numbers 0 to 181, 255
 where unlabelled, which becomes 182); ADE20K's scene parsing `images/training/*.jpg` with `annotations/training/*.png`
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def prepare(
         raise ValueError(f"`output_dir` {str(target)!r} exists: name a new folder.")
     if not source.is_dir():
         raise ValueError(f"`input_dir`: {no_such('folder', source)}")
+    splits: dict[str, Iterator[Row]]
     if kind == "sketch":
-        return _write(target, _sketches(source, None if edges is None else Path(edges)), source)
-    if kind == "diode":
+        splits = {"": _sketches(source, None if edges is None else Path(edges))}
+    elif kind == "diode":
         splits = {
             name: _geometry(source / folder) for folder, name in _DIODE_SPLITS.items() if (source / folder).is_dir()
         }
@@ -74,7 +76,12 @@ def prepare(
     if not splits:
         wanted = _DIODE_SPLITS if kind == "diode" else [f"images/{name}" for name in _LABEL_SPLITS[kind]]
         raise ValueError(f"`input_dir` {str(source)!r} is not {kind}: it has no folder {' or '.join(wanted)}.")
-    return sum(_write(target / name, rows, source) for name, rows in splits.items())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
+        folder = Path(unfinished, target.name)
+        count = sum(_write(folder / name, rows, source) for name, rows in splits.items())
+        folder.rename(target)
+    return count
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -86,8 +93,13 @@ Row = tuple[Path, str, dict[str, tuple[str, Callable[[Path], object]]]]
 
 
 def _write(folder: Path, rows: Iterator[Row], source: Path) -> int:
-    lines = []
+    lines, pictures = [], {}
     for picture, stem, conditions in rows:
+        if (other := pictures.setdefault(stem, picture)) != picture:
+            raise ValueError(
+                f"{str(other)!r} and {str(picture)!r} would both be called {stem!r} in the new folder, and their"
+                " conditions too: rename one of them."
+            )
         entry = {"file_name": stem + picture.suffix}
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(picture, folder / entry["file_name"])
@@ -97,7 +109,7 @@ def _write(folder: Path, rows: Iterator[Row], source: Path) -> int:
             save(folder / name / f"{stem}{suffix}")
         lines.append(json.dumps(entry))
     if not lines:
-        raise ValueError(f"`input_dir` {str(source)!r} has no pictures for {str(folder)!r}.")
+        raise ValueError(f"`input_dir` {str(source)!r} has no pictures for {folder.name!r}.")
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)
 
@@ -156,8 +168,7 @@ def _geometry(source: Path) -> Iterator[Row]:
                 raise ValueError(
                     f"{str(picture)!r} has no {str(path)!r}: unpack depth and normals of DIODE into one tree."
                 )
-        depth, mask, normals = (np.load(path).astype(np.float32) for path in files.values())
-        depth, mask = depth.reshape(depth.shape[:2]), mask.reshape(mask.shape[:2])
+        depth, mask, normals = map(_read_array, files.values())
         for values, path in zip((depth, mask, normals), files.values(), strict=True):
             _check_size(values.shape[:2], picture, path)
         depth = np.where((mask > 0) & np.isfinite(depth), depth, 0)  # 0 is unknown
@@ -176,6 +187,19 @@ def _geometry(source: Path) -> Iterator[Row]:
                 "depth": (".npy", lambda path, values=depth: np.save(path, values)),
             },
         )
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The numbers of a .npy file, float32 (h, w) or (h, w, c)."""
+    try:
+        values = np.load(path, allow_pickle=False).astype(np.float32)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is no .npy file of numbers: {error}") from error
+    values = values[:, :, 0] if values.shape[2:] == (1,) else values
+    wanted = 3 if path.stem.endswith("_normal") else 2
+    if values.ndim != wanted:
+        raise ValueError(f"{str(path)!r} has the shape {values.shape}: expected (h, w{', 3' if wanted == 3 else ''}).")
+    return values
 
 
 def _check_size(shape: tuple[int, ...], picture: Path, path: Path) -> None:
