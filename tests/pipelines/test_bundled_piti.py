@@ -42,6 +42,7 @@ def test_shapes_follow_the_condition(condition):
     else:
         given = {"label_map": np.stack([semantic_map(scene, side) for scene in SCENES])}
     images = pipe(**given, num_inference_steps=20, generator=seeded(*range(8))).images
+    assert images[0].size == ((64, 64) if condition == "label_map" else (32, 32))  # only label maps have an upsampler
     wanted = [scene.objects[0].shape for scene in SCENES]
     assert sum(one == other for one, other in zip(shapes(images), wanted, strict=True)) >= 5
 
