@@ -98,8 +98,9 @@ def _load_parts() -> None:
         if check_part is not None:
             check_part(options["cached_folder"], options["name"])
         loaded = original(*args, **options)
-        if isinstance(loaded, DiffusionPipeline) and options.get("dtype") is not None:
-            loaded.to(options["dtype"])
+        dtype = options.get("dtype")
+        if isinstance(loaded, DiffusionPipeline) and dtype not in (None, loaded.dtype):  # a cast warns, also needlessly
+            loaded.to(dtype)
         return loaded
 
     module.load_sub_model = load_sub_model
