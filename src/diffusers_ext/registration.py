@@ -99,8 +99,8 @@ def _load_parts() -> None:
             check_part(options["cached_folder"], options["name"])
         loaded = original(*args, **options)
         dtype = options.get("dtype")
-        if isinstance(loaded, DiffusionPipeline) and dtype not in (None, loaded.dtype):  # a cast warns, also needlessly
-            loaded.to(dtype)
+        if isinstance(loaded, DiffusionPipeline) and dtype not in (None, loaded.dtype):
+            loaded.to(dtype)  # diffusers warns of each cast, also of one that changes nothing
         return loaded
 
     module.load_sub_model = load_sub_model
