@@ -292,6 +292,9 @@ def check_line(words: list[str], program_help: Callable[..., str]) -> None:
             assert set(options) <= set(re.findall(r"--\w[\w-]*", cli_help(rest)))
         case [python, *rest] if re.fullmatch(r"(\.venv/bin/)?python3?", python):
             target = rest[:2] if rest[0] == "-m" else rest[:1]
+            command = next(iter(rest[len(target) :]), "")  # the help of a program lists its commands in braces
+            if any(command in listed.split(",") for listed in re.findall(r"\{([\w,-]+)\}", program_help(*target))):
+                target = [*target, command]
             assert set(options) <= set(re.findall(r"--\w[\w-]*", program_help(*target)))
         case [pip, "install", *_] if pip.endswith("pip"):
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -328,6 +331,8 @@ def test_shell_lines_work(document, line, program_help):
         "diffusers-ext no-such-command",
         "diffusers-ext export-hub somewhere --no_such_option",
         "python no_such_file.py",
+        "python benchmarks/claims_piti.py few --no_such_option",
+        "python benchmarks/claims_piti.py probe --staged all=runs/a",
         "pip install .[no_such_extra]",
         "no-such-program --help",
     ],
