@@ -282,6 +282,8 @@ def test_a_condition_and_its_prior_are_named_on_the_hub(online, tmp_path, monkey
     push_folder(tmp_path / "prior", "user/shared-prior")
     push_folder(tmp_path / "prior" / "sketch", "user/sketches")
     monkeypatch.chdir(tmp_path / "prior" / "sketch")  # where nothing is called like them
+    assert cli.main(["info", "user/shared-prior"]) == 0
+    assert "adapter: --lora user/shared-prior/sketch" in capsys.readouterr().out.splitlines()
     lines = Image.new("L", (32, 32))
     lines.paste(255, (3, 4, 20, 5))
     lines.save("lines.png")

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from importlib.abc import MetaPathFinder
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -85,25 +86,44 @@ def register() -> bool:
 def _load_parts() -> None:
     """Lets `DiffusionPipeline.from_pretrained` do to the parts of a pipeline what its class does.
 
-    It hands a dtype to networks alone, not to the pipelines within a pipeline, a cascade's. And it asks no class what
-    is missing in a folder (`check_part`).
+    It hands dtype and variant to networks alone, not to the pipelines within a pipeline, a cascade's, and stumbles
+    over their folders where it looks for variants. And it asks no class what is missing in a folder (`check_part`).
     """
     module: Any = pipeline_utils
-    original: Any = getattr(module, "load_sub_model", None)
-    if original is None or original.__module__ == __name__:
+    load: Any = getattr(module, "load_sub_model", None)
+    if load is None or load.__module__ == __name__:
         return
 
     def load_sub_model(*args: Any, **options: Any) -> Any:
         check_part = getattr(options.get("pipeline_class"), "check_part", None)
         if check_part is not None:
             check_part(options["cached_folder"], options["name"])
-        loaded = original(*args, **options)
-        dtype = options.get("dtype")
-        if isinstance(loaded, DiffusionPipeline) and dtype not in (None, loaded.dtype):
-            loaded.to(dtype)  # diffusers warns of each cast, also of one that changes nothing
-        return loaded
+        part = Path(options["cached_folder"], options["name"])
+        if not _is_pipeline(part):
+            return load(*args, **options)
+        variant = options["model_variants"].get(options["name"])
+        handed_on = {key: options[key] for key in ("dtype", "use_safetensors", "low_cpu_mem_usage")}
+        return DiffusionPipeline.from_pretrained(part, variant=variant, **handed_on)
 
     module.load_sub_model = load_sub_model
+    find: Any = getattr(module, "_identify_model_variants", None)
+    if find is None:
+        return
+
+    def _identify_model_variants(folder: str, variant: str, config: dict) -> dict:
+        nested = {name for name in config if _is_pipeline(Path(folder, name))}
+        found = find(folder=folder, variant=variant, config={k: v for k, v in config.items() if k not in nested})
+        for name in nested:
+            inner: Any = DiffusionPipeline.load_config(Path(folder, name))
+            if find(folder=str(Path(folder, name)), variant=variant, config=inner):
+                found[name] = variant
+        return found
+
+    module._identify_model_variants = _identify_model_variants
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
 
 
 def _guard_parents(model: Any) -> None:

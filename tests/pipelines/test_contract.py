@@ -765,6 +765,25 @@ def test_what_the_files_do_not_hold_is_not_saved(name, change, message, tmp_path
     assert not (tmp_path / "saved").exists()
 
 
+@ALL
+def test_weights_that_are_not_finite_are_not_saved(name, tmp_path):
+    pipe = CASES[name].build()
+    part, network = next(iter(networks(pipe).items()))
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=rf"`{part.split('.')[-1]}` \(.*\) has weights that are not finite \(.*\)"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@ONE
+def test_matrices_that_are_not_finite_are_not_saved(name, tmp_path):
+    matrices = {"conv_in.lora_A.weight": torch.full((1, 1), float("inf"))}
+    with pytest.raises(ValueError, match="`unet_lora_layers` holds matrices that are not finite .*conv_in"):
+        type(CASES[name].build()).save_lora_weights(tmp_path, matrices)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_loads_back_equal_is_saved(tmp_path):
     """Weights kept in bfloat16, compiled, with fused projections."""
     name = "ldm-text"

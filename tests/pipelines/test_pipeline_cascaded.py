@@ -368,6 +368,24 @@ def test_variants_of_the_weights(tmp_path):
     for stage_by_stage in (False, True):
         loaded = CascadedDiffusionPipeline.from_pretrained(tmp_path, variant="v2", stage_by_stage=stage_by_stage)
         assert torch.equal(draw(quiet(loaded)), draw(pipe))
+    assert torch.equal(draw(quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path, variant="v2"))), draw(pipe))
+    with pytest.raises(ValueError, match="variant=v3"):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path, variant="v3")
+
+
+def test_a_stage_whose_weights_were_cut_short_is_found_before_another_runs(tmp_path):
+    tiny_cascade(2).save_pretrained(tmp_path / "one")
+    lazy = quiet(CascadedDiffusionPipeline.from_pretrained(tmp_path / "one", stage_by_stage=True))
+    file = tmp_path / "one" / "upscale_1" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    seen: list[int] = []
+    for call in (
+        lambda: lazy(0, num_inference_steps=2, callback_on_step_end=lambda *args: seen.append(1) or {}),
+        lambda: lazy.save_pretrained(tmp_path / "two"),
+    ):
+        with pytest.raises(ValueError, match=r"upscale_1/unet/.*safetensors' is damaged or incomplete"):
+            call()
+    assert not seen and not (tmp_path / "two").exists()
 
 
 def test_stages_whose_folders_are_gone(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ext import LDMSpatialRescaler
 from diffusers_ext.pipelines import cards
+from diffusers_ext.pipelines.drawing import describe
 from diffusers_ext.training_utils import hub
 from diffusers_ext.training_utils.hub import export_self_contained, name_repository, push_folder, write_model_card
 
@@ -211,6 +212,30 @@ def test_export_rejects_weights_with_matrices_beside_them(saved, tmp_path):
     save_file(weights, file)
     with pytest.raises(ValueError, match=r"with LoRA matrices beside its weights \(conv_in.base_layer.weight"):
         export_self_contained(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_export_rejects_weights_that_are_not_finite(saved, tmp_path, bad):
+    folder = changed_copy(saved, tmp_path / "in")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = bad
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"`conv_in.bias` in '.*safetensors' is not finite .* Save the pipeline"):
+        export_self_contained(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_rejects_a_file_that_was_cut_short(saved, tmp_path):
+    folder = changed_copy(saved, tmp_path / "in")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model.safetensors' is damaged or incomplete \("):
+        export_self_contained(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model.safetensors' is damaged or incomplete \("):
+        describe(str(folder))
 
 
 def test_export_of_an_export_and_of_a_folder_with_lists(saved, tmp_path):

@@ -108,11 +108,20 @@ class AdapterMixin(LoraBaseMixin):
             unet_lora_layers: `peft.get_peft_model_state_dict(pipe.unet, adapter_name=...)`.
 
         The other arguments are those of diffusers' methods of this name.
+
+        Raises:
+            ValueError: There are no matrices, or one of them is not finite.
         """
         if not unet_lora_layers:
             raise ValueError(
                 "`unet_lora_layers` is missing: pass `peft.get_peft_model_state_dict(pipe.unet, adapter_name=...)`, "
                 "or call `pipe.unet.save_lora_adapter(folder, adapter_name=...)`."
+            )
+        named = unet_lora_layers.state_dict() if isinstance(unet_lora_layers, nn.Module) else unet_lora_layers
+        if broken := [name for name, value in named.items() if not bool(value.isfinite().all())]:
+            raise ValueError(
+                f"`unet_lora_layers` holds matrices that are not finite ({', '.join(broken[:3])}): nobody could use"
+                " them, so nothing is saved."
             )
         cls._save_lora_weights(
             save_directory=str(save_directory),

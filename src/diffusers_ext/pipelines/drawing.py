@@ -21,6 +21,7 @@ from safetensors import safe_open
 from ..conditions.geometry import read_geometry_file
 from ..places import did_you_mean, is_local, no_such, split_place
 from .base import HousePipeline
+from .saving import check_whole_files
 
 # option of the command -> the argument of `__call__` that it fills: the first that the pipeline has
 ARGUMENTS = {
@@ -401,7 +402,8 @@ def describe(folder: str) -> str:
         kind = config.get("_class_name") or " ".join(config.get("architectures") or ["model"])
         return "\n".join([_part("model", kind, path), *_card_facts(path)])
     pipeline = pipeline_class(folder)
-    path = path if path.is_dir() else Path(DiffusionPipeline.download(folder))
+    on_the_hub = not path.is_dir()
+    path = Path(DiffusionPipeline.download(folder)) if on_the_hub else path
     lines = []
     for mode in modes_of(pipeline):
         taken = options_of(mode, idle_arguments(mode, str(path)))
@@ -419,6 +421,9 @@ def describe(folder: str) -> str:
     for part in folders:
         if part not in parts and (part / LORA_WEIGHT_NAME_SAFE).is_file():
             lines.append(_part("adapter", f"--lora {part}", part))
+    for name in _files_on_the_hub(folder) if on_the_hub else ():
+        if re.fullmatch(rf"[^/]+/{re.escape(LORA_WEIGHT_NAME_SAFE)}", name):
+            lines.append(f"adapter: --lora {folder}/{name.split('/')[0]}")
     return "\n".join(lines)
 
 
@@ -441,6 +446,8 @@ def _part(name: str, kind: str, path: Path, among: Sequence[Path] = ()) -> str:
     weights = [file for folder in among or [path] for file in sorted(folder.rglob("*.safetensors"))]
     if not weights:
         return f"{name}: {kind}"
+    for folder in among or [path]:
+        check_whole_files(folder)
     count, size = sum(map(_count, weights)), sum(file.stat().st_size for file in weights)
     return f"{name}: {kind}, {count:,} parameters, {size / 1e6:.1f} MB"
 

@@ -6,11 +6,13 @@ it loads as another network or not at all.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ def check_saveable(components: dict[str, Any]) -> None:
     """Refuses components that would not load back as they are.
 
     Raises:
-        ValueError: Naming the component, what it carries and the way out.
+        ValueError: Naming the component, what it carries and the way out; for weights that are not finite.
     """
     for name, component in components.items():
         network = unwrap(component) if isinstance(component, nn.Module) else None
@@ -33,6 +35,26 @@ def check_saveable(components: dict[str, Any]) -> None:
             continue
         if problem := _unsaveable(name, network):
             raise ValueError(f"`{name}` ({type(network).__name__}) would not load back as it is: {problem}")
+        broken = [key for key, value in network.state_dict().items() if not _is_finite(value)]
+        if broken:
+            raise ValueError(
+                f"`{name}` ({type(network).__name__}) has weights that are not finite ({_listing(broken)}): nobody"
+                " could use it, so nothing is saved. Load it again; after a cast to float16, save before the cast."
+            )
+
+
+def check_whole_files(folder: Path) -> None:
+    """Refuses weight files that were cut short, by what their headers say; no weight is read.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged or incomplete ({error}): copy or save it again.") from error
 
 
 def _unsaveable(name: str, network: nn.Module) -> str | None:
@@ -66,6 +88,11 @@ def _unsaveable(name: str, network: nn.Module) -> str | None:
             "quantised in place. Undo that, or save before it."
         )
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, Tensor) and value.is_floating_point() and value.dtype in _FILE_DTYPES
+    return not is_number or bool(value.isfinite().all())
 
 
 def _is_like(one: Tensor, other: Tensor) -> bool:

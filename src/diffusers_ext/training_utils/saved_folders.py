@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..places import no_such
+from .checkpoints import first_not_finite
 
 LIBRARY = "diffusers_ext"
 COMPONENT_LIBRARIES = ("diffusers", "transformers", LIBRARY)
@@ -62,7 +63,7 @@ def read_saved(folder: str | Path) -> SavedFolder:
 
     Raises:
         ValueError: it is neither; or its index names what is no name, lies outside of the folder, or is missing; or
-            its weights hold LoRA matrices, which do not load.
+            its weights hold LoRA matrices, which do not load, are not finite, or lie in a damaged file.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -140,14 +141,28 @@ def options_as_dicts(index: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuses weights that were saved with LoRA matrices beside them: they load as random ones."""
-    for path in (path for path in folder.glob("*/*.safetensors") if not path.parent.name.startswith("checkpoint-")):
-        with safe_open(path, framework="pt") as file:
-            wrapped = [name for name in file.keys() if ".base_layer." in name]
-        if wrapped:
+    """Refuses files that are cut short, weights that are not finite, and those with LoRA matrices beside them."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        if any(parent.startswith("checkpoint-") for parent in path.relative_to(folder).parts):
+            continue  # of a training: it stays here
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                broken = next((n for n in names if first_not_finite(file.get_tensor(n), n) is not None), None)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged or incomplete ({error}): copy it again, or save the pipeline again."
+            ) from error
+        wrapped = [name for name in names if ".base_layer." in name]
+        if wrapped:  # they load as random ones
             raise ValueError(
                 f"{str(path)!r} was saved with LoRA matrices beside its weights ({wrapped[0]} ...) and does not "
                 "load: save the pipeline again after `pipe.fuse_lora()` and `pipe.unload_lora_weights()`."
+            )
+        if broken is not None:
+            raise ValueError(
+                f"`{broken}` in {str(path)!r} is not finite (NaN or infinite): nobody could use it. Save the pipeline"
+                " again from weights before that."
             )
 
 

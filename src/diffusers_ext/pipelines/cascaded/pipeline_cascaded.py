@@ -263,6 +263,8 @@ class CascadedDiffusionPipeline(HousePipeline):
             for name, source in self._sources.items()
             if source.is_folder or is_path(source.name)
         }
+        for name, kind in kinds.items():
+            self._sources[name].check_files(kind)
         upload = {key: kwargs.pop(key) for key in _UPLOAD if key in kwargs}
         index: dict[str, Any] = {}
         for name, source in self._sources.items():

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from ...models.unet_cascaded import CascadedUNet
 from ...places import did_you_mean
 from ..base import LOOKUP_ARGUMENTS
+from ..saving import check_whole_files
 from .stage import CascadedStage
 
 
@@ -65,9 +66,23 @@ class StageSource:
             raise ValueError(f"{self.name!r} holds a {recorded}, which neither diffusers nor this package knows.")
         return found
 
+    def check_files(self, kind: Any) -> None:
+        """The weights of a folder are whole, which nobody would notice before the stages that run before this one.
+
+        Raises:
+            ValueError: If a file was cut short.
+        """
+        for component in kind._get_signature_types() if self.is_folder else ():
+            check_whole_files(Path(self.name, component))
+
     def blueprint(self) -> Any:
-        """A stage of a cascade without its weights, for checks. None for any other pipeline."""
+        """A stage of a cascade without its weights, for checks. None for any other pipeline.
+
+        Raises:
+            ValueError: If there is no pipeline, or a file of weights in its folder was cut short.
+        """
         kind = self.pipeline_class
+        self.check_files(kind)
         if not issubclass(kind, CascadedStage):
             return None
         lookup: Any = {name: value for name, value in self.options.items() if name in LOOKUP_ARGUMENTS}
