@@ -88,8 +88,13 @@ def test_a_solver_made_of_a_respaced_config_runs_the_usual_steps_and_a_plain_one
     assert len(seen) == 4
 
 
-def test_the_kept_part_of_an_image_stays():
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_kept_part_of_an_image_stays(kind):
+    """Whatever the network predicts."""
     pipe = tiny_glide(inpaint=True)
+    for name in ("scheduler", "upscale_scheduler"):
+        scheduler = getattr(pipe, name)
+        setattr(pipe, name, type(scheduler).from_config(scheduler.config, prediction_type=kind))
     picture = tiny_picture(1)
     images = run(pipe, prompt="a star", image=picture, mask_image=tiny_mask())
     known = torch.tensor(list(picture.tobytes())).view(16, 16, 3).permute(2, 0, 1) / 255
@@ -345,8 +350,11 @@ def test_adapters_of_other_networks_and_ranks_are_refused(tmp_path):
         pipe.save_adapter(tmp_path / "one", tmp_path / "other", rank=2)
     broken = tiny_piti(upscale=False)
     torch.nn.init.constant_(broken.unet.conv_in.weight, torch.nan)
-    with pytest.raises(ValueError, match="layer conv_in are not finite"):
+    with pytest.raises(ValueError, match=r"`unet` .* has weights that are not finite \(conv_in.weight\)"):
         broken.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
+    broken.unet.save_pretrained(tmp_path / "broken" / "unet")
+    with pytest.raises(ValueError, match="layer conv_in are not finite"):
+        pipe.save_adapter(tmp_path / "one", tmp_path / "broken", rank=2)
     assert not (tmp_path / "one").exists()  # nothing half
     pipe.save_adapter(tmp_path / "one", tmp_path / "prior", rank=2)
     with pytest.raises(ValueError, match="no U-Net: load it with `PITIPipeline.from_prior"):

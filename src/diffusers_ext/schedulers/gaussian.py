@@ -286,3 +286,12 @@ def split_prediction(scheduler: Any, prediction: Tensor, scaled: Tensor, timeste
     if kind == "sample":
         return prediction, (scaled - signal * prediction) / noise_level
     return (scaled - noise_level * prediction) / signal, prediction
+
+
+def join_prediction(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """What a network predicts where latents are this clean part and this noise: the inverse of `split_prediction`."""
+    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
+    if kind == "v_prediction":
+        signal, noise_level = signal_and_noise(scheduler, timestep)
+        return signal * noise - noise_level * clean
+    return clean if kind == "sample" else noise

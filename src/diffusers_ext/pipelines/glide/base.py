@@ -23,6 +23,7 @@ from ...schedulers.gaussian import (
     check_gaussian_scheduler,
     check_predicted_channels,
     guided_step,
+    join_prediction,
     scheduler_setting,
     signal_and_noise,
     split_prediction,
@@ -330,8 +331,9 @@ def _keep_known(stage: Stage, prediction: Tensor, scaled: Tensor, timestep: Tens
         return prediction
     # the noise that leads from the known image to the sample: the original sets the clean prediction instead
     signal, level = signal_and_noise(stage.scheduler, timestep)
-    noise = (scaled.float() - signal * stage.known.float()) / level
-    mixed = torch.where(stage.keep > 0, noise.to(prediction.dtype), prediction[:, :CHANNELS])
+    known = stage.known.float()
+    kept = join_prediction(stage.scheduler, known, (scaled.float() - signal * known) / level, timestep)
+    mixed = torch.where(stage.keep > 0, kept.to(prediction.dtype), prediction[:, :CHANNELS])
     return torch.cat([mixed, prediction[:, CHANNELS:]], dim=1)
 
 

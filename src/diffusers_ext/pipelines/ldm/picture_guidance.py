@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...conditions.images import image_batch
-from ...schedulers.gaussian import scheduler_setting, signal_and_noise, split_prediction
+from ...schedulers.gaussian import join_prediction, signal_and_noise, split_prediction
 
 GuidanceFn = Callable[[Tensor], Tensor]
 
@@ -83,10 +83,8 @@ def guide_prediction(
     prediction, scaled = prediction.detach(), scaled.detach()
     signal, noise_level = signal_and_noise(scheduler, timestep)
     noise = split_prediction(scheduler, prediction, scaled, timestep)[1] + scale * noise_level * gradient
-    kind = scheduler_setting(scheduler, "prediction_type", "epsilon")
     clean = (scaled.float() - noise_level * noise) / signal
-    guided = {"sample": clean, "v_prediction": signal * noise - noise_level * clean}.get(kind, noise)
-    return guided.to(prediction.dtype)
+    return join_prediction(scheduler, clean, noise, timestep).to(prediction.dtype)
 
 
 def check_guidance_fn(guidance_fn: Any, guidance_fn_scale: Any) -> None:
