@@ -11,7 +11,6 @@ import logging
 from functools import partial
 
 from diffusers_ext.data.labels import check_classes
-from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.pipelines.listed_options import record_option
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.card import card_pipeline, summary, usage
@@ -22,6 +21,7 @@ from diffusers_ext.training.paella.data import (
     class_names,
     condition_column,
     count_labels,
+    load_rows,
 )
 from diffusers_ext.training.paella.networks import build_pipeline
 from diffusers_ext.training.paella.objective import PaellaObjective
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args, data, train = parse_args(argv)
     accelerator = start(train)
     column = condition_column(args, data)
-    sets = load_pictures(data, columns=(column,))
+    sets = load_rows(args, data, column)
     args.num_labels = count_labels(sets, args, data)
     pipe = build_pipeline(args, data.resolution)
     if args.condition == "class":

@@ -24,6 +24,7 @@ from PIL import Image
 
 from diffusers_ext import LDMTextPipeline, LDMUpscalePipeline, PaellaPipeline
 from diffusers_ext.conditions.images import image_batch
+from diffusers_ext.data.labels import Classes, warn_of_numbers
 from diffusers_ext.data.scenes import load_scenes
 from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.models.unet_paella import PaellaUNet
@@ -258,3 +259,49 @@ def test_the_number_of_labels_follows_from_the_data(pictures, predecessors, tmp_
     train_paella.main([*words, *again])  # a pipeline tells how many it knows
     with pytest.raises(ValueError, match="11 classes|--num_labels=11"):
         train_paella.main([*words, *again, "--num_labels", "11", "--output_dir", str(tmp_path / "other")])
+
+
+def class_rows(recipe: str, place: Path, folder: Path):
+    """Training and validation rows of a recipe that fine-tunes `place` on folders of classes, and the column."""
+    words = ["--pretrained_model_name_or_path", str(place), "--train_data_dir", str(folder)]
+    if recipe == "ldm":
+        args, data, _ = train_ldm.parse_args(["ldm-smoke", "--task", "class", *words])
+        return train_ldm.load_rows(train_ldm.TASKS["class"](args, data))
+    if recipe == "cascaded":
+        args, data, _ = train_cascaded.parse_args(["cascaded-smoke", *words])
+        return train_cascaded.load_rows(args, data)
+    args, data, _ = train_paella.parse_args(["paella-smoke", "--condition", "class", *words])
+    return train_paella.load_rows(args, data, data.label_column)
+
+
+@pytest.mark.parametrize("recipe", ["ldm", "cascaded", "paella"])
+def test_folders_get_the_numbers_that_a_pretrained_network_knows_their_names_by(recipe, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (8, 8), "white" if name == "cat" else "black").save(
+                tmp_path / "own" / name / f"{number}.png"
+            )
+    place = tmp_path / "pipe"
+    place.mkdir()
+    key = "id2label" if recipe == "paella" else "class_names"
+    for known, numbers in (
+        (["fox", "dog", "cat"], {"cat": 2, "dog": 1}),
+        (["cat", "dog", "fox"], {"cat": 0, "dog": 1}),
+    ):
+        (place / "model_index.json").write_text(json.dumps({"_class_name": "X", key: dict(enumerate(known))}))
+        for rows in class_rows(recipe, place, tmp_path / "own"):
+            assert len(rows) in (1, 11)
+            for row in (rows[index] for index in range(len(rows))):
+                assert row["label"] == known.index("cat" if row["image"].getpixel((0, 0))[0] else "dog")
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "X", key: {"0": "fox", "1": "dog"}}))
+    with pytest.raises(ValueError, match="knows the classes fox, dog, but the data have others: cat"):
+        class_rows(recipe, place, tmp_path / "own")
+
+
+def test_says_which_numbers_folders_become_in_a_network_without_names(caplog):
+    warn_of_numbers(Classes(3, ["cat", "dog", "fox"]), 3, "place")
+    warn_of_numbers(Classes(3), 1000, "place")  # numbers are numbers
+    assert not caplog.text
+    warn_of_numbers(Classes(3, ["cat", "dog", "fox"]), 1000, "place")
+    assert "knows 1000 classes by number" in caplog.text and "cat is 0, dog is 1" in caplog.text

@@ -4,13 +4,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Generator, Tensor
 
 from diffusers_ext.data.annotations import ROW, NamedRows
 from diffusers_ext.data.crops import draw_crop
-from diffusers_ext.data.labels import Classes, as_asked, find_classes
+from diffusers_ext.data.labels import Classes, as_asked, find_classes, follow_names
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.degradations.resizing import resize
+from diffusers_ext.pipelines.listed_options import read_option
 from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training_utils.args import DataArgs
 
@@ -18,7 +20,10 @@ from diffusers_ext.training_utils.args import DataArgs
 def load_rows(args: CascadedArgs, data: DataArgs) -> tuple[NamedRows, NamedRows]:
     """Training and validation set; rows also tell what an error calls them."""
     columns = (data.label_column,) if args.condition == "class" else ()
-    train_set, validation_set = load_pictures(data, columns=columns)
+    sets, place = load_pictures(data, columns=columns), args.pretrained_model_name_or_path
+    if columns and place is not None:
+        sets = follow_names(sets, data, read_option(DiffusionPipeline.load_config(place).get("class_names")), place)
+    train_set, validation_set = sets
     return NamedRows(train_set, data.image_column), NamedRows(validation_set, data.image_column)
 
 

@@ -2,7 +2,7 @@
 
 from diffusers import DiffusionPipeline
 
-from diffusers_ext.data.labels import Classes
+from diffusers_ext.data.labels import Classes, warn_of_numbers
 from diffusers_ext.models.unet_cascaded import CascadedUNet
 from diffusers_ext.pipelines.cascaded.pipeline_cascaded_base import CascadedBasePipeline
 from diffusers_ext.pipelines.cascaded.pipeline_cascaded_upscale import CascadedUpscalePipeline
@@ -86,6 +86,9 @@ def build_pipeline(args: CascadedArgs, resolution: int, classes: Classes | None)
     levels = pipe.scheduler.config["num_train_timesteps"]
     if args.min_timestep >= levels:
         raise ValueError(f"--min_timestep={args.min_timestep}: the scheduler has the levels 0 to {levels - 1}.")
+    place = args.pretrained_model_name_or_path or args.pretrained_unet_name_or_path
+    if classes is not None and place is not None and (pipe.class_names is None or args.pretrained_unet_name_or_path):
+        warn_of_numbers(classes, pipe.num_classes or 0, place)
     pipe.unet.register_to_config(sample_size=resolution)
     pipe.register_to_config(default_guidance_scale=args.guidance_scale)
     if not args.upscales:

@@ -25,7 +25,7 @@ SHOWN_SAMPLES = 8  # pictures that the first stage is tried on
 
 def load_rows(task: Task) -> tuple[NamedRows, NamedRows]:
     """Training and validation set of pictures with what the task needs; rows also tell what an error calls them."""
-    sets = load_pictures(task.data, columns=task.columns())
+    sets = task.prepare(load_pictures(task.data, columns=task.columns()))
     train_set, validation_set = (NamedRows(dataset, task.data.image_column) for dataset in sets)
     return train_set, validation_set
 

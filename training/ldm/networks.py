@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import nn
 
-from diffusers_ext.data.labels import Classes
+from diffusers_ext.data.labels import Classes, warn_of_numbers
 from diffusers_ext.models.unet_ldm import LDMUNet
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.pipelines.ldm.first_stage import FirstStage, first_stage_channels, first_stage_factor
@@ -175,6 +175,8 @@ def load_pipeline(task: Task, names: Classes | None) -> LDMBasePipeline:
     count = task.known_labels(pipe)
     if names is not None and count is not None and names.count > count:
         raise ValueError(f"{place!r} knows {count} classes, but the data have {names.count}.")
+    if names is not None and count is not None and pipe.class_names is None:
+        warn_of_numbers(names, count, place)
     task.check_pretrained(pipe)
     if args.dropout_of_condition and "null_condition" in pipe.config:
         pipe.register_to_config(null_condition=True)

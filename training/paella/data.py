@@ -3,11 +3,14 @@
 from typing import Any
 
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
-from diffusers_ext.data.labels import count_map_labels, find_classes
+from diffusers_ext.data.labels import count_map_labels, find_classes, follow_names
+from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.scenes import CLASS_NAMES
 from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.models.token_codec import decode_indices
+from diffusers_ext.pipelines.listed_options import read_option
 from diffusers_ext.pipelines.paella.pipeline_paella import PaellaPipeline
 from diffusers_ext.training.paella.args import PaellaArgs
 from diffusers_ext.training.paella.conditions import Condition, Encoders
@@ -23,6 +26,14 @@ def condition_column(args: PaellaArgs, data: DataArgs) -> str:
     """The column of the data set that the condition is read from."""
     columns = {"text": data.caption_column, "class": data.label_column, "semantic": args.semantic_column}
     return columns.get(args.condition, data.image_column)
+
+
+def load_rows(args: PaellaArgs, data: DataArgs, column: str) -> tuple[Any, Any]:
+    """Training and validation set; classes have the numbers of a pipeline to fine-tune, if it knows their names."""
+    sets, place = load_pictures(data, columns=(column,)), args.pretrained_model_name_or_path
+    if args.condition != "class" or place is None:
+        return sets
+    return follow_names(sets, data, read_option(DiffusionPipeline.load_config(place).get("id2label")), place)
 
 
 def count_labels(sets: tuple[Any, Any], args: PaellaArgs, data: DataArgs) -> int | None:

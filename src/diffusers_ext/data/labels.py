@@ -72,6 +72,63 @@ def as_asked(found: Classes, num_labels: int | None, *, rows_are_checked: bool =
     raise ValueError(f"--num_labels={num_labels}, but the data have {found.count} classes.")
 
 
+def follow_names(
+    sets: tuple[Dataset, Dataset], source: PictureSource, known: Sequence[str] | None, place: str
+) -> tuple[Dataset, Dataset]:
+    """The data with the number that a network has for each of their classes, found by the names.
+
+    Folders number classes in the order of their names; a network that is trained further keeps its own numbers.
+
+    Args:
+        sets: Training and validation set of `source`.
+        known: Names of the network's classes 0, 1, ...; None where it only has numbers.
+        place: Where the network was found, for messages.
+
+    Raises:
+        ValueError: The data have names that the network does not know.
+    """
+    from datasets import ClassLabel
+
+    feature, column = sets[0].features[source.label_column], source.label_column
+    names = list(CLASS_NAMES) if source.dataset_name == "scenes" else getattr(feature, "names", None)
+    if known is None or names is None or names == list(known[: len(names)]):
+        return sets
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{place!r} knows the classes {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}, but the data have "
+            f"others: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}. Name them as there, or give its "
+            f"numbers in a column {column!r} of integers."
+        )
+    numbers = [known.index(name) for name in names]
+    logger.info("Classes have the numbers that %r knows their names by.", place)
+    features = sets[0].features | {column: ClassLabel(names=list(known))}
+    train_set, validation_set = (
+        dataset.map(
+            lambda labels: {column: [numbers[label] for label in labels]},
+            batched=True,
+            input_columns=[column],
+            features=type(sets[0].features)(features),
+        )
+        for dataset in sets
+    )
+    return train_set, validation_set
+
+
+def warn_of_numbers(found: Classes, count: int, place: str) -> None:
+    """Says which classes the names of the data become in a network that has numbers alone, and more of them."""
+    if found.names is not None and found.count < count:
+        shown = ", ".join(f"{name} is {number}" for number, name in enumerate(found.names[:3]))
+        logger.warning(
+            "%r knows %d classes by number, and folders are numbered by their names: %s%s. If classes are to keep its "
+            "numbers, give these in a column of integers.",
+            place,
+            count,
+            shown,
+            " ..." if found.count > 3 else "",
+        )
+
+
 def check_classes(sets: Sequence[Dataset], source: PictureSource, num_labels: int) -> None:
     """Class numbers of all rows lie in 0 ... `num_labels` - 1; those of `scenes` are known to.
 

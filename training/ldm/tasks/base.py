@@ -1,8 +1,10 @@
 """What a task adds to latent diffusion: columns of the data, a raw condition, its encoder, a picture of it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Generator, Tensor, nn
 
@@ -12,6 +14,9 @@ from diffusers_ext.data.labels import Classes, as_asked
 from diffusers_ext.pipelines.ldm.base import LDMBasePipeline
 from diffusers_ext.training.ldm.args import CONTEXT_TASKS, LDMArgs
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -50,6 +55,10 @@ class Task:
     def columns(self) -> tuple[str, ...]:
         """The columns that the task reads beside the picture."""
         return ()
+
+    def prepare(self, sets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+        """Training and validation set, with what a pipeline to fine-tune changes of them."""
+        return sets
 
     def names_in(self, sets: Sequence[NamedRows]) -> Classes | None:
         """The classes of the data as they are found there; None for a task without."""

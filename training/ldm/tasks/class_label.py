@@ -1,18 +1,25 @@
 """Pictures of a class."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Generator, Tensor
 
 from diffusers_ext.data.annotations import NamedRows, check_labels
 from diffusers_ext.data.crops import Crop
-from diffusers_ext.data.labels import Classes, find_classes
+from diffusers_ext.data.labels import Classes, find_classes, follow_names
 from diffusers_ext.models.encoders_ldm import LDMClassEmbedder
 from diffusers_ext.pipelines.ldm.pipeline_ldm_class import LDMClassConditionalPipeline
+from diffusers_ext.pipelines.listed_options import read_option
 from diffusers_ext.training.ldm.args import LDMArgs
 from diffusers_ext.training.ldm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class ClassLabel(Task):
@@ -22,6 +29,13 @@ class ClassLabel(Task):
 
     def columns(self) -> tuple[str, ...]:
         return (self.data.label_column,)
+
+    def prepare(self, sets: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+        place = self.args.pretrained_model_name_or_path
+        if place is None:
+            return sets
+        known = read_option(DiffusionPipeline.load_config(place).get("class_names"))
+        return follow_names(sets, self.data, known, place)
 
     def names_in(self, sets: Sequence[NamedRows]) -> Classes:
         return find_classes([rows.dataset for rows in sets], self.data)
