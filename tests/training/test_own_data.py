@@ -285,10 +285,7 @@ def test_folders_get_the_numbers_that_a_pretrained_network_knows_their_names_by(
     place = tmp_path / "pipe"
     place.mkdir()
     key = "id2label" if recipe == "paella" else "class_names"
-    for known, numbers in (
-        (["fox", "dog", "cat"], {"cat": 2, "dog": 1}),
-        (["cat", "dog", "fox"], {"cat": 0, "dog": 1}),
-    ):
+    for known in (["fox", "dog", "cat"], ["cat", "dog", "fox"]):
         (place / "model_index.json").write_text(json.dumps({"_class_name": "X", key: dict(enumerate(known))}))
         for rows in class_rows(recipe, place, tmp_path / "own"):
             assert len(rows) in (1, 11)
