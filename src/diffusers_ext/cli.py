@@ -6,6 +6,7 @@ the package itself, which takes seconds, when a command begins to work.
 
 import argparse
 import importlib.metadata
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -130,14 +131,16 @@ def build_parser() -> Parser:
     search.add_argument("--stage", default="upscale_1", help="the stage whose level is varied (default upscale_1)")
     search.add_argument("--metric", default="frechet", choices=("frechet", "scenes"), help="Frechet distance to "
                         "real images, or share of images that show their class of the built-in data set")  # fmt: skip
-    search.add_argument("--real", default="scenes", help="folder of real images; default: held-out scenes")
+    search.add_argument("--real", default="scenes", help="folder of real images, those in folders of their class "
+                        "limited to the classes that are drawn; default: held-out scenes")  # fmt: skip
     search.add_argument("--features", help="saved pipeline whose CLIP sees for the distance; default: 8 x 8 pixels")
     search.add_argument("--class_labels", nargs="+", help="classes to draw in turn; default: all that the base knows")
     search.add_argument("--num", type=int, default=64, help="images a level (default 64)")
     search.add_argument("--batch_size", type=int, default=32)
     search.add_argument("--steps", type=int, nargs="+", default=[50], help="of all stages, or of each")
     search.add_argument("--guidance", type=float, help="guidance scale of the varied stage")
-    search.add_argument("--from_real", action="store_true", help="enlarge real images instead of generated ones")
+    search.add_argument("--from_real", action="store_true", help="enlarge real images instead of generated ones, each "
+                        "of the class that its folder is named as")  # fmt: skip
     search.add_argument("--seed", type=int, default=0)
     search.add_argument("--device", help="where to compute (default: a GPU where there is one)")
     search.add_argument("--out", type=Path, default=Path("search-truncation"), help="folder of table and curve")
@@ -265,13 +268,23 @@ def run_search_truncation(options: argparse.Namespace) -> int:
     known = pipe.base.config.get("class_names")
     names = list(known.values()) if known else list(range(getattr(pipe.base, "num_classes", None) or 0))
     chosen = [int(label) if label.isdecimal() else label for label in options.class_labels or []] or names
-    labels = [chosen[k % len(chosen)] for k in range(options.num)] if chosen else None
-    real = real_images(options.real, options.num, side)
+    chosen = [names[label] if isinstance(label, int) and label < len(names) else label for label in chosen]
+    real, kinds = real_images(options.real, options.num, side, chosen)
+    count = len(real) if options.from_real else options.num
+    labels = [chosen[k % len(chosen)] for k in range(count)] if chosen else None
+    if labels and options.from_real and len(chosen) > 1:
+        if not set(kinds) <= set(chosen):
+            raise ValueError(
+                f"--from_real: nothing says of which class each image in --real {options.real!r} is. Put them in "
+                f"folders named as the classes ({', '.join(map(str, chosen[:3]))} ...), or name with --class_labels "
+                "the one class that they all have."
+            )
+        labels = kinds
     name, metric = truncation_metric(options, real, labels)
     search = TruncationSearch(
         pipe,
         labels,
-        count=options.num,
+        count=count,
         stage=options.stage,
         num_inference_steps=options.steps[0] if len(options.steps) == 1 else options.steps,
         guidance_scale=options.guidance,
@@ -303,8 +316,13 @@ def run_prepare(options: argparse.Namespace) -> int:
     return 0
 
 
-def real_images(source: str, count: int, side: int) -> Any:
-    """Real images (n, 3, side, side) in [0, 1], cut to squares: held-out scenes, or the first ones of a folder."""
+def real_images(source: str, count: int, side: int, classes: list) -> tuple[Any, list]:
+    """Real images (n, 3, side, side) in [0, 1], cut to squares, and of which class each is, as far as folders tell.
+
+    Args:
+        source: `scenes`, of which held-out ones are taken, or a folder, of which at most `count` are, evenly spread.
+        classes: Names or numbers. Other images are left out, where there are some of these.
+    """
     import torch
 
     from .conditions.images import image_batch, resize_images
@@ -312,22 +330,31 @@ def real_images(source: str, count: int, side: int) -> Any:
     from .data.image_folder import decode_image
 
     if source == "scenes":
-        held_out = (scenes.sample_scene(0, index, split="validation") for index in range(count))
-        return image_batch([scenes.render(scene, side) for scene in held_out])
+        is_known = bool(classes) and set(classes) <= set(scenes.CLASS_NAMES)
+        held_out = (scenes.sample_scene(0, index, split="validation") for index in itertools.count())
+        drawn = (scene for scene in held_out if not is_known or scenes.CLASS_NAMES[scenes.label(scene)] in classes)
+        found = list(itertools.islice(drawn, count))
+        names = [scenes.CLASS_NAMES[scenes.label(scene)] for scene in found]
+        return image_batch([scenes.render(scene, side) for scene in found]), names
     paths = sorted(
         path for path in Path(source).rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     )
     if not paths:
         hint = "" if Path(source).exists() else did_you_mean(source)
         raise ValueError(f"--real {source!r} holds no images: name a folder of them, or scenes.{hint}")
+    folders = [int(path.parent.name) if path.parent.name.isdecimal() else path.parent.name for path in paths]
+    if any(folder in classes for folder in folders):
+        kept = [k for k, folder in enumerate(folders) if folder in classes]
+        paths, folders = [paths[k] for k in kept], [folders[k] for k in kept]
+    chosen = [k * len(paths) // min(count, len(paths)) for k in range(min(count, len(paths)))]
     images = []
-    for path in paths[:count]:
+    for path in [paths[k] for k in chosen]:
         picture = decode_image(str(path))
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
         square = image_batch(picture.crop((left, top, left + edge, top + edge)))
         images.append(resize_images(square, side, side))
-    return torch.cat(images)
+    return torch.cat(images), [folders[k] for k in chosen]
 
 
 def truncation_metric(options: argparse.Namespace, real: Any, labels: list | None) -> tuple[str, Any]:
@@ -339,7 +366,8 @@ def truncation_metric(options: argparse.Namespace, real: Any, labels: list | Non
     if options.metric == "frechet":
         see = pixel_features if options.features is None else clip_features(options.features)
         seen, seer = see(real), "8 x 8 pixels" if options.features is None else Path(options.features).name
-        return f"Frechet distance, {seer}", lambda images: frechet_distance(see(images), seen)
+        where = "held-out scenes" if options.real == "scenes" else options.real
+        return f"Frechet distance to {where}, {seer}", lambda images: frechet_distance(see(images), seen)
     if labels is None or not all(label in scenes.CLASS_NAMES for label in labels):
         raise ValueError("--metric scenes reads the classes of the built-in data set, such as 'red circle'.")
     wanted = [scenes.parse_caption(f"a {label}") for label in labels]

@@ -108,9 +108,9 @@ def test_one_command_draws_the_curve(metric, tmp_path, capsys):
     parts["upscale_1"] = tiny_upscale(1, class_names=names, **stage)
     CascadedDiffusionPipeline(**parts).save_pretrained(tmp_path / "saved")
     real = tmp_path / "real"
-    real.mkdir()
-    for seed in range(3):
-        small_picture(40, seed).save(real / f"{seed}.png")
+    for seed, name in enumerate([*names, names[1]]):
+        (real / name).mkdir(parents=True, exist_ok=True)
+        small_picture(40, seed).save(real / name / f"{seed}.png")
     source = ["--real", str(real)] if metric == "frechet" else []
     words = ["search-truncation", str(tmp_path / "saved"), "--levels", "0", "201", "--num", "3", "--steps", "2"]
     assert cli.main([*words, *source, "--metric", metric, "--out", str(tmp_path / "out")]) == 0
@@ -120,5 +120,24 @@ def test_one_command_draws_the_curve(metric, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "curve.png").width > 400
     assert cli.main([*words, *source, "--metric", metric, "--from_real", "--out", str(tmp_path / "true")]) == 0
     assert "| truncated |" not in capsys.readouterr().out
+    flat = [*words, "--from_real", "--out", str(tmp_path / "flat"), "--real", str(real / names[1])]
+    assert cli.main(flat) == 0  # its own name says the class of all
+    (real / names[1]).rename(real / "others")
+    flat[-1] = str(real / "others")
+    assert cli.main(flat) == 2
+    assert "nothing says of which class each image" in capsys.readouterr().err
+    assert cli.main([*flat, "--class_labels", "1"]) == 0
     assert cli.main([*words, "--real", str(tmp_path / "out" / "none")]) == 2
     assert "holds no images" in capsys.readouterr().err
+
+
+def test_real_images_are_of_the_classes_that_are_drawn(tmp_path):
+    images, kinds = cli.real_images("scenes", 4, 32, ["red circle", "blue star"])
+    assert images.shape == (4, 3, 32, 32) and set(kinds) <= {"red circle", "blue star"}
+    for name in ("7", "8", "cat"):
+        (tmp_path / name).mkdir()
+        for seed in range(4):
+            small_picture(8, seed).save(tmp_path / name / f"{seed}.png")
+    assert cli.real_images(str(tmp_path), 4, 8, [7, 8])[1] == [7, 7, 8, 8]  # evenly spread
+    assert cli.real_images(str(tmp_path), 99, 8, ["cat", "dog"])[1] == ["cat"] * 4
+    assert cli.real_images(str(tmp_path), 3, 8, [])[1] == [7, 8, "cat"]  # nothing to be left out
