@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import train_autoencoder
+import train_cascaded
 import train_ldm
+import train_piti
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,3 +251,12 @@ def test_first_and_new_codes_leave_the_running_statistics_alone(tmp_path):
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[1], codes[2])
     objective(images, [], first)  # a step of the training does move them
     assert not all(torch.equal(dict(objective.named_buffers())[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("recipe", [train_cascaded, train_piti])
+def test_help_begins_with_the_options_of_the_recipe(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse_args(["--help"])
+    told = capsys.readouterr().out.partition("options:")[2]
+    places = [told.index(f"\n  --{name} ") for name in ("stage", "condition", "block_out_channels", "train_data_dir")]
+    assert places == sorted(places)

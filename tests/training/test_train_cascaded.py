@@ -200,7 +200,7 @@ def test_the_hybrid_loss_teaches_the_noise_by_its_error_alone():
     last = objective.unet.conv_out.weight
     whole, error = (torch.autograd.grad(found[name], last, retain_graph=True)[0] for name in ("loss", "mse"))
     torch.testing.assert_close(whole[:3], error[:3])
-    assert isinstance(objective.hybrid, VariationalLoss) and whole[3:].any() and not error[3:].any()
+    assert isinstance(objective.noise_loss.hybrid, VariationalLoss) and whole[3:].any() and not error[3:].any()
     assert not any(name.startswith("hybrid") for name in objective.state_dict())
 
 
@@ -210,7 +210,7 @@ def test_weighted_errors_of_the_noise_are_those_of_v_up_to_the_highest_weight():
     abar = objective.pipe.scheduler.alphas_cumprod
     timesteps = torch.tensor([0, 50, 99])
     weights = torch.tensor([1 / abar[0], 1 / abar[50], 4])
-    torch.testing.assert_close(objective.error_weights[timesteps], weights.float())
+    torch.testing.assert_close(objective.noise_loss.weights[timesteps], weights.float())
     # v = sqrt(abar) noise - sqrt(1 - abar) x0, with the x0 that a wrong noise stands for
     clean, noise, wrong = torch.randn(3, 1, 3, generator=torch.Generator().manual_seed(0)).double().unbind()
     a, s = abar[50].sqrt(), (1 - abar[50]).sqrt()
@@ -218,7 +218,7 @@ def test_weighted_errors_of_the_noise_are_those_of_v_up_to_the_highest_weight():
     error = (a * (wrong - noise) - s * (other - clean)).square()
     torch.testing.assert_close(error.float(), ((wrong - noise).square() / abar[50]).float())
     plain = objective_of(upscaling(loss_type="mse"))
-    assert (plain.error_weights == 1).all() and plain.state_dict().keys() == objective.state_dict().keys()
+    assert (plain.noise_loss.weights == 1).all() and plain.state_dict().keys() == objective.state_dict().keys()
     found = objective(batch_of(args), generators(4), 0)
     assert found["loss"] > found["mse"] > 0
 

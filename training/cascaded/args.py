@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import between, check_unet_widths, option, positive
+from diffusers_ext.training_utils.args import between, option, positive
+from diffusers_ext.training_utils.noise_prediction import NoisePredictionArgs, check_levels
 
 Stage = Literal["base", "super_resolution"]
 
 
 @dataclass
-class CascadedArgs:
+class CascadedArgs(NoisePredictionArgs):
     """One stage of a cascade: what it is given, its network, its noise, and the stages that validation draws with."""
 
     # On a resume, see TrainArgs.
@@ -66,27 +67,12 @@ class CascadedArgs:
         0, "Base: levels of noise that are never trained, since the next stage takes pictures with so many steps left."
     )
 
-    beta_schedule: Literal["cosine", "linear"] = option("cosine", "Noise levels.")
-    num_train_timesteps: int = option(1000, "Number of noise levels; the linear schedule is scaled to it.")
-    loss_type: Literal["mse", "hybrid"] = option(
-        "hybrid", "Error of the noise, or that with the variational bound of a learned variance."
-    )
-    max_loss_weight: float = option(
-        1.0, "Error of the noise: a sample counts 1 / abar times, as if the error were that of v, but at most so "
-        "often. 1 is the paper's plain mean; 25 makes small networks heed the small picture many steps earlier."
-    )  # fmt: skip
-
-    block_out_channels: list[int] = option([192, 384, 576, 768], "U-Net: width of each level, finest first.")
-    layers_per_block: int = option(3, "U-Net: residual blocks of a level.")
-    attention_levels: list[int] = option([], "U-Net: levels (0: finest) with attention besides the middle.")
     num_heads: int | None = option(None, "U-Net: heads, on every level the same number.")
     num_head_channels: int | None = option(None, "U-Net: width of a head; 64 when num_heads is unset too.")
     resnet_time_scale_shift: Literal["scale_shift", "default"] = option(
         "scale_shift", "U-Net: time, class and level scale and shift, or they shift."
     )
     resample: Literal["resnet", "conv"] = option("resnet", "U-Net: residual blocks or convolutions between levels.")
-    norm_num_groups: int = option(32, "U-Net: groups of the group norms.")
-    dropout: float = option(0.0, "U-Net: dropout in the residual blocks.")
     upsampling: Literal["bilinear", "bicubic"] = option(
         "bilinear", "U-Net: how the small picture is brought to the size of the large one."
     )
@@ -160,27 +146,19 @@ class CascadedArgs:
 
     def _check_ranges(self) -> None:
         positive(
-            self, "num_labels", "low_resolution", "truncation_level", "conditioning_timesteps", "num_train_timesteps",
-            "layers_per_block", "num_heads", "num_head_channels", "norm_num_groups", "rank", "num_validation_images",
-            "num_inference_steps",
+            self, "num_labels", "low_resolution", "truncation_level", "conditioning_timesteps", "num_heads",
+            "num_head_channels", "rank", "num_validation_images", "num_inference_steps",
         )  # fmt: skip
-        between(self, 0, 1, "cond_dropout_prob", "blur_prob", "clean_prob", "dropout")
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
-        for schedule, levels in (
-            (self.beta_schedule, "num_train_timesteps"),
-            (self.conditioning_schedule or self.beta_schedule, "conditioning_timesteps"),
-        ):
-            count = getattr(self, levels)
-            if schedule == "linear" and count is not None and count <= 20:
-                raise ValueError(f"--{levels}={count}: the linear schedule, whose betas end at 20 / T, needs 21.")
-        between(self, 1, 1e6, "max_loss_weight")
+        between(self, 0, 1, "cond_dropout_prob", "blur_prob", "clean_prob")
+        self.check_noise_prediction(num_heads=self.num_heads, num_head_channels=self.head_channels)
+        if self.noises_low or self.conditioning_timesteps is not None:
+            schedule = self.conditioning_schedule or self.beta_schedule
+            check_levels("conditioning_timesteps", self.num_conditioning_timesteps, schedule)
         between(self, 0, self.num_train_timesteps - 1, "min_timestep")
         between(self, 0, self.num_conditioning_timesteps, "truncation_level", "noise_level")
         check_guidance_scale(self.guidance_scale)
         if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
             raise ValueError(f"--blur_sigma needs two numbers, 0 < first <= second, got {self.blur_sigma}.")
-        check_unet_widths(self, num_heads=self.num_heads, num_head_channels=self.head_channels)
 
     @property
     def upscales(self) -> bool:

@@ -9,6 +9,7 @@ from diffusers_ext.pipelines.cascaded.pipeline_cascaded_upscale import CascadedU
 from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from diffusers_ext.schedulers.scheduling_truncated_conditioning import TruncatedConditioningScheduler
 from diffusers_ext.training.cascaded.args import CascadedArgs
+from diffusers_ext.training_utils.noise_prediction import check_halving
 from diffusers_ext.training_utils.weights import load_whole, load_whole_pipeline
 
 IMAGE_CHANNELS = 3
@@ -82,7 +83,7 @@ def build_pipeline(args: CascadedArgs, resolution: int, classes: Classes | None)
     else:
         pipe = new_pipeline(args, resolution, classes)
     fit_unet(pipe.unet, args, classes)
-    check_resolution(pipe.unet, resolution)
+    check_halving(resolution, pipe.unet.downsample_factor)
     levels = pipe.scheduler.config["num_train_timesteps"]
     if args.min_timestep >= levels:
         raise ValueError(f"--min_timestep={args.min_timestep}: the scheduler has the levels 0 to {levels - 1}.")
@@ -168,15 +169,4 @@ def fit_unet(unet: CascadedUNet, args: CascadedArgs, classes: Classes | None) ->
         raise ValueError(
             f"{name} is told the level of the small picture's noise: pass --augmentation truncated, without "
             "--truncation_level."
-        )
-
-
-def check_resolution(unet: CascadedUNet, resolution: int) -> None:
-    """Refuses a size that the network cannot halve as often as it has to."""
-    multiple = unet.downsample_factor
-    if resolution % multiple:
-        nearest = max(multiple, round(resolution / multiple) * multiple)
-        raise ValueError(
-            f"--resolution={resolution} is no multiple of {multiple}, as the U-Net halves it "
-            f"{multiple.bit_length() - 1} times; the nearest is {nearest}."
         )

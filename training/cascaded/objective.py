@@ -10,8 +10,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from diffusers_ext.degradations.blur import blur_augmentation
-from diffusers_ext.losses.diffusion import VariationalLoss, noise_error, v_weights
 from diffusers_ext.training.cascaded.args import CascadedArgs
+from diffusers_ext.training_utils.noise_prediction import NoiseLoss
 from diffusers_ext.training_utils.objective import Objective, check_predicts_noise, draw_integers, keep_condition
 
 
@@ -23,8 +23,6 @@ class CascadedObjective(Objective):
         args: The options.
     """
 
-    error_weights: Tensor
-
     def __init__(self, pipe: Any, args: CascadedArgs):
         super().__init__()
         check_predicts_noise(pipe.scheduler)
@@ -32,10 +30,7 @@ class CascadedObjective(Objective):
         self.pipe, self.args = pipe, args
         self.dropout_prob = args.dropout_of_condition
         self.num_timesteps = int(pipe.scheduler.config["num_train_timesteps"])
-        self.hybrid = VariationalLoss(pipe.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
-        self.register_buffer(
-            "error_weights", v_weights(pipe.scheduler.alphas_cumprod, args.max_loss_weight), persistent=False
-        )
+        self.noise_loss = NoiseLoss(pipe.scheduler, args)
 
     def losses(self, batch: dict[str, Any], generators: list[Generator], step: int) -> dict[str, Tensor]:
         """Draws per sample, in this order: dropping (where classes are dropped), timestep, noise, then those of
@@ -50,12 +45,8 @@ class CascadedObjective(Objective):
         low, level = self.augment(batch["low"], generators) if "low" in batch else (None, None)
         noisy = self.pipe.scheduler.add_noise(images, noise, timesteps)
         found = self.unet(noisy, timesteps, labels, low, level, return_dict=False)[0]
-        if self.hybrid is None:
-            parts = {"mse": noise_error(found, noise)}
-        else:
-            parts = self.hybrid(found, noise, images, noisy, timesteps)
-        parts["loss"] = self.error_weights[timesteps] * parts["mse"] + parts.get("vb", 0)
-        return {name: value.mean() for name, value in parts.items()}
+        terms = self.noise_loss(found, noise, images, noisy, timesteps)
+        return {name: value.mean() for name, value in terms.items()}
 
     def augment(self, low: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor | None]:
         """The small images (b, 3, h, w) as the network sees them, and the levels (b,) that it is told.

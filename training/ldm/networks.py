@@ -175,7 +175,7 @@ def load_pipeline(task: Task, names: Classes | None) -> LDMBasePipeline:
     count = task.known_labels(pipe)
     if names is not None and count is not None and names.count > count:
         raise ValueError(f"{place!r} knows {count} classes, but the data have {names.count}.")
-    if names is not None and count is not None and pipe.class_names is None:
+    if names is not None and count is not None and not getattr(pipe, "class_names", None):
         warn_of_numbers(names, count, place)
     task.check_pretrained(pipe)
     if args.dropout_of_condition and "null_condition" in pipe.config:

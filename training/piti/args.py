@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.training_utils.adversarial import refuse_micro_steps
-from diffusers_ext.training_utils.args import TrainArgs, between, check_unet_widths, option, positive
+from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
+from diffusers_ext.training_utils.noise_prediction import NoisePredictionArgs
 
 Stage = Literal["prior", "prior_upsampler", "encoder", "joint", "upsampler"]
 GUIDANCE_SCALES = {"text": 3.0, "map": 1.3}  # the authors'
@@ -46,7 +47,7 @@ class UpsamplerArgs:
 
 
 @dataclass
-class PITIArgs(UpsamplerArgs):
+class PITIArgs(UpsamplerArgs, NoisePredictionArgs):
     """One stage of PITI or of its GLIDE prior: what it is told, its networks and its noise."""
 
     # On a resume, see TrainArgs.
@@ -98,25 +99,13 @@ class PITIArgs(UpsamplerArgs):
         "places get at most 0.5."
     )  # fmt: skip
 
-    beta_schedule: Literal["cosine", "linear"] = option("cosine", "Noise levels.")
-    num_train_timesteps: int = option(1000, "Number of noise levels; the linear schedule is scaled to it.")
-    loss_type: Literal["mse", "hybrid"] = option(
-        "hybrid", "Error of the noise, or that with the variational bound of a learned variance."
-    )
-    max_loss_weight: float = option(
-        1.0, "Error of the noise: a sample counts 1 / abar times, as if the error were that of v, but at most so "
-        "often. 1 is the authors' plain mean; 25 makes small networks heed what they are told many steps earlier."
-    )  # fmt: skip
     timestep_sampler: Literal["uniform", "loss_second_moment"] = option(
         "uniform", "Noise levels of a step: all alike, or the more often the larger their losses were."
     )
 
-    block_out_channels: list[int] = option([192, 384, 576, 768], "U-Net: width of each level, finest first.")
-    layers_per_block: int = option(3, "U-Net: residual blocks of a level.")
     attention_levels: list[int] = option([1, 2, 3], "U-Net: levels (0: finest) with attention besides the middle.")
     num_head_channels: int = option(64, "U-Net: width of a head.")
     cross_attention_dim: int = option(512, "Width of the condition's tokens, U-Net and encoder alike.")
-    norm_num_groups: int = option(32, "U-Net: groups of the group norms.")
     dropout: float = option(0.1, "U-Net: dropout in the residual blocks.")
     rank: int | None = option(
         None, "Prior, joint: train LoRA matrices of this rank instead of the U-Net's weights; PITI's encoder is "
@@ -136,16 +125,12 @@ class PITIArgs(UpsamplerArgs):
     def __post_init__(self):
         positive(
             self, "vocab_size", "text_max_length", "text_layers", "text_attention_heads", "token_init_std",
-            "num_train_timesteps", "layers_per_block", "num_head_channels", "cross_attention_dim", "norm_num_groups",
-            "rank", "num_validation_images", "num_inference_steps", "encoder_sample_size", "encoder_layers",
-            "encoder_attention_heads",
+            "num_head_channels", "cross_attention_dim", "rank", "num_validation_images", "num_inference_steps",
+            "encoder_sample_size", "encoder_layers", "encoder_attention_heads",
         )  # fmt: skip
-        between(self, 0, 1, "cond_dropout_prob", "dropout")
-        between(self, 1, 1e6, "max_loss_weight")
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"--num_train_timesteps must be >= 2, got {self.num_train_timesteps}.")
+        between(self, 0, 1, "cond_dropout_prob")
+        self.check_noise_prediction(num_head_channels=self.num_head_channels)
         check_guidance_scale(self.scale)
-        check_unet_widths(self, num_head_channels=self.num_head_channels)
         self._check_encoder()
         check_upsampler(self)
         if self.scale != 1 and not self.dropout_of_condition:

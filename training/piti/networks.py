@@ -20,6 +20,7 @@ from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
 from diffusers_ext.schedulers.scheduling_respaced import RespacedScheduler, adm_scheduler
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training_utils.args import DataArgs, TrainArgs
+from diffusers_ext.training_utils.noise_prediction import check_halving
 from diffusers_ext.training_utils.tokenizers import learn_once, train_clip_tokenizer
 from diffusers_ext.training_utils.weights import load_whole_pipeline
 
@@ -121,7 +122,7 @@ def build_pipeline(args: PITIArgs, data: DataArgs, captions: Sequence[str], trai
     else:
         pipe = build_piti(args, data, found)
     check_outputs(pipe.unet, args)
-    check_resolution(pipe.unet, data.resolution)
+    check_halving(data.resolution, downsample_factor(pipe.unet))
     pipe.unet.register_to_config(sample_size=data.resolution)
     pipe.register_to_config(default_guidance_scale=args.scale)
     return pipe
@@ -231,12 +232,6 @@ def check_outputs(unet: UNet2DConditionModel, args: PITIArgs) -> None:
         )
 
 
-def check_resolution(unet: UNet2DConditionModel, resolution: int) -> None:
-    """Refuses a size that the network cannot halve as often as it has to."""
-    multiple = 2 ** (len(unet.config["block_out_channels"]) - 1)
-    if resolution % multiple:
-        nearest = max(multiple, round(resolution / multiple) * multiple)
-        raise ValueError(
-            f"--resolution={resolution} is no multiple of {multiple}, as the U-Net halves it "
-            f"{multiple.bit_length() - 1} times; the nearest is {nearest}."
-        )
+def downsample_factor(unet: UNet2DConditionModel) -> int:
+    """How many times smaller the coarsest level is than the image."""
+    return 2 ** (len(unet.config["block_out_channels"]) - 1)

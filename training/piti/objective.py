@@ -14,11 +14,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from diffusers_ext.losses.diffusion import VariationalLoss, noise_error, v_weights
 from diffusers_ext.pipelines.glide.base import call_unet
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline
 from diffusers_ext.training.piti.args import PITIArgs
+from diffusers_ext.training_utils.noise_prediction import NoiseLoss
 from diffusers_ext.training_utils.objective import Objective, check_predicts_noise, keep_condition
 from diffusers_ext.training_utils.timesteps import TIMESTEP_SAMPLERS
 
@@ -51,8 +51,6 @@ class DiffusionObjective(Objective):
         scheduler: The noise levels of the stage; those of the pipeline's first stage when unset.
     """
 
-    error_weights: Tensor
-
     def __init__(self, pipe: Any, args: PITIArgs, scheduler: Any = None):
         super().__init__()
         self.pipe, self.args = pipe, args
@@ -61,10 +59,7 @@ class DiffusionObjective(Objective):
         self.dropout_prob = args.dropout_of_condition
         levels = int(self.scheduler.config["num_train_timesteps"])
         self.timesteps = TIMESTEP_SAMPLERS[args.timestep_sampler](levels)
-        self.hybrid = VariationalLoss(self.scheduler.betas, "rescaled_mse") if args.loss_type == "hybrid" else None
-        self.register_buffer(
-            "error_weights", v_weights(self.scheduler.alphas_cumprod, args.max_loss_weight), persistent=False
-        )
+        self.noise_loss = NoiseLoss(self.scheduler, args)
 
     def embeds(self, batch: dict[str, Any], keep: Tensor | None) -> Tensor:
         """Tokens of the conditions and the vector behind them, (b, l + 1, d).
@@ -101,12 +96,7 @@ class DiffusionObjective(Objective):
 
     def terms(self, found: Prediction) -> dict[str, Tensor]:
         """The loss and what it is the sum of, one value a sample (b,)."""
-        if self.hybrid is None:
-            terms = {"mse": noise_error(found.output, found.noise)}
-        else:
-            terms = self.hybrid(found.output, found.noise, found.images, found.noisy, found.timesteps)
-        terms["loss"] = self.error_weights[found.timesteps] * terms["mse"] + terms.get("vb", 0)
-        return terms
+        return self.noise_loss(found.output, found.noise, found.images, found.noisy, found.timesteps)
 
     def mean(self, found: Prediction, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weighted means of the terms, and what `observe` wants to see."""

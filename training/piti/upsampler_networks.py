@@ -17,9 +17,10 @@ from diffusers_ext.training.piti.networks import (
     build_unet,
     check_colors,
     check_outputs,
-    check_resolution,
+    downsample_factor,
     load_pipeline,
 )
+from diffusers_ext.training_utils.noise_prediction import check_halving
 
 
 def build_upsampler(args: PITIArgs, resolution: int) -> Pipeline:
@@ -46,7 +47,7 @@ def build_upsampler(args: PITIArgs, resolution: int) -> Pipeline:
         )
     unet, scheduler, encoder = upsampler_parts(args, pipe, resolution)
     check_outputs(unet, args)
-    check_resolution(unet, resolution)
+    check_halving(resolution, downsample_factor(unet))
     unet.register_to_config(sample_size=resolution)
     encoder_name = "upscale_text_encoder" if isinstance(pipe, GlidePipeline) else "upscale_encoder"
     pipe.register_modules(upscale_unet=unet, upscale_scheduler=scheduler, **{encoder_name: encoder})

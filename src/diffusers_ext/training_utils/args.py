@@ -264,6 +264,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         words = without_the_source(preset, words) + words
     words, unset = take_unset(words, optional)
     parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
+    own_options_first(parser, dataclass_types)
     parser.set_defaults(**dict.fromkeys(unset))  # None, also where the default is something else
     parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False, return_remaining_strings=True)
     *sections, unknown = parsed
@@ -377,6 +378,15 @@ def between(args: Any, lowest: float, highest: float | None, *names: str) -> Non
             continue
         allowed = f"be >= {lowest:g}" if highest is None else f"lie in [{lowest:g}, {highest:g}]"
         raise ValueError(f"--{name} must {allowed}, got {value}.")
+
+
+def own_options_first(parser: HfArgumentParser, dataclass_types: Sequence[type]) -> None:
+    """Help shows a recipe's own options before those that it shares with others, from which its dataclass derives."""
+    classes = [base for kind in dataclass_types for base in kind.__mro__]
+    names = dict.fromkeys(name for base in classes for name in base.__dict__.get("__annotations__", ()))
+    places = {name: place for place, name in enumerate(names)}
+    for actions in (parser._optionals._group_actions, parser._actions):
+        actions.sort(key=lambda action: places.get(action.dest, -1))  # --help has none
 
 
 def check_unet_widths(args: Any, **heads: int | None) -> None:
