@@ -22,17 +22,17 @@ import argparse
 import gc
 import json
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from parts.measuring import forget_peak, peak_on_device, process_bytes
+from parts.measuring import race as take_turns
 from plain import cascaded as plain
 from torch import Tensor
 
@@ -149,31 +149,14 @@ def quiet(pipe: Any) -> Any:
 # --- times
 
 
-def seconds(function: Callable[[], object], args: argparse.Namespace) -> float:
-    """Of the CPU, or of the clock around a GPU's work."""
-    clock = time.process_time if args.on_cpu else time.perf_counter
-    if not args.on_cpu:
-        torch.accelerator.synchronize()
-    started = clock()
-    function()
-    if not args.on_cpu:
-        torch.accelerator.synchronize()
-    return clock() - started
-
-
 def race(case: str, first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> dict:
-    """Medians of both sides, which take turns after one warm-up each, and of the ratio of a round."""
-    first(), second()
-    pairs = []
-    for round_ in range(args.rounds):
-        sides = ((0, first), (1, second))[:: 1 if round_ % 2 else -1]
-        found = {which: seconds(function, args) for which, function in sides}
-        pairs.append((found[0], found[1]))
-    ratios = sorted(two / one for one, two in pairs)
+    """Medians of both sides, and of the ratio of a round."""
+    times = take_turns(first, second, rounds=args.rounds, device=args.device, cpu_time=True)
+    ratios = sorted(two / one for one, two in zip(*times, strict=True))
     row = {
         "case": case,
-        "first": statistics.median(one for one, _ in pairs),
-        "second": statistics.median(two for _, two in pairs),
+        "first": statistics.median(times[0]),
+        "second": statistics.median(times[1]),
         "ratio": statistics.median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],
@@ -289,16 +272,6 @@ def memory(args: argparse.Namespace) -> list[dict]:
     return [{"case": case, "first": found["resident"], "second": found["stage_by_stage"], "ratio": ratio}]
 
 
-def process_bytes(name: str) -> int:
-    """Memory of this process: now ("VmRSS"), or the most since `forget_peak` ("VmHWM")."""
-    (line,) = re.findall(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), flags=re.M)
-    return 1024 * int(line)
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
 def measure_memory(args: argparse.Namespace) -> int:
     """Peak of this process above what it has after its imports, of reading the stages and drawing one image."""
     folders = [str(Path(args.folder) / name) for name in STAGES]
@@ -349,7 +322,7 @@ def upsampler(args: argparse.Namespace) -> dict[str, list[dict]]:
     row = race(case, run_plain, run_eager, args)
     tables = {"plain and ours": [row | {"difference": float((run_plain() - run_eager()).abs().max())}]}
     if not args.on_cpu:
-        peaks = [peak_on_device(function) for function in (run_plain, run_eager)]
+        peaks = [peak_on_device(function) / 2**30 for function in (run_plain, run_eager)]
         found = {"first": peaks[0], "second": peaks[1], "ratio": peaks[1] / peaks[0]}
         tables["peak memory above the weights"] = [{"case": case} | found]
     if args.compile or not args.on_cpu:
@@ -360,16 +333,6 @@ def upsampler(args: argparse.Namespace) -> dict[str, list[dict]]:
         difference = float((run_eager() - run_compiled()).abs().max())
         tables["eager and compiled"] = [row | {"difference": difference}]
     return tables
-
-
-def peak_on_device(function: Callable[[], object]) -> float:
-    """GiB that a call adds at its peak to what is on the GPU."""
-    torch.accelerator.synchronize()
-    torch.accelerator.reset_peak_memory_stats()
-    before = torch.accelerator.memory_allocated()
-    function()
-    torch.accelerator.synchronize()
-    return (torch.accelerator.max_memory_allocated() - before) / 2**30
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from parts.measuring import peak_on_device
+from parts.measuring import race as take_turns
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -148,29 +150,21 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
 def autocast(args: argparse.Namespace) -> torch.autocast:
     dtype = getattr(torch, args.dtype)
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
 
 
+def under_autocast(function: Callable[[], object], args: argparse.Namespace) -> None:
+    with autocast(args):
+        function()
+
+
 def race(first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
-    """The shortest time of both in seconds, measured by turns after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(args.rounds + 1):
-        for which, function in ((0, first), (1, second))[:: 1 if round_ % 2 else -1]:
-            synchronize(args.device)
-            started = time.perf_counter()
-            with autocast(args):
-                function()
-            synchronize(args.device)
-            if round_ > 0:
-                times[which].append(time.perf_counter() - started)
-    return min(times[0]), min(times[1])
+    """The shortest time of both in seconds."""
+    within = partial(autocast, args)
+    first_times, second_times = take_turns(first, second, rounds=args.rounds, device=args.device, within=within)
+    return min(first_times), min(second_times)
 
 
 def training_step(unet: Any, vqvae: Any, images: Tensor) -> Callable[[], None]:
@@ -222,17 +216,6 @@ def pixels_against_latents(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def peak_memory(function: Callable[[], object], args: argparse.Namespace) -> int:
-    """Bytes that a call adds at its peak to what is on the GPU."""
-    synchronize(args.device)
-    torch.accelerator.reset_peak_memory_stats()
-    before = torch.accelerator.memory_allocated()
-    with autocast(args):
-        function()
-    synchronize(args.device)
-    return torch.accelerator.max_memory_allocated() - before
-
-
 def ours_against_stock(args: argparse.Namespace) -> dict[str, list[dict]]:
     """Two tables: diffusers and ours, and ours with the U-Net compiled."""
     torch.manual_seed(0)
@@ -264,7 +247,7 @@ def ours_against_stock(args: argparse.Namespace) -> dict[str, list[dict]]:
     rows = compare(cases, args)
     if args.device != "cpu":
         for name, pair in cases.items():
-            peaks = [peak_memory(function, args) for function in pair]
+            peaks = [peak_on_device(partial(under_autocast, function, args)) for function in pair]
             found = [f"{peak / 2**20:.0f} MiB" for peak in peaks]
             rows.append(row(f"{name}: peak memory above the weights", found, peaks[1] / peaks[0], "-"))
     tables = {"stock and ours": rows}

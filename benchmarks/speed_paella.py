@@ -17,12 +17,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import VQModel
+from parts.measuring import forget_peak, now, peak_on_device, process_bytes
+from parts.measuring import race as take_turns
 from plain import paella as plain
 from torch import Tensor
 
@@ -108,24 +109,9 @@ def inputs(args: argparse.Namespace, batch_size: int = 1) -> tuple[Tensor, Tenso
     return tokens.to(args.device), condition.to(args.device, getattr(torch, args.dtype))
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def race(first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds of both, measured by turns after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(args.rounds + 1):
-        order = ((0, first), (1, second)) if round_ % 2 else ((1, second), (0, first))
-        for which, function in order:
-            synchronize(args.device)
-            started = time.perf_counter()
-            function()
-            synchronize(args.device)
-            if round_ > 0:
-                times[which].append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+def race(first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> list[float]:
+    """Median seconds of both."""
+    return [statistics.median(times) for times in take_turns(first, second, rounds=args.rounds, device=args.device)]
 
 
 def relative(ours: Tensor, reference: Tensor) -> float:
@@ -297,14 +283,6 @@ def time_cases(found, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory on a CPU is measured on Linux only.")
-
-
 def measure_memory(args: argparse.Namespace) -> int:
     """Bytes that one guided step adds at its peak to the process that holds the weights of one form."""
     torch.set_num_threads(args.threads[0])
@@ -327,14 +305,11 @@ def measure_memory(args: argparse.Namespace) -> int:
             )
 
     if args.device != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
-        step()
-        return torch.accelerator.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident_bytes("VmRSS")
+        return peak_on_device(step)
+    forget_peak()
+    before = process_bytes("VmRSS")
     step()
-    return resident_bytes("VmHWM") - before
+    return process_bytes("VmHWM") - before
 
 
 def memory_row(args: argparse.Namespace) -> dict:
@@ -373,11 +348,9 @@ def measured_limits(device: str) -> tuple[float, float]:
     def best(function: Callable[[], object]) -> float:
         times = []
         for _ in range(10):
-            synchronize(device)
-            started = time.perf_counter()
+            started = now(device)
             function()
-            synchronize(device)
-            times.append(time.perf_counter() - started)
+            times.append(now(device) - started)
         return min(times[2:])
 
     return 2 * 8192**3 / best(lambda: a @ a), 2 * big.numel() / best(lambda: target.copy_(big))

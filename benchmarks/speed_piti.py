@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is read; nothing is loo
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from parts.measuring import now, race
 from parts.piti_scenes import FIDELITY, Sampler, as_plain, check_folder, fidelity, held_out_scenes, show
 from plain import piti as plain
 
@@ -120,35 +120,24 @@ def build(args: argparse.Namespace) -> PITIPipeline:
     return pipe
 
 
-def now(device: str) -> float:
-    """Seconds: those that this process had of the CPU, or the clock's once the GPU has finished."""
-    if device == "cpu":
-        return time.process_time()
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def autocast(args: argparse.Namespace) -> torch.autocast:
     dtype = getattr(torch, args.dtype)
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
 
 
-def race(first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
-    """The shortest time of both, measured by turns; `compare` has warmed them up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(args.rounds):
-        for which, function in ((0, first), (1, second))[:: 1 if round_ % 2 else -1]:
-            started = now(args.device)
-            with autocast(args):
-                function()
-            times[which].append(now(args.device) - started)
-    return min(times[0]), min(times[1])
-
-
 def compare(case: str, first: Callable[[], np.ndarray], second: Callable[[], np.ndarray], args: Any) -> dict[str, Any]:
     with autocast(args):
         difference = float(np.abs(first() - second()).max())
-    seconds = race(first, second, args)
+    times = race(
+        first,
+        second,
+        rounds=args.rounds,
+        device=args.device,
+        cpu_time=True,
+        is_warm=True,
+        within=partial(autocast, args),
+    )
+    seconds = [min(one) for one in times]
     print(f"  {case}: {seconds[1] / seconds[0]:.3f}", file=sys.stderr, flush=True)
     found = [f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms" for value in seconds]
     return {"case": case, "first": found[0], "second": found[1], "ratio": seconds[1] / seconds[0],
@@ -219,9 +208,9 @@ def over_samplers(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, scheduler, steps in runs:
         print(f"{name}, {steps} steps", file=sys.stderr)
         sampler.pipe.scheduler = scheduler
-        started = now(args.device)
+        started = now(args.device, cpu_time=True)
         pictures = sampler.draw(scenes, num_inference_steps=steps)
-        seconds = (now(args.device) - started) / len(scenes)
+        seconds = (now(args.device, cpu_time=True) - started) / len(scenes)
         figures = fidelity(sampler.kind, pictures, scenes)
         rows.append(
             {"sampler": name, "steps": steps, "seconds": seconds, "condition": sampler.kind,

@@ -26,8 +26,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from diffusers.pipelines.deprecated.versatile_diffusion import (
     VersatileDiffusionTextToImagePipeline,
 )
 from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+from parts.measuring import process_bytes, race
 from parts.versatile_repository import convert_repository, write_repository
 from PIL import Image
 from torch import Tensor
@@ -161,26 +161,6 @@ def encode_as_diffusers(pipe: Any, image: Image.Image) -> dict[str, Tensor]:
     return texts | {"image_embeds": own, "negative_image_embeds": null_image}
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def race(first: Callable[[], object], second: Callable[[], object], args: argparse.Namespace) -> tuple[float, float]:
-    """The shortest time of both in seconds, measured by turns after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(args.rounds + 1):
-        for which, function in ((0, first), (1, second))[:: 1 if round_ % 2 else -1]:
-            synchronize(args.device)
-            started = time.perf_counter()
-            with torch.no_grad():
-                function()
-            synchronize(args.device)
-            if round_ > 0:
-                times[which].append(time.perf_counter() - started)
-    return min(times[0]), min(times[1])
-
-
 def row(case: str, found: tuple[str, str], ratio: float, difference: str) -> dict[str, Any]:
     print(f"  {case}: {ratio:.2f}", file=sys.stderr, flush=True)
     shown = {"case": case, "diffusers": found[0], "ours": found[1], "ratio": ratio}
@@ -188,7 +168,8 @@ def row(case: str, found: tuple[str, str], ratio: float, difference: str) -> dic
 
 
 def timed(case: str, pair: Sequence[Any], difference: str, args: argparse.Namespace) -> dict[str, Any]:
-    seconds = race(pair[0], pair[1], args)
+    times = race(pair[0], pair[1], rounds=args.rounds, device=args.device, within=torch.no_grad)
+    seconds = [min(one) for one in times]
     shown = (f"{seconds[0]:.3f} s", f"{seconds[1]:.3f} s")
     return row(case, shown, seconds[1] / seconds[0], difference)
 
@@ -249,21 +230,13 @@ def memory_rows(flow: str, folder: str, args: argparse.Namespace) -> Iterator[di
         yield row(f"{flow}: peak memory, {name}", sizes, peaks["ours"] / peaks[side], "-")
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}: peak memory on a CPU is measured on Linux only.")
-
-
 def measure_memory(args: argparse.Namespace) -> int:
     """Bytes at the peak of loading one flow and making one picture, above what the imports hold."""
-    (side, flow, folder), before = args.measure_memory, resident_bytes("VmRSS")
+    (side, flow, folder), before = args.measure_memory, process_bytes("VmRSS")
     sample(side, flow, load(side, flow, folder, args), args, steps=2)
     if args.device != "cpu":
         return torch.accelerator.max_memory_allocated()
-    return resident_bytes("VmHWM") - before
+    return process_bytes("VmHWM") - before
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,11 @@ import pytest
 
 @pytest.fixture(scope="module")
 def script(repo_root) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_ldm.py")))
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    try:
+        return SimpleNamespace(**runpy.run_path(str(repo_root / "benchmarks" / "speed_ldm.py")))
+    finally:
+        sys.path.remove(str(repo_root / "benchmarks"))
 
 
 def test_the_tables_compare_like_with_like(script, tmp_path, capsys):

@@ -21,7 +21,7 @@ from diffusers_ext.losses.adversarial import generator_loss, gradient_penalty, w
 from diffusers_ext.losses.diffusion import VariationalLoss
 from diffusers_ext.losses.perceptual import VGGDistance
 from diffusers_ext.models.discriminator import PatchDiscriminator
-from diffusers_ext.pipelines.glide.base import GlideBasePipeline, GlideCondition, Stage, call_unet, upsample
+from diffusers_ext.pipelines.glide.base import GlideBasePipeline, GlideCondition, Run, Stage, call_unet, upsample
 from diffusers_ext.pipelines.glide.pipeline_glide import GlidePipeline
 from diffusers_ext.pipelines.piti.pipeline_piti import PITIPipeline, truncate_to_8_bits
 from diffusers_ext.schedulers.scheduling_normalized_cfg import NormalizedCFGScheduler
@@ -250,9 +250,7 @@ def sample_stage(case: Case, pipe: GlideBasePipeline, stage: Stage, eta: float =
     def watch(_pipe: Any, _step: int, _t: Tensor, tensors: dict[str, Tensor]) -> None:
         samples.append(tensors["latents"])
 
-    final = pipe.run_stage(
-        stage, eta=eta, generator=None, callback=watch, callback_tensors=["latents"], null_embeds=lambda: None
-    )
+    final = pipe.run_stage(stage, Run(stage.guidance_scale, eta, callback=watch, callback_tensors=["latents"]))
     case.check("x_prev", torch.stack(samples))
     if "final" in case:
         case.check("final", final)

@@ -92,6 +92,7 @@ class Stage:
         guidance_scale: of the stage.
         known: the image (b, c, h, w) in [-1, 1] of which a part has to stay, or None.
         keep: 1 where it has to stay, (b, 1, h, w), or None.
+        null_embeds: makes the null condition when a callback turns guidance on.
     """
 
     name: str
@@ -102,6 +103,26 @@ class Stage:
     guidance_scale: float
     known: Tensor | None = None
     keep: Tensor | None = None
+    null_embeds: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a call says of the stages. The arguments are those of a call.
+
+    Args:
+        guidance_scale: of the first stage; the second one is not guided.
+        callback, callback_tensors: `callback_on_step_end` and `callback_on_step_end_tensor_inputs`.
+    """
+
+    guidance_scale: float
+    eta: float = 0.0
+    generator: Generators = None
+    latents: Tensor | None = None
+    upscale_latents: Tensor | None = None
+    upscale_temperature: float = 0.997
+    callback: Callback | None = None
+    callback_tensors: list[str] | None = None
 
 
 class GlideBasePipeline(HousePipeline):
@@ -113,6 +134,7 @@ class GlideBasePipeline(HousePipeline):
     scheduler: Any
     upscale_unet: Any
     upscale_scheduler: Any
+    to_8_bits: Callable[[Tensor], Tensor]  # the small image as the second stage sees it, as the authors save it
 
     def __init__(self, unet: Any, scheduler: Any, upscale_unet: Any, upscale_scheduler: Any):
         super().__init__()
@@ -153,29 +175,25 @@ class GlideBasePipeline(HousePipeline):
 
     def check_run(
         self,
+        run: Run,
         batch_size: int,
         *,
         num_inference_steps: Any,
         upscale_num_inference_steps: Any,
-        guidance_scale: Any,
-        eta: Any,
-        generator: Any,
-        latents: Any,
-        upscale_latents: Any,
-        upscale_temperature: Any,
         output_type: Any,
-        callback: Any,
-        callback_tensors: Any,
     ) -> None:
         """The arguments that both pipelines have; the schedules are set."""
-        check_guidance_scale(guidance_scale)
-        check_fraction("eta", eta, "0 is deterministic, 1 is as noisy as DDPM")
+        check_guidance_scale(run.guidance_scale)
+        check_fraction("eta", run.eta, "0 is deterministic, 1 is as noisy as DDPM")
         check_output_type(output_type)
-        check_temperature(upscale_temperature, "upscale_temperature", _TEMPERATURES)
-        check_generator(generator, batch_size, self._execution_device)
-        self.callback_names(callback, callback_tensors)
-        given = {"base": (num_inference_steps, latents), "upscale": (upscale_num_inference_steps, upscale_latents)}
-        if not self.upscales and (upscale_num_inference_steps is not None or upscale_latents is not None):
+        check_temperature(run.upscale_temperature, "upscale_temperature", _TEMPERATURES)
+        check_generator(run.generator, batch_size, self._execution_device)
+        self.callback_names(run.callback, run.callback_tensors)
+        given = {
+            "base": (num_inference_steps, run.latents),
+            "upscale": (upscale_num_inference_steps, run.upscale_latents),
+        }
+        if not self.upscales and (upscale_num_inference_steps is not None or run.upscale_latents is not None):
             raise ValueError(
                 "`upscale_num_inference_steps` or `upscale_latents` is given, but the pipeline has no `upscale_unet`:"
                 " load one, or leave them out."
@@ -217,29 +235,57 @@ class GlideBasePipeline(HousePipeline):
             noise = randn_tensor(shape, generator=as_generators(generator), device=device, dtype=dtype)
         return temperature * noise.to(device=device, dtype=dtype)
 
-    def run_stage(
+    def prepare_stage(
         self,
-        stage: Stage,
-        *,
-        eta: float,
-        generator: Generators,
-        callback: Callback | None,
-        callback_tensors: list[str] | None,
+        name: str,
+        run: Run,
+        embeds: Tensor,
         null_embeds: Callable[[], Tensor],
-    ) -> Tensor:
-        """Denoises one stage: images (b, c, h, w), nominally in [-1, 1], not clamped.
+        drawn: Tensor | None,
+        images: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Stage:
+        """A stage with all that its U-Net is told; draws its noise.
 
         Args:
-            null_embeds: makes the null condition when a callback turns guidance on.
+            name: "base" or "upscale".
+            run: what the call says.
+            embeds: of the condition, (b, l + 1, d).
+            null_embeds: makes those of the null condition.
+            drawn: what the first stage drew, (b, c, h, w), where it is the second one's turn.
+            images: images (n, c, H, W) in [-1, 1] of which a part stays, if any.
+            keep: 1 where it stays, (n, 1, H, W).
+        """
+        if name == "base":
+            unet, scheduler, scale = self.unet, self.scheduler, float(run.guidance_scale)
+            noise = self.draw_noise(unet, len(embeds), run.generator, run.latents, 1.0)
+        else:
+            unet, scheduler, scale = self.upscale_unet, self.upscale_scheduler, 1.0
+            noise = self.draw_noise(unet, len(embeds), run.generator, run.upscale_latents, run.upscale_temperature)
+        maps: list[Tensor] = []
+        if images is not None and keep is not None:
+            images = F.interpolate(images, noise.shape[-2:], mode="bilinear", antialias=True).clamp(-1, 1)
+            keep = F.interpolate(keep, noise.shape[-2:], mode="nearest")
+            images, keep = (one.repeat_interleave(len(noise) // len(one), dim=0).to(noise) for one in (images, keep))
+            maps = [images * keep, keep]
+        if drawn is not None:
+            maps.append(upsample(self.to_8_bits(drawn), self.sides(unet)).to(noise))
+        condition = GlideCondition(
+            embeds, null_embeds() if scale != 1.0 else None, torch.cat(maps, dim=1) if maps else None
+        )
+        return Stage(name, unet, scheduler, condition, noise, scale, images, keep, null_embeds)
+
+    def run_stage(self, stage: Stage, run: Run) -> Tensor:
+        """Denoises one stage: images (b, c, h, w), nominally in [-1, 1], not clamped.
 
         Order of the draws of each generator: those of `scheduler.step` in each step.
         """
-        scheduler, condition = stage.scheduler, stage.condition
+        scheduler, condition, callback = stage.scheduler, stage.condition, run.callback
         timesteps: Tensor = scheduler.timesteps
         self._stage = stage.name
         self.start_run(timesteps, stage.guidance_scale)
-        names = self.callback_names(callback, callback_tensors)
-        arguments = step_arguments(scheduler, eta=eta, generator=as_generators(generator))
+        names = self.callback_names(callback, run.callback_tensors)
+        arguments = step_arguments(scheduler, eta=run.eta, generator=as_generators(run.generator))
         channels = 2 * CHANNELS if takes_learned_variance(scheduler) else CHANNELS  # that the scheduler reads
         noisy, finite = stage.noise * scheduler.init_noise_sigma, []
         for index, t in self.steps(timesteps):
@@ -266,8 +312,9 @@ class GlideBasePipeline(HousePipeline):
                     embeds=changed.get("prompt_embeds", condition.embeds),
                     null_embeds=changed.get("negative_prompt_embeds", condition.null_embeds),
                 )
-                if self.do_classifier_free_guidance and condition.null_embeds is None:
-                    condition = replace(condition, null_embeds=null_embeds().to(condition.embeds))
+                null = stage.null_embeds if condition.null_embeds is None else None
+                if null is not None and self.do_classifier_free_guidance:
+                    condition = replace(condition, null_embeds=null().to(condition.embeds))
         check_predictions(finite, timesteps, self)
         return noisy
 
@@ -306,14 +353,8 @@ class GlideBasePipeline(HousePipeline):
         self._set_steps("upscale", scheduler, num_inference_steps)
         noise = self.draw_noise(unet, len(images), generator, None, temperature)
         condition = GlideCondition(embeds, maps=upsample(images, self.sides(unet)).to(noise))
-        return self.run_stage(
-            Stage("upscale", unet, scheduler, condition, noise, 1.0),
-            eta=0.0,
-            generator=generator,
-            callback=None,
-            callback_tensors=None,
-            null_embeds=lambda: embeds,
-        )
+        stage = Stage("upscale", unet, scheduler, condition, noise, 1.0, null_embeds=lambda: embeds)
+        return self.run_stage(stage, Run(1.0, generator=generator))
 
     def finish_images(self, images: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """As `finish`, from the samples of the last stage."""

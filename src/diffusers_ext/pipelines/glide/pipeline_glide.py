@@ -12,7 +12,6 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ...conditions.images import image_batch
@@ -22,7 +21,7 @@ from ...models.encoder_glide_text import GlideTextEncoder
 from ..callbacks import Callback
 from ..checks import as_texts, check_integer, check_mask, check_one_or_each, check_parts
 from ..tokenization import tokenize_texts, warn_of_cuts
-from .base import CHANNELS, Generators, GlideBasePipeline, GlideCondition, Stage, upsample
+from .base import CHANNELS, Generators, GlideBasePipeline, Run
 
 _INPAINTS = CHANNELS + 1  # channels that an inpainting U-Net has more: masked image and mask
 
@@ -52,6 +51,7 @@ class GlidePipeline(GlideBasePipeline):
     model_cpu_offload_seq = "text_encoder->unet->upscale_text_encoder->upscale_unet"
     _optional_components = ["upscale_text_encoder", "upscale_unet", "upscale_scheduler"]
     _usual_guidance_scale = 3.0
+    to_8_bits = staticmethod(round_to_8_bits)
 
     text_encoder: GlideTextEncoder
     tokenizer: Any
@@ -149,52 +149,34 @@ class GlidePipeline(GlideBasePipeline):
         negative = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         check_one_or_each("negative_prompt", len(negative), len(texts), "prompts")
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        scale = self.resolve_scale(guidance_scale)
+        run = Run(
+            self.resolve_scale(guidance_scale),
+            eta,
+            generator,
+            latents,
+            upscale_latents,
+            upscale_temperature,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         images, keep = self._read_images(image, mask_image, len(texts))
         batch_size = len(texts) * num_images_per_prompt
         self.check_run(
+            run,
             batch_size,
             num_inference_steps=num_inference_steps,
             upscale_num_inference_steps=upscale_num_inference_steps,
-            guidance_scale=scale,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            upscale_latents=upscale_latents,
-            upscale_temperature=upscale_temperature,
             output_type=output_type,
-            callback=callback_on_step_end,
-            callback_tensors=callback_on_step_end_tensor_inputs,
         )
 
         # 2. One stage after the other
+        null_texts = negative * (len(texts) if len(negative) == 1 else 1)
         drawn: Tensor | None = None
-        given = {"base": latents, "upscale": upscale_latents}
-        for name, unet, scheduler in self.stage_parts():
+        for name, *_ in self.stage_parts():
             encoder = self.text_encoder if name == "base" else self.upscale_text_encoder
-            stage_scale = float(scale) if name == "base" else 1.0
-            embeds = self.encode_prompt(texts, num_images_per_prompt, text_encoder=encoder)
-            null_texts = negative * (len(texts) if len(negative) == 1 else 1)
-            null_embeds = partial(self.encode_prompt, null_texts, num_images_per_prompt, text_encoder=encoder)
-            temperature = 1.0 if name == "base" else upscale_temperature
-            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature)
-            known, mask = self._known(images, keep, noise, batch_size)
-            maps = [] if known is None or mask is None else [known * mask, mask]
-            if drawn is not None:
-                maps.append(upsample(round_to_8_bits(drawn), self.sides(unet)))
-            condition = GlideCondition(
-                embeds,
-                null_embeds() if stage_scale != 1.0 else None,
-                torch.cat([one.to(noise) for one in maps], dim=1) if maps else None,
-            )
-            drawn = self.run_stage(
-                Stage(name, unet, scheduler, condition, noise, stage_scale, known, mask),
-                eta=eta,
-                generator=generator,
-                callback=callback_on_step_end,
-                callback_tensors=callback_on_step_end_tensor_inputs,
-                null_embeds=null_embeds,
-            )
+            encode = partial(self.encode_prompt, num_images_per_prompt=num_images_per_prompt, text_encoder=encoder)
+            stage = self.prepare_stage(name, run, encode(texts), partial(encode, null_texts), drawn, images, keep)
+            drawn = self.run_stage(stage, run)
             if self.interrupt:
                 break
         assert drawn is not None
@@ -274,15 +256,3 @@ class GlidePipeline(GlideBasePipeline):
         check_one_or_each("mask_image", len(mask), len(images), "images")
         check_mask(mask, images)
         return images, (~mask[:, None]).float()
-
-    def _known(
-        self, images: Tensor | None, keep: Tensor | None, noise: Tensor, batch_size: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The image to fill at the size of a stage, and where it stays, one a sample."""
-        if images is None or keep is None:
-            return None, None
-        size = tuple(noise.shape[-2:])
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
-        keep = F.interpolate(keep, size=size, mode="nearest")
-        known, mask = (one.repeat_interleave(batch_size // len(one), dim=0).to(noise) for one in (images, keep))
-        return known, mask

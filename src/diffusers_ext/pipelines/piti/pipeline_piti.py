@@ -37,11 +37,16 @@ from ..adapters import low_rank_difference
 from ..base import Config, ConfigOf
 from ..callbacks import Callback
 from ..checks import check_integer, check_parts
-from ..glide.base import CHANNELS, Generators, GlideBasePipeline, GlideCondition, Stage, upsample
+from ..glide.base import CHANNELS, Generators, GlideBasePipeline, Run
 from ..listed_options import read_option, record_option
 from ..saving import check_saveable
 
 logger = logging.get_logger(__name__)
+
+
+def truncate_to_8_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1] on the grid of 8 bits, the next darker value each: so the authors save the small image."""
+    return (127.5 * (images.clamp(-1, 1) + 1)).floor() / 127.5 - 1
 
 
 class PITIPipeline(GlideBasePipeline):
@@ -75,6 +80,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
     model_cpu_offload_seq = "encoder->unet->upscale_encoder->upscale_unet"
     _optional_components = ["upscale_encoder", "upscale_unet", "upscale_scheduler"]
     _usual_guidance_scale = 1.3
+    to_8_bits = staticmethod(truncate_to_8_bits)
 
     encoder: PITIEncoder
     upscale_encoder: PITIEncoder | None
@@ -281,45 +287,32 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         self.check_components()
         conditions = self.read_conditions(label_map=label_map, sketch=sketch, normals=normals, depth=depth)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        scale = self.resolve_scale(guidance_scale)
+        run = Run(
+            self.resolve_scale(guidance_scale),
+            eta,
+            generator,
+            latents,
+            upscale_latents,
+            upscale_temperature,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         batch_size = len(conditions) * num_images_per_prompt
         self.check_run(
+            run,
             batch_size,
             num_inference_steps=num_inference_steps,
             upscale_num_inference_steps=upscale_num_inference_steps,
-            guidance_scale=scale,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            upscale_latents=upscale_latents,
-            upscale_temperature=upscale_temperature,
             output_type=output_type,
-            callback=callback_on_step_end,
-            callback_tensors=callback_on_step_end_tensor_inputs,
         )
 
         # 2. One stage after the other
         drawn: Tensor | None = None
-        given = {"base": latents, "upscale": upscale_latents}
-        for name, unet, scheduler in self.stage_parts():
+        for name, *_ in self.stage_parts():
             encoder = self.encoder if name == "base" else self.upscale_encoder
-            stage_scale = float(scale) if name == "base" else 1.0
             embeds = self.encode_conditions(conditions, encoder).repeat_interleave(num_images_per_prompt, dim=0)
-            null_embeds = partial(self.null_embeds, batch_size, encoder)
-            temperature = 1.0 if name == "base" else upscale_temperature
-            noise = self.draw_noise(unet, batch_size, generator, given[name], temperature)
-            maps = None
-            if drawn is not None:
-                maps = upsample(truncate_to_8_bits(drawn), self.sides(unet))
-            condition = GlideCondition(embeds, null_embeds() if stage_scale != 1.0 else None, maps)
-            drawn = self.run_stage(
-                Stage(name, unet, scheduler, condition, noise, stage_scale),
-                eta=eta,
-                generator=generator,
-                callback=callback_on_step_end,
-                callback_tensors=callback_on_step_end_tensor_inputs,
-                null_embeds=null_embeds,
-            )
+            stage = self.prepare_stage(name, run, embeds, partial(self.null_embeds, batch_size, encoder), drawn)
+            drawn = self.run_stage(stage, run)
             if self.interrupt:
                 break
         assert drawn is not None
@@ -419,8 +412,3 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
 
 def _arguments_of(condition_type: str) -> tuple[str, ...]:
     return ("normals", "depth") if condition_type == "geometry" else (condition_type,)
-
-
-def truncate_to_8_bits(images: Tensor) -> Tensor:
-    """Images in [-1, 1] on the grid of 8 bits, the next darker value each: so the authors save the small image."""
-    return (127.5 * (images.clamp(-1, 1) + 1)).floor() / 127.5 - 1
