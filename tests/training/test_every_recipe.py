@@ -51,10 +51,13 @@ JOBS = {name: (recipe, [*words, *SHORT.get(recipe, ())]) for name, (recipe, word
 
 
 def base_words(name: str, folder: Path) -> list[str]:
-    """Of an upsampler's smoke preset: a base stage in place of the one that another preset trains before."""
+    """What another preset trains before: the base stage of an upsampler, the network beside which LoRA trains."""
+    base, place = folder / f"base-of-{name}", "--pretrained_model_name_or_path"
+    if "--rank" in JOBS[name][1]:  # matrices beside a network that is there
+        tiny_piti("geometry", upscale=False).save_pretrained(base)
+        return [place, str(base)]
     if not name.endswith("upsampler-smoke"):
         return []
-    base, place = folder / f"base-of-{name}", "--pretrained_model_name_or_path"
     if "prior" in name:
         tiny_glide(upscale=False).save_pretrained(base)
         return [place, str(base), "--cross_attention_dim", str(WIDTH)]

@@ -320,7 +320,7 @@ def test_missing_parts_are_named(stages, tmp_path):
         (["--cache_dir", "x", "--flows", "text-to-text"], "which text-to-text does not read"),
         (["--text_positions", "0"], "--text_positions must be > 0, got 0"),
         (["--rank", "0"], "--rank must be > 0, got 0"),
-        (["--rank", "2"], "--rank 2 trains .* name it with --pretrained_model_name_or_path or --pretrained_unet_name"),
+        (["--rank", "2"], "--rank=2 trains .* name it with --pretrained_model_name_or_path or --pretrained_unet_name"),
         (
             ["--pretrained_model_name_or_path", "a", "--pretrained_unet_name_or_path", "b"],
             "already holds the network to go on with",

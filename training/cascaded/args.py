@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import between, option, positive
+from diffusers_ext.training_utils.args import between, check_rank, option, positive
 from diffusers_ext.training_utils.noise_prediction import NoisePredictionArgs, check_levels
 
 Stage = Literal["base", "super_resolution"]
@@ -93,6 +93,7 @@ class CascadedArgs(NoisePredictionArgs):
 
     def __post_init__(self):
         self._check_ranges()
+        check_rank(self, "pretrained_model_name_or_path", "pretrained_unet_name_or_path")
         upscales = self.stage == "super_resolution"
         if not upscales:
             for name in ("low_resolution", "truncation_level", "noise_level", "stages_before"):

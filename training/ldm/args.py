@@ -4,8 +4,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import TrainArgs, between, check_unet_widths, option, positive
+from diffusers_ext.training_utils.args import (
+    TrainArgs,
+    below,
+    between,
+    check_rank,
+    check_unet_widths,
+    option,
+    positive,
+)
 from diffusers_ext.training_utils.schedules import WarmupDecay
+from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
 TaskName = Literal["unconditional", "class", "text", "layout", "semantic", "super_resolution", "inpainting"]
 CONTEXT_TASKS = ("class", "text", "layout")  # conditions for cross-attention; the others are concatenated
@@ -121,6 +130,7 @@ class LDMArgs:
 
     def __post_init__(self):
         self._check_ranges()
+        check_rank(self, "pretrained_model_name_or_path")
         if self.cond_dropout_prob and self.task == "unconditional":
             raise ValueError(
                 f"--cond_dropout_prob={self.cond_dropout_prob}: --task unconditional has no condition to drop."
@@ -150,7 +160,10 @@ class LDMArgs:
             "encoder_attention_heads", "encoder_head_dim", "max_objects", "rescaler_channels", "latent_channels",
             "latent_scale", "token_init_std", "lr_decay_steps", "rank", "num_validation_images", "num_inference_steps",
         )  # fmt: skip
-        between(self, 0, 1, "cond_dropout_prob", "dropout", "eta")
+        between(self, 0, 1, "cond_dropout_prob", "eta")
+        between(self, SMALLEST_VOCABULARY, None, "vocab_size")
+        between(self, 3, None, "text_max_length")  # start, one token, end
+        below(self, 0, 1, "dropout")
         between(self, 0, None, "vlb_weight")
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)

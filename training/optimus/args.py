@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
+from diffusers_ext.training_utils.args import TrainArgs, below, between, option, positive
 from diffusers_ext.training_utils.schedules import CyclicalAnnealing
 from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
@@ -58,6 +58,7 @@ class OptimusArgs:
         between(self, 3, None, "max_length")
         between(self, 0, None, "free_bits", "beta")
         positive(self, "initializer_range")
+        below(self, 0, 1, "dropout")
 
 
 def make_annealing(args: OptimusArgs, train: TrainArgs) -> CyclicalAnnealing:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
-from diffusers_ext.training_utils.args import between, option, positive
+from diffusers_ext.training_utils.args import between, check_rank, option, positive
 
 CLIP_HELP = "CLIP, for text and image: a folder, a name on the Hub, or open_clip:<model>/<tag or file>."
 
@@ -60,5 +60,6 @@ class PaellaArgs:
             raise ValueError(f"--label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
         if self.validation_prompts and self.condition != "text":
             raise ValueError(f"--validation_prompts go with --condition text, got --condition {self.condition}.")
+        check_rank(self, "pretrained_model_name_or_path")
         if self.train_text_encoder and (self.condition != "text" or self.rank):
             raise ValueError("--train_text_encoder goes with --condition text and without --rank.")

@@ -5,8 +5,9 @@ from typing import ClassVar, Literal
 
 from diffusers_ext.pipelines.checks import check_guidance_scale
 from diffusers_ext.training_utils.adversarial import refuse_micro_steps
-from diffusers_ext.training_utils.args import TrainArgs, between, option, positive
+from diffusers_ext.training_utils.args import TrainArgs, between, check_rank, option, positive
 from diffusers_ext.training_utils.noise_prediction import NoisePredictionArgs
+from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
 Stage = Literal["prior", "prior_upsampler", "encoder", "joint", "upsampler"]
 GUIDANCE_SCALES = {"text": 3.0, "map": 1.3}  # the authors'
@@ -129,6 +130,8 @@ class PITIArgs(UpsamplerArgs, NoisePredictionArgs):
             "encoder_sample_size", "encoder_layers", "encoder_attention_heads",
         )  # fmt: skip
         between(self, 0, 1, "cond_dropout_prob")
+        between(self, SMALLEST_VOCABULARY, None, "vocab_size")
+        between(self, 3, None, "text_max_length")  # start, one token, end
         self.check_noise_prediction(num_head_channels=self.num_head_channels)
         check_guidance_scale(self.scale)
         self._check_encoder()
@@ -145,6 +148,7 @@ class PITIArgs(UpsamplerArgs, NoisePredictionArgs):
             )
         if self.stage == "encoder" and self.rank is not None:
             raise ValueError(f"--rank={self.rank} goes with --stage joint: --stage encoder leaves the U-Net as it is.")
+        check_rank(self, "pretrained_model_name_or_path")
         if self.palette is not None and self.told != "label_map":
             raise ValueError(
                 f"--palette={self.palette} goes with --condition label_map, got "

@@ -19,7 +19,7 @@ from diffusers_ext.conditions.piti import (
     resize_nearest,
     sketch_condition,
 )
-from diffusers_ext.data.annotations import ROW, NamedRows
+from diffusers_ext.data.annotations import ROW, NamedRows, check_filled
 from diffusers_ext.data.crops import Crop, choose_text, draw_crop
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.data.scenes import metres_of_nearness
@@ -63,6 +63,8 @@ def load_rows(args: PITIArgs, data: DataArgs) -> tuple[NamedRows, NamedRows, dic
                     f"{', '.join(found)}. `diffusers-ext prepare diode` writes such data."
                 )
             names[name] = known[0]
+            for one in sets:
+                check_filled(one, known[0], data.image_column)
     columns = list(dict.fromkeys([data.image_column, *names.values()]))
     train_set, validation_set = (NamedRows(one, data.image_column).select_columns(columns) for one in sets)
     return train_set, validation_set, names

@@ -20,6 +20,7 @@ from diffusers_ext.training.piti.networks import (
     downsample_factor,
     load_pipeline,
 )
+from diffusers_ext.training_utils.args import check_rank
 from diffusers_ext.training_utils.noise_prediction import check_halving
 
 
@@ -68,6 +69,8 @@ def upsampler_parts(args: PITIArgs, pipe: Pipeline, resolution: int) -> tuple[UN
             raise ValueError(f"{place!r} has no upsampler: without --pretrained_upsampler_name_or_path it is new.")
         if start.upscale_unet.config["in_channels"] != 2 * CHANNELS:
             raise ValueError(f"The upsampler of {place!r} fills parts of images; take one that draws whole ones.")
+    if not start.upscales:
+        check_rank(args, "pretrained_upsampler_name_or_path")  # the base stage is no network to start from
     if start.upscales:
         unet, scheduler = start.upscale_unet, start.upscale_scheduler
     else:

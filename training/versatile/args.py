@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from diffusers_ext.pipelines.checks import check_guidance_scale, check_steps, check_timesteps
 from diffusers_ext.pipelines.versatile.denoising import versatile_scheduler
-from diffusers_ext.training_utils.args import between, option, positive
+from diffusers_ext.training_utils.args import below, between, check_rank, option, positive
 
 FLOWS = ("image-to-image", "text-to-image", "image-to-text", "text-to-text")
 
@@ -92,16 +92,13 @@ class VersatileArgs:
                 f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {last}."
             )
         positive(self, "rank", "num_inference_steps", "validation_samples", "text_positions")
+        below(self, 0, 1, "dropout")
         check_guidance_scale(self.guidance_scale)
         scheduler = versatile_scheduler()
         check_steps(scheduler, self.num_inference_steps)
         scheduler.set_timesteps(self.num_inference_steps)
         check_timesteps(scheduler, self.num_inference_steps)
-        if self.rank and not (self.pretrained_model_name_or_path or self.pretrained_unet_name_or_path):
-            raise ValueError(
-                f"--rank {self.rank} trains matrices beside an existing network: name it with "
-                "--pretrained_model_name_or_path or --pretrained_unet_name_or_path, or leave out --rank."
-            )
+        check_rank(self, "pretrained_model_name_or_path", "pretrained_unet_name_or_path")
         if self.pretrained_model_name_or_path and self.pretrained_unet_name_or_path:
             raise ValueError(
                 "--pretrained_model_name_or_path already holds the network to go on with: leave out "

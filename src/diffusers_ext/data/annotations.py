@@ -148,6 +148,19 @@ def box_names(dataset: Dataset, column: str, image_column: str) -> list[str | in
     return sorted(found, key=lambda name: (isinstance(name, str), name))
 
 
+def check_filled(dataset: Dataset, column: str, image_column: str) -> None:
+    """Every row of a column holds something.
+
+    Raises:
+        ValueError: naming the first picture without.
+    """
+    for index, value in enumerate(column_values(dataset, column)):
+        if value is None:
+            raise ValueError(
+                f"{RowName(dataset, image_column, index)} has nothing in the column {column!r}: fill or remove it."
+            )
+
+
 def check_labels(dataset: Dataset, column: str, image_column: str, num_labels: int) -> None:
     """Class numbers of all rows lie in 0 ... num_labels - 1.
 

@@ -11,12 +11,14 @@ import numpy as np
 from ..conditions.palettes import SCENES_CLASSES
 from .annotations import RowName, check_labels, column_values
 from .pictures import PictureSource
-from .scenes import CLASS_NAMES
+from .scenes import CLASS_NAMES, LABEL_COLUMN
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
+
+MANY_CLASSES = 100_000  # larger numbers are identifiers, unless there are as many rows
 
 
 class Classes(NamedTuple):
@@ -37,9 +39,11 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> Classes:
     """
     from datasets import ClassLabel
 
-    if source.dataset_name == "scenes":
-        return Classes(len(CLASS_NAMES), list(CLASS_NAMES))
     column = source.label_column
+    if source.dataset_name == "scenes":
+        if column != LABEL_COLUMN:
+            raise ValueError(f"--label_column={column}: the classes of `scenes` are in the column {LABEL_COLUMN!r}.")
+        return Classes(len(CLASS_NAMES), list(CLASS_NAMES))
     feature = sets[0].features[column]
     if isinstance(feature, ClassLabel):
         return Classes(len(feature.names), list(feature.names))
@@ -52,6 +56,12 @@ def find_classes(sets: Sequence[Dataset], source: PictureSource) -> Classes:
                     "an integer from 0 on, or names of classes."
                 )
             count = max(count, label + 1)
+    rows = sum(map(len, sets))
+    if count > max(MANY_CLASSES, rows):
+        raise ValueError(
+            f"The largest label in {column!r} is {count - 1}, but there are only {rows} rows: number the classes from "
+            "0 on, or give their names."
+        )
     logger.info("The largest label in %r is %d: %d classes (--num_labels sets more).", column, count - 1, count)
     return Classes(count)
 

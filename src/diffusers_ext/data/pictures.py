@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .image_folder import load_image_splits, repeat_rows, wanted_columns
-from .scenes import COLUMNS, load_scenes
+from .scenes import COLUMNS, TEXT_COLUMNS, load_scenes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,6 +54,12 @@ def load_pictures(
         unknown = [name for name in wanted if name not in COLUMNS]
         if unknown:
             raise ValueError(f"`scenes` has no column {unknown}; it has {', '.join(COLUMNS)}.")
+        for name in (source.caption_column, *text_columns):
+            if name in (*columns, *text_columns) and name not in TEXT_COLUMNS:
+                raise ValueError(
+                    f"The column {name!r} of `scenes` holds no captions (--caption_column and the like): those that do"
+                    f" are {', '.join(TEXT_COLUMNS)}."
+                )
         size = source.max_train_samples or SCENES_SAMPLES
         options: dict[str, Any] = {"resolution": source.resolution, "columns": wanted}
         if source.dataset_config_name:

@@ -703,6 +703,8 @@ _COLUMNS = {
     "index": lambda scene, resolution: scene.index,
 }
 COLUMNS = tuple(_COLUMNS)
+TEXT_COLUMNS = ("text", "full_text", "negative_text", "negative_texts", "class_name")  # those that hold captions
+LABEL_COLUMN = "label"  # the one that holds classes
 DEFAULT_COLUMNS = ("image", "text", "full_text", "negative_text", "label", "index")
 
 

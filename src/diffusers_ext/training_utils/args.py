@@ -8,6 +8,7 @@ and `--field none` unsets a field.
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..places import did_you_mean, is_local, is_path
@@ -25,6 +27,9 @@ from .presets import find_preset, optional_fields, preset_words, take_unset, wit
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("no", "fp16", "bf16")
+UNBOUNDED = ("max_grad_norm", "max_train_minutes")  # infinity says that there is no limit
+# diffusers' schedules, without the one whose rules no option could hold
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 # option -> (variable that `accelerate launch` hands down, the values of it that say nothing)
 LAUNCHER = {
     "mixed_precision": ("ACCELERATE_MIXED_PRECISION", ("", "no")),
@@ -73,6 +78,7 @@ class DataArgs:
                 "command line replaces the source of a preset."
             )
         positive(self, "resolution", "max_train_samples")
+        between(self, 0, None, "dataloader_num_workers")
 
     def without_augmentation(self) -> "DataArgs":
         """The options of a validation: the centre of the picture, not mirrored."""
@@ -167,10 +173,14 @@ class TrainArgs:
         positive(
             self, "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_train_minutes",
             "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "max_grad_norm",
-            "total_batch_size",
+            "total_batch_size", "adam_epsilon",
         )  # fmt: skip
-        between(self, 0, None, "learning_rate", "lr_warmup_steps")
+        between(self, 0, None, "learning_rate", "lr_warmup_steps", "adam_weight_decay")
         between(self, 0, 1, "ema_decay")
+        between(self, 0, 2**32 - 1, "seed")
+        below(self, 0, 1, "adam_beta1", "adam_beta2")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise ValueError(f"--lr_scheduler={self.lr_scheduler} must be one of {', '.join(LR_SCHEDULERS)}.")
         if self.lr_warmup_steps > self.max_train_steps:
             raise ValueError(
                 f"--lr_warmup_steps={self.lr_warmup_steps} is longer than the run, --max_train_steps="
@@ -271,6 +281,8 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
     if unknown:
         raise ValueError(unknown_words(unknown, [name for section in sections for name in vars(section)]))
     parsed = tuple(sections)
+    for section in parsed:
+        check_numbers(section)
     for train in (section for section in parsed if isinstance(section, TrainArgs)):
         train.origin.sections = parsed
         apply_launcher(train, given, of_the_preset)
@@ -363,10 +375,23 @@ def is_option(section: Any, name: str) -> bool:
     return field is not None and field.init
 
 
+def check_numbers(section: Any) -> None:
+    """Refuses options of a dataclass that are no number, and infinite ones where infinity is not "no limit".
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in vars(section).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                if math.isnan(number) or name not in UNBOUNDED:
+                    raise ValueError(f"--{name} must be a finite number, got {value}.")
+
+
 def positive(args: Any, *names: str) -> None:
     """Refuses options of a dataclass that are set and not above 0."""
     for name in names:
-        if (value := getattr(args, name)) is not None and value <= 0:
+        if (value := getattr(args, name)) is not None and not value > 0:  # also no number
             raise ValueError(f"--{name} must be > 0, got {value}.")
 
 
@@ -376,7 +401,9 @@ def between(args: Any, lowest: float, highest: float | None, *names: str) -> Non
         value = getattr(args, name)
         if value is None or (lowest <= value and (highest is None or value <= highest)):
             continue
-        allowed = f"be >= {lowest:g}" if highest is None else f"lie in [{lowest:g}, {highest:g}]"
+        # whole numbers in full: {:g} would round the largest seed
+        ends = [str(end) if isinstance(end, int) else f"{end:g}" for end in (lowest, highest or 0)]
+        allowed = f"be >= {ends[0]}" if highest is None else f"lie in [{ends[0]}, {ends[1]}]"
         raise ValueError(f"--{name} must {allowed}, got {value}.")
 
 
@@ -387,6 +414,29 @@ def own_options_first(parser: HfArgumentParser, dataclass_types: Sequence[type])
     places = {name: place for place, name in enumerate(names)}
     for actions in (parser._optionals._group_actions, parser._actions):
         actions.sort(key=lambda action: places.get(action.dest, -1))  # --help has none
+
+
+def below(args: Any, lowest: float, end: float, *names: str) -> None:
+    """Refuses options of a dataclass that are set and outside of [lowest, end)."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not lowest <= value < end:
+            raise ValueError(f"--{name} must lie in [{lowest:g}, {end:g}), got {value}.")
+
+
+def check_rank(args: Any, *starts: str) -> None:
+    """Refuses LoRA matrices beside a network that nobody has trained.
+
+    Args:
+        starts: Options that name a network to start from.
+
+    Raises:
+        ValueError: `--rank` is set, and none of them.
+    """
+    if args.rank and not any(getattr(args, name) for name in starts):
+        raise ValueError(
+            f"--rank={args.rank} trains matrices beside an existing network: name it with "
+            f"{' or '.join('--' + name for name in starts)}, or leave out --rank."
+        )
 
 
 def check_unet_widths(args: Any, **heads: int | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..losses.diffusion import VariationalLoss, noise_error, v_weights
-from .args import between, check_unet_widths, option, positive
+from .args import below, between, check_unet_widths, option, positive
 
 
 @dataclass
@@ -39,7 +39,7 @@ class NoisePredictionArgs:
             ValueError: Names the option.
         """
         positive(self, "num_train_timesteps", "layers_per_block", "norm_num_groups")
-        between(self, 0, 1, "dropout")
+        below(self, 0, 1, "dropout")
         between(self, 1, 1e6, "max_loss_weight")
         check_levels("num_train_timesteps", self.num_train_timesteps, self.beta_schedule)
         check_unet_widths(self, **heads)
