@@ -1,5 +1,6 @@
 """Which pictures a recipe's options name, and what a network gets of one picture."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffusers_ext.data.crops import choose_text, draw_square, prepare_image
+from diffusers_ext.data.labels import find_classes
 from diffusers_ext.data.pictures import load_pictures
 
 
@@ -52,6 +54,26 @@ def test_scenes_with_a_chosen_number_of_objects():
 def test_what_scenes_does_not_have_is_refused(options):
     with pytest.raises(ValueError, match="photo|no_such_ground"):
         load_pictures(source(dataset_name="scenes", max_train_samples=2, **options))
+
+
+def test_captions_and_classes_of_scenes_are_in_their_columns():
+    for name in ("label", "image", "boxes"):
+        with pytest.raises(ValueError, match=f"column '{name}' of `scenes` holds no captions .* are text, full_text,"):
+            load_pictures(source(dataset_name="scenes", caption_column=name, max_train_samples=2), columns=(name,))
+    with pytest.raises(ValueError, match="column 'label' of `scenes` holds no captions"):
+        load_pictures(source(dataset_name="scenes", max_train_samples=2), text_columns=("label",))
+    wrong = source(dataset_name="scenes", label_column="semantic", max_train_samples=2)
+    with pytest.raises(ValueError, match="--label_column=semantic: the classes of `scenes` are in the column 'label'"):
+        find_classes(load_pictures(wrong, columns=("semantic",)), wrong)
+
+
+def test_numbers_that_name_things_are_no_classes(tmp_path):
+    folder = shades(tmp_path, 3)
+    lines = [{"file_name": f"shade_{i:03d}.png", "label": label} for i, label in enumerate((0, 7, 10**9))]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = source(train_data_dir=folder)
+    with pytest.raises(ValueError, match="largest label in 'label' is 1000000000, but there are only 6 rows: number"):
+        find_classes(load_pictures(own, columns=("label",)), own)
 
 
 def test_a_tenth_of_a_folder_is_held_out_always_the_same(tmp_path):

@@ -168,6 +168,40 @@ def test_validation_sees_the_average_and_leaves_the_live_weights_alone(tmp_path)
     assert any(json.loads(line).get("value") == 1.0 for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 
+@pytest.mark.parametrize("steps", [2, 4])  # in the middle, and after the last step
+def test_a_validation_that_a_kill_has_cut_off_is_made_up_for(tmp_path, steps):
+    def run(folder, validate, **options):
+        args = TrainArgs(
+            output_dir=str(tmp_path / folder), max_train_steps=4, validation_steps=2, checkpointing_steps=2,
+            use_ema=True, train_batch_size=8, logging_steps=1, **options,
+        )  # fmt: skip
+        model = Denoising()
+        fit(start(args), model, Numbers(), args, transform=augment, on_validate=lambda step: validate(step, model))
+        return model, [
+            {name: value for name, value in json.loads(line).items() if name != "samples_per_second"}
+            for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        ]
+
+    asked = []
+
+    def validate(step, model):
+        asked.append(step)
+        return {"validation_loss": float(weights(model).sum())}
+
+    def killed(step, model):
+        if step == steps:
+            raise KeyboardInterrupt
+        return validate(step, model)
+
+    straight, log = run("straight", validate)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", killed)
+    resumed, again = run("killed", validate, resume_from_checkpoint="latest")
+    assert torch.equal(weights(resumed), weights(straight)) and again == log
+    asked.clear()
+    assert run("killed", validate, resume_from_checkpoint="latest")[1] == log and asked == []  # once is enough
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     class Poisoned(Denoising):
         def losses(self, batch, generators, step):

@@ -3,7 +3,9 @@
 import copy
 import importlib
 import json
+import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -51,6 +53,16 @@ def test_every_recipe_refuses_what_concerns_all(recipe):
         (("--lr_warmup_steps", "-5"), "--lr_warmup_steps must be >= 0, got -5"),
         (("--lr_warmup_steps", "10", "--max_train_steps", "5"), "--lr_warmup_steps=10 is longer than the run"),
         (("--total_batch_size", "0"), "--total_batch_size must be > 0, got 0"),
+        (("--adam_beta1", "1"), r"--adam_beta1 must lie in \[0, 1\), got 1.0"),
+        (("--adam_beta2", "-1"), r"--adam_beta2 must lie in \[0, 1\), got -1.0"),
+        (("--adam_epsilon", "0"), "--adam_epsilon must be > 0, got 0.0"),
+        (("--adam_weight_decay", "-1"), "--adam_weight_decay must be >= 0, got -1.0"),
+        (("--seed", "-1"), r"--seed must lie in \[0, 4294967295\], got -1"),
+        (("--seed", str(2**32)), r"--seed must lie in \[0, 4294967295\], got 4294967296"),
+        (("--lr_scheduler", "sqrt"), "--lr_scheduler=sqrt must be one of linear, cosine.*constant_with_warmup"),
+        (("--lr_scheduler", "piecewise_constant"), "--lr_scheduler=piecewise_constant must be one of"),
+        (("--dataloader_num_workers", "-1"), "--dataloader_num_workers must be >= 0, got -1"),
+        (("--learning_rate", "inf"), "--learning_rate must be a finite number, got inf"),
         (("--report_to", "nonsense"), "'nonsense' is unknown; known are .*tensorboard.* all and none"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -58,6 +70,33 @@ def test_every_recipe_refuses_what_concerns_all(recipe):
     with pytest.raises(ImportError, match=f"needs the package {MISSING[0]}: run `pip install {MISSING[0]}`"):
         parse(recipe, "--report_to", MISSING[0])
     assert parse(recipe, "--report_to", "none")[-1].trackers == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_number_is_one_and_sizes_are_above_zero(recipe):
+    """Of all options, whatever a recipe adds."""
+    for section in parse(recipe):
+        for name, hint in get_type_hints(type(section)).items():
+            kinds = get_args(hint) or (hint,)
+            if float in kinds:
+                with pytest.raises(ValueError, match=f"nan|--{name}"):
+                    parse(recipe, f"--{name}", "nan")
+            if int in kinds and name.endswith(
+                ("_size", "_layers", "_heads", "_channels", "_width", "_dim", "_groups")
+            ):
+                for value in ("0", "-1"):
+                    with pytest.raises(ValueError, match=f"--{name}.*{value}"):
+                        parse(recipe, f"--{name}", value)
+    assert parse(recipe, "--max_grad_norm", "inf")[-1].max_grad_norm == math.inf  # no limit
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_lora_needs_a_network_to_stand_beside(recipe):
+    if any(hasattr(section, "rank") for section in parse(recipe)):
+        with pytest.raises(
+            ValueError, match="--rank=2 trains matrices beside an existing network: name it with --pre"
+        ):
+            parse(recipe, "--rank", "2")
 
 
 @pytest.mark.parametrize(

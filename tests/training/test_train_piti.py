@@ -1,6 +1,7 @@
 """train_piti.py: the prior, an encoder in front of a frozen U-Net, and both; what they read, and what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -310,6 +311,21 @@ def test_a_bad_row_is_named(condition, columns, match):
     reader = reader_of(condition, {name: name for name in columns})
     with pytest.raises(ValueError, match=rf"^'a\.png' \(row 7\): .*{match}"):
         reader(row_of(**columns), torch.Generator())
+
+
+def test_a_row_without_its_map_is_refused_at_the_start(scenes, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(scenes, folder)
+    shutil.rmtree(folder / "depth")  # the pictures; what is left is `metres`
+    table = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for row in rows:
+        del row["depth_file_name"]
+    rows[1]["metres_file_name"] = None
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--condition", "geometry", "--train_data_dir", str(folder)]
+    with pytest.raises(ValueError, match=r"png' \(row \d+\) has nothing in the column 'metres': fill or remove it"):
+        train(JOINT, tmp_path / "run", *words)
 
 
 def test_a_coloured_map_is_read_by_the_palette():

@@ -70,8 +70,16 @@ class AutoencoderArgs:
     def __post_init__(self):
         if len(self.gumbel_temperature) != 2 or min(self.gumbel_temperature) <= 0:
             raise ValueError(f"--gumbel_temperature needs two values > 0, got {self.gumbel_temperature}.")
-        positive(self, "restart_steps", "disc_layers", "validation_samples", "bottleneck_blocks")
-        between(self, 0, None, "kmeans_samples", "scale_samples", "kl_weight")
+        positive(
+            self, "restart_steps", "disc_channels", "disc_layers", "validation_samples",
+            "bottleneck_blocks", "layers_per_block", "norm_num_groups", "latent_channels", "vq_embed_dim",
+            "num_vq_embeddings", "block_out_channels",
+        )  # fmt: skip
+        between(
+            self, 0, None, "kmeans_samples", "scale_samples", "kl_weight", "gumbel_kl_weight", "l1_weight",
+            "l2_weight", "perceptual_weight", "commitment_beta", "codebook_weight", "disc_start", "disc_weight",
+            "disc_learning_rate",
+        )  # fmt: skip
         between(self, 0, 1, "plain_fraction", "restart_fraction")
         levels = len(self.block_out_channels)
         if not set(self.attention_levels) <= set(range(levels)):

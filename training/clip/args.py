@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffusers_ext.training_utils.args import between, option
+from diffusers_ext.training_utils.args import between, option, positive
 from diffusers_ext.training_utils.tokenizers import SMALLEST_VOCABULARY
 
 ONE_PICTURE = (
@@ -48,6 +48,10 @@ class ClipArgs:
 
     def __post_init__(self):
         between(self, 1, None, "num_negative_captions")
+        positive(
+            self, "text_width", "text_layers", "vision_width", "vision_layers", "patch_size", "num_attention_heads",
+            "projection_dim",
+        )  # fmt: skip
         between(self, 0, None, "patch_weight", "caption_weight")
         if self.num_negative_captions > 1 and not self.negative_caption_column:
             raise ValueError(

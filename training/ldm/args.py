@@ -158,7 +158,8 @@ class LDMArgs:
             self, "num_train_timesteps", "layers_per_block", "attention_head_dim", "num_attention_heads",
             "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups", "num_labels", "encoder_layers",
             "encoder_attention_heads", "encoder_head_dim", "max_objects", "rescaler_channels", "latent_channels",
-            "latent_scale", "token_init_std", "lr_decay_steps", "rank", "num_validation_images", "num_inference_steps",
+            "latent_scale", "token_init_std", "lr_decay_steps", "rank", "layout_vocab_size", "num_validation_images",
+            "num_inference_steps",
         )  # fmt: skip
         between(self, 0, 1, "cond_dropout_prob", "eta")
         between(self, SMALLEST_VOCABULARY, None, "vocab_size")

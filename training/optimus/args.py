@@ -55,6 +55,10 @@ class OptimusArgs:
                 f"{self.vocab_size}."
             )
         between(self, 1, None, "latent_dim", "max_word_pieces")
+        positive(
+            self, "encoder_hidden_size", "encoder_num_layers", "decoder_hidden_size", "decoder_num_layers",
+            "num_attention_heads",
+        )  # fmt: skip
         between(self, 3, None, "max_length")
         between(self, 0, None, "free_bits", "beta")
         positive(self, "initializer_range")

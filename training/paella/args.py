@@ -54,7 +54,11 @@ class PaellaArgs:
 
     def __post_init__(self):
         between(self, 0, 1, "cond_dropout_prob")
-        positive(self, "rank", "num_inference_steps", "num_labels")
+        positive(
+            self, "rank", "num_inference_steps", "num_labels", "block_out_channels", "down_layers_per_block",
+            "up_layers_per_block", "time_embed_dim", "kernel_size",
+        )  # fmt: skip
+        between(self, 0, None, "text_encoder_lr")
         check_guidance_scale(self.guidance_scale)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label_smoothing must lie in [0, 1), got {self.label_smoothing}.")

@@ -91,7 +91,10 @@ class VersatileArgs:
             raise ValueError(
                 f"--attention_levels is {self.attention_levels}: --block_out_channels gives the levels 0 to {last}."
             )
-        positive(self, "rank", "num_inference_steps", "validation_samples", "text_positions")
+        positive(
+            self, "rank", "num_inference_steps", "validation_samples", "text_positions", "block_out_channels",
+            "layers_per_block", "num_attention_heads", "norm_num_groups",
+        )  # fmt: skip
         below(self, 0, 1, "dropout")
         check_guidance_scale(self.guidance_scale)
         scheduler = versatile_scheduler()

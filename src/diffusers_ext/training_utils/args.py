@@ -389,10 +389,12 @@ def check_numbers(section: Any) -> None:
 
 
 def positive(args: Any, *names: str) -> None:
-    """Refuses options of a dataclass that are set and not above 0."""
+    """Refuses options of a dataclass that are set and not above 0; of lists every entry counts."""
     for name in names:
-        if (value := getattr(args, name)) is not None and not value > 0:  # also no number
-            raise ValueError(f"--{name} must be > 0, got {value}.")
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not number > 0:  # also no number
+                raise ValueError(f"--{name} must be > 0, got {value}.")
 
 
 def between(args: Any, lowest: float, highest: float | None, *names: str) -> None:

@@ -44,6 +44,13 @@ class RunLog:
             text = "".join(line + "\n" for line in lines)
             replace_file(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the file has a line of that step besides the one with the loss."""
+        if not self.path.is_file():
+            return False
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return any(line["step"] == step and "loss" not in line for line in lines)
+
     def add(self, values: Mapping[str, Tensor], num_samples: int) -> None:
         """Accumulates the values of one optimizer step, without a host synchronisation."""
         for name, value in values.items():

@@ -185,6 +185,8 @@ class Run:
     def __enter__(self) -> "Run":
         self.log.begin(self.first_step)
         self.stop.__enter__()
+        if self.first_step and self.validates(self.first_step):  # a kill may have come between the two
+            self.validate(self.first_step, unless_logged=True)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -279,7 +281,7 @@ class Run:
         self.ended = self.finished or reason is not None
         logs = self.finished or done % args.logging_steps == 0
         saves = self.ended or done % args.checkpointing_steps == 0
-        validates = self.finished or bool(args.validation_steps and done % args.validation_steps == 0)
+        validates = self.validates(done)
         if logs or saves or validates:
             self.check_finite(up_to=self.step)
         if logs:
@@ -294,8 +296,15 @@ class Run:
             self.log.bar.close()
             logger.warning("%s: stopped after step %d; --resume_from_checkpoint latest goes on.", reason, done)
 
-    def validate(self, step: int) -> None:
-        if self.on_validate is not None and self.accelerator.is_main_process:
+    def validates(self, done: int) -> bool:
+        """Whether a validation follows so many steps."""
+        every = self.args.validation_steps
+        return done == self.args.max_train_steps or bool(every and done % every == 0)
+
+    def validate(self, step: int, unless_logged: bool = False) -> None:
+        """Validates on the main process, `unless_logged`: if the log has no figures of it yet."""
+        known = unless_logged and self.log.has_validation(step)
+        if self.on_validate is not None and self.accelerator.is_main_process and not known:
             with ema_weights(self.averaged, self.ema), evaluating(self.objective):
                 self.log.write(step, self.on_validate(step))
         self.accelerator.wait_for_everyone()
