@@ -225,6 +225,18 @@ def test_model_offload_changes_no_result(name):
     assert_alike(sample(pipe, name), expected)
 
 
+def test_a_stage_of_a_cascade_is_offloaded_before_the_next_one_runs():
+    pipe = CASES["cascaded"].build()
+    wanted, hooks = sample(pipe, "cascaded"), {}
+    pipe.enable_model_cpu_offload(device="cpu")
+
+    def note(pipe, step, timestep, tensors):
+        hooks.setdefault(pipe.stage, pipe.base._all_hooks)  # diffusers offloads a pipeline by making its hooks anew
+
+    assert_alike(sample(pipe, "cascaded", callback_on_step_end=note), wanted)
+    assert hooks["base"] is not hooks["upscale_1"]
+
+
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_layerwise_casting_is_the_pipeline_with_rounded_weights(name):
     pipe, rounded = CASES[name].build(), CASES[name].build()
@@ -929,6 +941,52 @@ def test_adapters_get_all_arguments_of_a_step(name):
         assert len(seen) == 2 and all(bool(clean.isfinite().all()) for clean in seen)
 
 
+ONE_LOOP = ["ldm-text", "ldm-unconditional-known", "versatile-text-to-image", "cascaded-base", "glide", "piti"]
+
+
+@pytest.mark.parametrize("name", ONE_LOOP)
+def test_any_spacing_of_the_noise_runs_all_of_its_steps(name):
+    """With cosine betas, several of the first timesteps are the same."""
+    pipe, seen = CASES[name].build(), []
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    pipe.scheduler.set_timesteps(12)
+    assert pipe.scheduler.timesteps[0] == pipe.scheduler.timesteps[1]
+    sample(pipe, name, num_inference_steps=12, callback_on_step_end=lambda p, *_: seen.append(p.scheduler.step_index))
+    assert seen == [*range(1, 13)]
+
+
+@pytest.mark.parametrize("name", ONE_LOOP)
+def test_steps_that_a_scheduler_cannot_make_are_refused(name):
+    pipe, betas = CASES[name].build(), {"beta_schedule": "squaredcos_cap_v2"}
+    pipe.scheduler = diffusers.PNDMScheduler(**betas)
+    match = "`num_inference_steps` must be at least 4 with PNDMScheduler, .*`skip_prk_steps=True`"
+    _refused(pipe, name, ValueError, match, num_inference_steps=3)
+    pipe.scheduler = diffusers.KDPM2AncestralDiscreteScheduler(**betas)
+    match = "`num_inference_steps`=2 makes KDPM2AncestralDiscreteScheduler run timesteps that are no numbers"
+    _refused(pipe, name, ValueError, match, num_inference_steps=2)
+    # made of an adapter's config, whose betas it keeps and does not use
+    adapter = NormalizedCFGScheduler(diffusers.DDPMScheduler(**betas))
+    pipe.scheduler = diffusers.UnCLIPScheduler.from_config(adapter.config)
+    _refused(pipe, name, ValueError, "UnCLIPScheduler, which takes no betas from a config", num_inference_steps=3)
+
+
+@pytest.mark.parametrize("name", ["glide-upscaled", "piti-upscaled", "cascaded"])
+def test_stages_may_share_one_scheduler(name):
+    pipe, run = CASES[name].build(), {"num_inference_steps": 5}
+    if name == "cascaded":
+        run = {"num_inference_steps": [5, 3], "conditioning_mode": "non_truncated"}
+    pipes = [stage for stage in pipe.components.values() if isinstance(stage, diffusers.DiffusionPipeline)] or [pipe]
+    places = [(one, part) for one in pipes for part in ("scheduler", "upscale_scheduler") if hasattr(one, part)]
+    assert len(places) == 2
+    scheduler = diffusers.UniPCMultistepScheduler(beta_schedule="squaredcos_cap_v2")
+    for one, part in places:
+        setattr(one, part, copy.deepcopy(scheduler))
+    wanted = sample(pipe, name, **run, output_type="latent")
+    for one, part in places:
+        setattr(one, part, scheduler)
+    assert equal(sample(pipe, name, **run, output_type="latent"), wanted)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("paella")])
 def test_schedule_is_checked_before_a_network_runs(name):
     _refused(CASES[name].build(), name, ValueError, "start at timestep 1000", num_inference_steps=1000)
@@ -1047,13 +1105,15 @@ def test_pictures_are_float32_whatever_the_networks_dtype(name):
     assert images.dtype == torch.float32 and bool(((images >= 0) & (images <= 1)).all())
 
 
-@pytest.mark.parametrize("name", ONE_NETWORK)
-def test_the_network_alone_may_be_in_half_precision(name):
-    """`dtype={"unet": torch.bfloat16}` of diffusers' `from_pretrained`."""
+@pytest.mark.parametrize("name", [*ONE_EACH, "glide-upscaled", "piti-upscaled"])
+def test_each_network_alone_may_be_in_half_precision(name):
+    """`dtype={"unet": torch.bfloat16}` of diffusers' `from_pretrained`. A stage takes what another one made."""
     pipe = CASES[name].build()
-    pipe.unet.to(torch.bfloat16)
-    images = sample(pipe, name)
-    assert CASES[name].returns_texts or bool(((images >= 0) & (images <= 1)).all())
+    for network in networks(pipe).values():
+        network.to(torch.bfloat16)
+        images = sample(pipe, name)
+        assert CASES[name].returns_texts or bool(((images >= 0) & (images <= 1)).all())
+        network.to(torch.float32)
 
 
 # --- pipelines made of another's components

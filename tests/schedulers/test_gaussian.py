@@ -15,6 +15,7 @@ from diffusers_ext.schedulers.gaussian import (
     ldm_scheduler,
     scheduler_attribute,
     scheduler_setting,
+    set_steps,
     signal_and_noise,
     step_arguments,
 )
@@ -63,6 +64,34 @@ def test_schedulers_are_refused_or_lead_to_the_picture(name):
     assert (
         latents - clean
     ).abs().mean() < 0.05  # the last step of some goes to timestep 0, where 0.04 of noise is left
+
+
+SPACED = [
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+]
+
+
+@pytest.mark.parametrize(("spacing", "held"), [("use_karras_sigmas", True), ("use_exponential_sigmas", False)])
+@pytest.mark.parametrize("name", SPACED)
+def test_other_spacings_lead_to_the_picture_from_cosine_betas(name, spacing, held):
+    """Of their timesteps the first ones may be the same: the sampler still begins with the first of them."""
+    inner = getattr(diffusers, name)(beta_schedule="squaredcos_cap_v2", **{spacing: True})
+    scheduler = diffusers_ext.NormalizedCFGScheduler(inner) if held else inner
+    set_steps(scheduler, 15, "cpu")
+    clean, generator = torch.full((1, 1, 8, 8), 0.5), torch.Generator().manual_seed(0)
+    latents = torch.randn(clean.shape, generator=generator) * scheduler.init_noise_sigma
+    arguments = step_arguments(scheduler, generator=generator)
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, t)
+        signal, noise = signal_and_noise(scheduler, t)
+        latents = scheduler.step((scaled - signal * clean) / noise, t, latents, **arguments, return_dict=False)[0]
+    assert (latents - clean).abs().mean() < 0.05
 
 
 class Holder:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedulers.gaussian import WAY_OUT, scheduler_setting
+from ..schedulers.gaussian import WAY_OUT, scheduler_attribute, scheduler_setting
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -195,6 +195,13 @@ def check_steps(scheduler: Any, num_inference_steps: Any, name: str = "num_infer
         raise ValueError(
             f"`{name}` must be at most {last}, the steps of the training; received {num_inference_steps}."
         )
+    begins_with_prk = not scheduler_setting(scheduler, "skip_prk_steps", True)
+    fewest = scheduler_attribute(scheduler, "pndm_order", 1) if begins_with_prk else 1
+    if num_inference_steps < fewest:
+        raise ValueError(
+            f"`{name}` must be at least {fewest} with {type(scheduler).__name__}, which begins with Runge-Kutta steps;"
+            f" received {num_inference_steps}. Use more steps, or `skip_prk_steps=True`."
+        )
 
 
 def check_timesteps(scheduler: Any, num_inference_steps: int, name: str = "num_inference_steps") -> None:
@@ -203,6 +210,11 @@ def check_timesteps(scheduler: Any, num_inference_steps: int, name: str = "num_i
     The spacing "leading" with an offset may leave the training.
     """
     timesteps: Tensor = scheduler.timesteps
+    if not bool(torch.isfinite(timesteps).all()):
+        raise ValueError(
+            f"`{name}`={num_inference_steps} makes {type(scheduler).__name__} run timesteps that are no numbers: it"
+            f" does not bear the betas of the checkpoint in so few steps. {WAY_OUT}"
+        )
     if len(timesteps) > 1 and float(timesteps[0]) < float(timesteps[-1]):
         raise ValueError(
             f"`scheduler` is a {type(scheduler).__name__}, which goes from timestep {float(timesteps[0]):g} up to"

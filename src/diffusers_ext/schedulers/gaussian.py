@@ -58,6 +58,19 @@ def step_arguments(scheduler: Any, **wanted: Any) -> dict[str, Any]:
     return wanted if takes_others else {name: value for name, value in wanted.items() if name in names}
 
 
+def set_steps(scheduler: Any, num_inference_steps: Any, device: Any, **options: Any) -> None:
+    """`set_timesteps`, so that a run begins with the first of them.
+
+    Schedulers of diffusers look for their place by the first timestep and take the second of two equal ones. Cosine
+    betas have such with other spacings of the noise (Karras, exponential, beta): the run would end beyond the last.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=device, **options)
+    timesteps: Tensor = scheduler.timesteps
+    begin = scheduler_attribute(scheduler, "set_begin_index")
+    if begin is not None and int((timesteps == timesteps[0]).sum()) > 1:
+        begin(0)
+
+
 def takes_learned_variance(scheduler: Any) -> bool:
     """Whether the scheduler's step reads a variance from the second half of the prediction's channels.
 
@@ -71,15 +84,19 @@ def takes_learned_variance(scheduler: Any) -> bool:
 
 def takes_respacing(scheduler: Any) -> bool:
     """Whether `set_timesteps` reads a respacing such as "10,10,3,2,2", and None as the configured one."""
-    inner = scheduler_chain(scheduler)[-1]
-    return "timestep_respacing" in inspect.signature(type(inner).__init__).parameters
+    return "timestep_respacing" in _own_arguments(scheduler)
 
 
 def _own_setting(scheduler: Any, name: str) -> Any:
     """The innermost scheduler's value of an argument of its constructor; None if it has no such argument."""
     inner = scheduler_chain(scheduler)[-1]
-    own = name in inspect.signature(type(inner).__init__).parameters
-    return scheduler_setting(inner, name) if own else None
+    return scheduler_setting(inner, name) if name in _own_arguments(inner) else None
+
+
+def _own_arguments(scheduler: Any) -> set[str]:
+    """What the innermost scheduler's constructor takes."""
+    inner = scheduler_chain(scheduler)[-1]
+    return set(inspect.signature(type(inner).__init__).parameters)
 
 
 def check_predicted_channels(unet: Any, scheduler: Any, channels: int, prefix: str = "") -> None:
@@ -180,7 +197,8 @@ def check_gaussian_scheduler(scheduler: Any, pipeline_name: str) -> None:
             f"{name}, which {verb} {because}: the network of {pipeline_name} was trained with such betas, and would"
             f" give noise. {WAY_OUT}"
         )
-    own_levels = all(scheduler_setting(scheduler, key) is None for key in ("beta_start", "trained_betas"))
+    # asked of its constructor: a config keeps the betas that another scheduler was made with
+    own_levels = not {"beta_start", "trained_betas"} & _own_arguments(scheduler)
     if own_levels or scheduler_setting(scheduler, "snr_shift_scale") not in (None, 1):
         because = "takes no betas from a config" if own_levels else "shifts the noise levels (`snr_shift_scale`)"
         raise ValueError(

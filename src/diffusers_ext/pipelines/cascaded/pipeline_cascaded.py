@@ -237,6 +237,7 @@ class CascadedDiffusionPipeline(HousePipeline):
             yield stage
         finally:
             self.stage = None
+            stage.maybe_free_model_hooks()  # of an offloaded stage: the next one has the device to itself
             if resident is None:
                 del stage
                 gc.collect()

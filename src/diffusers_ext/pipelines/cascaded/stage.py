@@ -26,6 +26,7 @@ from ...schedulers.gaussian import (
     guided_step,
     scheduler_attribute,
     scheduler_setting,
+    set_steps,
     split_prediction,
     step_arguments,
     takes_learned_variance,
@@ -333,12 +334,12 @@ class CascadedStage(HousePipeline):
         levels, scheduler = self.check_stop_level(stop_level), self.scheduler
         device = self._execution_device if device is None else device
         if scheduler_attribute(scheduler, "corrupt") is not None:
-            scheduler.set_timesteps(int(num_inference_steps), device=device, stop_level=levels)
+            set_steps(scheduler, int(num_inference_steps), device, stop_level=levels)
         elif isinstance(stop_level, (list, tuple)) or levels[0] != 0:
             scheduler = TruncatedConditioningScheduler(scheduler)
-            scheduler.set_timesteps(int(num_inference_steps), device=device, stop_level=levels)
+            set_steps(scheduler, int(num_inference_steps), device, stop_level=levels)
         else:
-            scheduler.set_timesteps(int(num_inference_steps), device=device)
+            set_steps(scheduler, int(num_inference_steps), device)
         check_timesteps(scheduler, num_inference_steps)
         return scheduler, levels
 

@@ -25,6 +25,7 @@ from ...schedulers.gaussian import (
     guided_step,
     join_prediction,
     scheduler_setting,
+    set_steps,
     signal_and_noise,
     split_prediction,
     step_arguments,
@@ -123,6 +124,8 @@ class Run:
     upscale_temperature: float = 0.997
     callback: Callback | None = None
     callback_tensors: list[str] | None = None
+    num_inference_steps: int | str | None = None
+    upscale_num_inference_steps: int | str | None = None
 
 
 class GlideBasePipeline(HousePipeline):
@@ -173,15 +176,7 @@ class GlideBasePipeline(HousePipeline):
             check_gaussian_scheduler(scheduler, type(self).__name__)
             check_predicted_channels(unet, scheduler, CHANNELS, prefix)
 
-    def check_run(
-        self,
-        run: Run,
-        batch_size: int,
-        *,
-        num_inference_steps: Any,
-        upscale_num_inference_steps: Any,
-        output_type: Any,
-    ) -> None:
+    def check_run(self, run: Run, batch_size: int, output_type: Any) -> None:
         """The arguments that both pipelines have; the schedules are set."""
         check_guidance_scale(run.guidance_scale)
         check_fraction("eta", run.eta, "0 is deterministic, 1 is as noisy as DDPM")
@@ -190,10 +185,10 @@ class GlideBasePipeline(HousePipeline):
         check_generator(run.generator, batch_size, self._execution_device)
         self.callback_names(run.callback, run.callback_tensors)
         given = {
-            "base": (num_inference_steps, run.latents),
-            "upscale": (upscale_num_inference_steps, run.upscale_latents),
+            "base": (run.num_inference_steps, run.latents),
+            "upscale": (run.upscale_num_inference_steps, run.upscale_latents),
         }
-        if not self.upscales and (upscale_num_inference_steps is not None or run.upscale_latents is not None):
+        if not self.upscales and any(one is not None for one in given["upscale"]):
             raise ValueError(
                 "`upscale_num_inference_steps` or `upscale_latents` is given, but the pipeline has no `upscale_unet`:"
                 " load one, or leave them out."
@@ -202,21 +197,21 @@ class GlideBasePipeline(HousePipeline):
             steps, noise = given[name]
             if noise is not None:
                 check_noise(noise, (batch_size, CHANNELS, *self.sides(unet)), _argument(name, "latents"))
-            self._set_steps(name, scheduler, steps)
+            self.set_stage_steps(name, scheduler, steps)
 
-    def _set_steps(self, stage: str, scheduler: Any, steps: Any) -> None:
+    def set_stage_steps(self, stage: str, scheduler: Any, steps: Any) -> None:
         """A number of steps, for `RespacedScheduler` also a respacing, or what the checkpoint's config says."""
         device = self._execution_device
         respaces = takes_respacing(scheduler)
         if steps is None and not (respaces and scheduler_setting(scheduler, "timestep_respacing")):
             steps = 100 if stage == "base" else 27  # the authors'
         if steps is None or (isinstance(steps, str) and respaces):
-            scheduler.set_timesteps(steps, device=device)
+            set_steps(scheduler, steps, device)
             return
         argument = _argument(stage, "num_inference_steps")
         check_steps(scheduler, steps, argument)
         count = int(steps)
-        scheduler.set_timesteps(count, device=device)
+        set_steps(scheduler, count, device)
         check_timesteps(scheduler, count, argument)
 
     @staticmethod
@@ -245,7 +240,7 @@ class GlideBasePipeline(HousePipeline):
         images: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Stage:
-        """A stage with all that its U-Net is told; draws its noise.
+        """A stage with all that its U-Net is told; draws its noise, and sets its scheduler, which both may share.
 
         Args:
             name: "base" or "upscale".
@@ -259,9 +254,11 @@ class GlideBasePipeline(HousePipeline):
         if name == "base":
             unet, scheduler, scale = self.unet, self.scheduler, float(run.guidance_scale)
             noise = self.draw_noise(unet, len(embeds), run.generator, run.latents, 1.0)
+            self.set_stage_steps(name, scheduler, run.num_inference_steps)
         else:
             unet, scheduler, scale = self.upscale_unet, self.upscale_scheduler, 1.0
             noise = self.draw_noise(unet, len(embeds), run.generator, run.upscale_latents, run.upscale_temperature)
+            self.set_stage_steps(name, scheduler, run.upscale_num_inference_steps)
         maps: list[Tensor] = []
         if images is not None and keep is not None:
             images = F.interpolate(images, noise.shape[-2:], mode="bilinear", antialias=True).clamp(-1, 1)
@@ -350,7 +347,7 @@ class GlideBasePipeline(HousePipeline):
                 f" of shape (b, {CHANNELS}, h, w)."
             )
         unet, scheduler = self.upscale_unet, self.upscale_scheduler
-        self._set_steps("upscale", scheduler, num_inference_steps)
+        self.set_stage_steps("upscale", scheduler, num_inference_steps)
         noise = self.draw_noise(unet, len(images), generator, None, temperature)
         condition = GlideCondition(embeds, maps=upsample(images, self.sides(unet)).to(noise))
         stage = Stage("upscale", unet, scheduler, condition, noise, 1.0, null_embeds=lambda: embeds)

@@ -158,16 +158,12 @@ class GlidePipeline(GlideBasePipeline):
             upscale_temperature,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            num_inference_steps,
+            upscale_num_inference_steps,
         )
         images, keep = self._read_images(image, mask_image, len(texts))
         batch_size = len(texts) * num_images_per_prompt
-        self.check_run(
-            run,
-            batch_size,
-            num_inference_steps=num_inference_steps,
-            upscale_num_inference_steps=upscale_num_inference_steps,
-            output_type=output_type,
-        )
+        self.check_run(run, batch_size, output_type)
 
         # 2. One stage after the other
         null_texts = negative * (len(texts) if len(negative) == 1 else 1)

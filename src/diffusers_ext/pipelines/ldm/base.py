@@ -23,7 +23,13 @@ from torch import Tensor
 
 from ...guidance import both_branches
 from ...models.blocks.wrappers import unwrap
-from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, split_prediction, step_arguments
+from ...schedulers.gaussian import (
+    check_gaussian_scheduler,
+    guided_step,
+    set_steps,
+    split_prediction,
+    step_arguments,
+)
 from ..base import HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
@@ -327,7 +333,7 @@ class LDMBasePipeline(HousePipeline):
             can_guide=can_guide,
             size_names=size_names,
         )
-        self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
+        set_steps(self.scheduler, int(num_inference_steps), self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
         timesteps: Tensor = self.scheduler.timesteps
         self.start_run(timesteps, start_scale, guidance_rescale)

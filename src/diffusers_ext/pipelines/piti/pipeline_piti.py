@@ -296,15 +296,11 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
             upscale_temperature,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            num_inference_steps,
+            upscale_num_inference_steps,
         )
         batch_size = len(conditions) * num_images_per_prompt
-        self.check_run(
-            run,
-            batch_size,
-            num_inference_steps=num_inference_steps,
-            upscale_num_inference_steps=upscale_num_inference_steps,
-            output_type=output_type,
-        )
+        self.check_run(run, batch_size, output_type)
 
         # 2. One stage after the other
         drawn: Tensor | None = None
@@ -375,7 +371,7 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         encoder = self.encoder if encoder is None else encoder
         side = encoder.config["sample_size"]
         null = torch.ones(1, encoder.config["in_channels"], side, side)
-        return self.encode_conditions(null, encoder).expand(batch_size, -1, -1)
+        return self.encode_conditions(null, encoder).repeat(batch_size, 1, 1)  # a callback may write in each
 
     def check_components(self) -> None:
         """All components fit: the U-Nets take what the encoders give, and those what the checkpoint draws from."""

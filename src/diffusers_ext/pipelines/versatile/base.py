@@ -29,7 +29,7 @@ from transformers import (
 from ...conditions.focus import rescale_ranks
 from ...models.autoencoder_optimus import AutoencoderOptimus
 from ...models.unet_versatile import VersatileUNet
-from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, step_arguments
+from ...schedulers.gaussian import check_gaussian_scheduler, guided_step, set_steps, step_arguments
 from ..base import LOOKUP_ARGUMENTS, Config, ConfigOf, HousePipeline
 from ..callbacks import Callback, report_step
 from ..checks import (
@@ -482,7 +482,7 @@ class VersatileBasePipeline(HousePipeline):
 
     def prepare_timesteps(self, num_inference_steps: int) -> Tensor:
         """Sets the scheduler to so many steps, and returns the timestep of each."""
-        self.scheduler.set_timesteps(int(num_inference_steps), device=self._execution_device)
+        set_steps(self.scheduler, int(num_inference_steps), self._execution_device)
         check_timesteps(self.scheduler, num_inference_steps)
         return self.scheduler.timesteps
 
