@@ -5,13 +5,13 @@ k of a row is drawn from seed k, an edit from seed 0, and all that are drawn are
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw, ImageFont
@@ -28,7 +28,10 @@ from diffusers_ext import (
     VersatileEditPipeline,
     VersatilePipeline,
 )
-from diffusers_ext.data.scenes import metres_and_normals, render, sample_scene, semantic_map, sketch
+from diffusers_ext.data.scenes import render, sample_scene
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from parts.piti_scenes import condition_of, condition_picture
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 SIDE = 128  # of an image of 64 pixels on a sheet
@@ -188,21 +191,14 @@ def piti() -> list[Row]:
     for name, drawn in (("label_map", "a label map"), ("sketch", "a sketch"), ("geometry", "normals and depth")):
         pipe = quiet(PITIPipeline.from_prior(folder, folder, subfolder=name, dtype=torch.float32))
         side = pipe.encoder.config["sample_size"]
-        given: dict[str, Any]
-        if name == "geometry":
-            metres, normals = zip(*(metres_and_normals(scene, side) for scene in scenes), strict=True)
-            shown = [Image.fromarray(((one + 1) * 127.5).round().astype(np.uint8)) for one in normals]
-            given = {"normals": shown, "depth": np.stack(metres)}
-        elif name == "sketch":
-            given = {"sketch": [Image.fromarray(sketch(scene, side)) for scene in scenes]}
-            shown = given["sketch"]
-        else:
-            maps = [semantic_map(scene, side) for scene in scenes]
-            given, shown = {"label_map": maps}, [Image.fromarray(pipe.label_palette[one]) for one in maps]
+        conditions = [condition_of(name, scene, side) for scene in scenes]
+        given = {key: [one[key] for one in conditions] for key in conditions[0]}
+        shown = [condition_picture(name, one, pipe.label_palette) for one in conditions]
+        given |= {"normals": shown} if name == "geometry" else {}  # as colours, as one sees them
         images = pipe(**given, num_inference_steps=50, generator=seeds(6)).images
         title = f"PITI draws of it, 50 steps, {images[0].width} pixels a side"
         images = [one.resize((64, 64), Image.Resampling.NEAREST) for one in images]
-        rows.append(Row(f"What is given: {drawn}", [one.convert("RGB").resize((64, 64)) for one in shown], [""] * 6))
+        rows.append(Row(f"What is given: {drawn}", [one.resize((64, 64)) for one in shown], [""] * 6))
         rows.append(Row(title, images, [""] * 6))
     return rows
 
