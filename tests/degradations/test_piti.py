@@ -31,8 +31,8 @@ def kinds(plan: bsr.BSRPlan) -> list[str]:
 def test_slots_probabilities_and_their_order():
     drawn = plans()
     counts = [Counter(kinds(plan)) for plan in drawn]
-    assert all(c["Blur"] == c["Noise"] == c["Fit"] == 1 and c["Jpeg"] <= 1 and c["Smooth"] <= 1 for c in counts)
-    for kind, share in (("Jpeg", 0.5), ("Smooth", 0.2)):
+    assert all(c["Noise"] == c["Fit"] == 1 >= max(c["Blur"], c["Jpeg"], c["Smooth"]) for c in counts)
+    for kind, share in (("Blur", 0.8), ("Jpeg", 0.5), ("Smooth", 0.2)):
         assert sum(c[kind] for c in counts) / len(drawn) == pytest.approx(share, abs=0.04)
     assert sum(c["Down"] == 2 for c in counts) / len(drawn) == pytest.approx(0.25, abs=0.04)  # halved before
     first, last = Counter(kinds(plan)[-1] for plan in drawn), Counter(kinds(plan)[0] for plan in drawn)

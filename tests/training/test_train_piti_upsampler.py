@@ -16,7 +16,7 @@ from diffusers_ext.pipelines.piti.pipeline_piti import truncate_to_8_bits
 from diffusers_ext.training.piti.args import PITIArgs
 from diffusers_ext.training.piti.data import UpscaleReader
 from diffusers_ext.training.piti.objective import Prediction
-from diffusers_ext.training.piti.upsampler import MapUpsamplerObjective, build_opponent
+from diffusers_ext.training.piti.upsampler import MapUpsamplerObjective, build_opponent, build_perceptual
 from diffusers_ext.training.piti.upsampler_networks import build_upsampler
 
 SMALL = [
@@ -294,3 +294,15 @@ def test_an_upsampler_keeps_the_colours_of_its_base(tmp_path):
     words += ["--pretrained_model_name_or_path", str(tmp_path), "--palette", "coco182"]
     with pytest.raises(ValueError, match="--palette=coco182: .* knows its labels by other colours; leave it out"):
         build_upsampler(train_piti.parse_args(words)[0], 16)
+
+
+@pytest.mark.parametrize("content", [b"no weights", None])
+def test_a_file_that_is_no_vgg_is_named_with_its_option(content, tmp_path):
+    file = tmp_path / "other.pt"
+    if content is None:
+        torch.save({"0.weight": torch.zeros(4, 3, 3, 3)}, file)
+    else:
+        file.write_bytes(content)
+    args = train_piti.parse_args([*PRIOR, "--pretrained_model_name_or_path", "x", "--perceptual_model", str(file)])[0]
+    with pytest.raises(ValueError, match=r"^--perceptual_model=.*other\.pt: "):
+        build_perceptual(args, torch.device("cpu"))

@@ -11,6 +11,7 @@ PITI-Synthesis/PITI@d9f7481:pretrained_diffusion/gaussian_diffusion.py, `trainin
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -127,14 +128,17 @@ def build_perceptual(args: PITIArgs, device: torch.device) -> nn.Module | None:
     """The frozen network of the perceptual term, if one is asked for.
 
     Raises:
-        ValueError, OSError: It is not there, or no such network.
+        ValueError: It is not there, or no such network.
     """
     model = args.perceptual_model
     if not args.perceptual_weight:
         return None
     if model == "vgg19" or Path(model).is_file():
         levels = VGGDistance.RELEASED if args.perceptual_levels == "conv2_2" else VGGDistance.MULTI_LEVEL
-        perceptual: Any = VGGDistance(levels, weights=None if model == "vgg19" else model)
+        try:
+            perceptual: Any = VGGDistance(levels, weights=None if model == "vgg19" else model)
+        except (OSError, EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+            raise ValueError(f"--perceptual_model={model}: {error}") from error
     else:
         perceptual = perceptual_distance(model, load=load_whole)
     if perceptual is None:

@@ -230,12 +230,7 @@ def convert_glide_text_encoder(state_dict: Mapping[str, Any], *, num_heads: int 
     require(weights, "a GLIDE model", "token_embedding.weight", "padding_embedding", "final_ln.weight")
     vocab_size, width = weights["token_embedding.weight"].shape
     heads = count_heads("num_heads", width, num_heads)
-    own = {
-        key: value
-        for key, value in weights.items()
-        if key.startswith(("transformer.", "token_embedding.", "final_ln."))
-        or key in ("positional_embedding", "padding_embedding")
-    }
+    own = {key: value for key, value in weights.items() if is_text_key(key)}
     rules = [
         ("token_embedding.*", "token_embedding.*"),
         ("positional_embedding", "position_embedding.weight"),

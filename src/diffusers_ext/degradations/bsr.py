@@ -108,13 +108,14 @@ class _Setting:
     shrink_probability: float
     noise_levels: tuple[int, int]
     qualities: tuple[int, int]
+    blur_probability: float = 1.0
     jpeg_probability: float = 0.9
     last_jpeg: bool = True
 
 
 _FULL = _Setting(2, (2, 2, 11), (2, 2, 11), 1.0, 0.75, (2, 25), (30, 95))
 _LIGHT = _Setting(1, (1, 2, 11), (1, 2, 4), 0.25, 0.8, (1, 2), (80, 95))
-_PITI = replace(_LIGHT, jpeg_probability=0.5, last_jpeg=False)
+_PITI = replace(_LIGHT, blur_probability=0.8, jpeg_probability=0.5, last_jpeg=False)
 _SMOOTHING = (1.2e-3, 4e-3)  # strengths of PITI's L0 smoothing
 
 
@@ -190,7 +191,8 @@ def draw_piti_plan(scale: int, generator: Generator, *, l0_prob: float = 0.2) ->
     """Draws what `apply_bsr_plan` will do for `degrade_piti`.
 
     The slots are those of the light `draw_bsr_plan`, with L0 smoothing in the place of the camera model: before the
-    downsampling it smooths the large picture, after it the small one. JPEG has probability 0.5, and none comes last.
+    downsampling it smooths the large picture, after it the small one. The blur has probability 0.8, JPEG 0.5, and none
+    comes last.
     """
     if not 0 <= l0_prob <= 1:
         raise ValueError(f"`l0_prob` is {l0_prob}: it must lie between 0 and 1.")
@@ -215,7 +217,8 @@ def _draw_plan(scale: int, generator: Generator, setting: _Setting, l0_prob: flo
     order[down], order[fit] = 2, 3
     for slot in order:
         if slot < setting.blurs:
-            steps.append(_draw_blur(draw, factor, setting))
+            if setting.blur_probability == 1 or draw.uniform() < setting.blur_probability:
+                steps.append(_draw_blur(draw, factor, setting))
         elif slot == 2:
             if draw.uniform() < setting.shrink_probability:
                 steps.append(Shrink(draw.uniform(1, 2 * factor), draw.choice(INTERPOLATIONS)))

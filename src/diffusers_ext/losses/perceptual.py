@@ -139,7 +139,7 @@ class VGGDistance(nn.Module):
             except OSError as error:
                 raise OSError(
                     "The VGG-19 weights are neither in torchvision's cache nor could they be downloaded. Put "
-                    "vgg19-dcbb9e9d.pth into <TORCH_HOME>/hub/checkpoints, or name the file as `weights`."
+                    "vgg19-dcbb9e9d.pth into <TORCH_HOME>/hub/checkpoints, or pass the file itself."
                 ) from error
         self._build("vgg19", state_dict, levels)
 
