@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -28,6 +29,7 @@ def test_respacing_of_the_fact_sheets():
     assert respaced_timesteps(1000, "ddim25") == list(range(0, 1000, 40))[::-1]
     assert respaced_timesteps(10, "4,1") == [5, 4, 3, 1, 0]  # 0, 4/3, 8/3, 4; one step of a part is its first
     assert respaced_timesteps(11, "1,0") == [0] and respaced_timesteps(11, "0,1") == [6]  # the first part is longer
+    assert respaced_timesteps(1000, np.int64(5)) == respaced_timesteps(1000, 5)
 
 
 @pytest.mark.parametrize("total", [1000, 4000])

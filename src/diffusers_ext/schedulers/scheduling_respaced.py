@@ -14,6 +14,7 @@ none.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple
@@ -69,7 +70,8 @@ def respaced_timesteps(num_train_timesteps: int, respacing: str | int | Sequence
     Raises:
         ValueError: For words that are none of these, and counts that the schedule cannot give.
     """
-    text = str(respacing) if isinstance(respacing, (str, int)) else ",".join(map(str, respacing))
+    is_one = isinstance(respacing, (str, numbers.Integral))  # also of numpy
+    text = str(respacing) if is_one else ",".join(map(str, respacing))
     name = f"`timestep_respacing` is {text!r}"
     if text == "fast27":
         steps = respaced_timesteps(num_train_timesteps, FAST27)
