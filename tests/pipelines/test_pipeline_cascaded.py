@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from pipelines.tiny_cascaded import (
+    CLASSES,
     small_picture,
     tiny_base,
     tiny_cascade,
@@ -542,6 +543,20 @@ def test_unknown_classes():
     refused(tiny_cascade(2, classes=False), "`class_labels` is 1, but none of the stages base", class_labels=1)
     with pytest.raises(ValueError, match="knows no classes"):
         tiny_base(classes=False)(1)
+
+
+def test_a_number_that_means_another_class_in_another_stage():
+    """Names lead to each stage's own numbers."""
+    upscale = tiny_upscale(1, class_names=CLASSES[::-1])
+    pipe = quiet(CascadedDiffusionPipeline(base=tiny_base(), upscale_1=upscale))
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    seen = []
+    upscale.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].tolist()))
+    pipe(["circle", "star"], **options)
+    assert seen[0] == [2, 0]
+    with pytest.raises(ValueError, match="means 'circle' in base and 'star' in upscale_1: pass the name"):
+        pipe(0, **options)
+    pipe(1, **options)  # in the middle of both lists
 
 
 def test_stops_off_the_grid():

@@ -1,6 +1,7 @@
 """train_cascaded.py: each stage alone, its augmentations, its networks, and the chain that validation draws."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffusers_ext.training.cascaded.args import CascadedArgs
 from diffusers_ext.training.cascaded.data import Reader, load_rows
 from diffusers_ext.training.cascaded.networks import build_pipeline
 from diffusers_ext.training.cascaded.objective import CascadedObjective
+from diffusers_ext.training.cascaded.validation import Neighbours
 from diffusers_ext.training_utils.args import DataArgs
 from diffusers_ext.training_utils.lora import LORA_FILE
 
@@ -422,6 +424,21 @@ def test_a_stage_is_drawn_in_the_chain_of_its_neighbours(base, pictures, tmp_pat
     cascade = CascadedDiffusionPipeline.from_stages([str(base), str(middle), str(top)])
     cascade.set_progress_bar_config(disable=True)
     assert cascade("dog", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 32, 32)
+
+
+def test_neighbours_with_other_numbers_are_asked_by_name(base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["class_names"] = {"0": "fox", "1": "dog", "2": "cat"}
+    (other / "model_index.json").write_text(json.dumps(index))
+    args = upscaling(stages_before=[str(other)])
+    pipe = build_pipeline(args, 16, Classes(3, ["cat", "dog", "fox"]))
+    assert Neighbours(pipe, args).call([0, 2], None, 2)["class_labels"] == ["cat", "fox"]
+    Neighbours(pipe, args).check([0, 2], None)
+    del index["class_names"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    assert Neighbours(pipe, args).call([0, 2], None, 2)["class_labels"] == [0, 2]
 
 
 def test_stages_that_do_not_chain_are_refused_before_the_first_step(base, pictures, tmp_path):

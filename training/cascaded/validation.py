@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +52,8 @@ class Neighbours:
         self.others = {name: place for name, place in places.items() if place is not None}
         self.cascade = CascadedDiffusionPipeline(**{self.own: self.pipe}, hub_stages=self.others)
         self.cascade.set_progress_bar_config(disable=True)
+        # other stages may have other numbers for the same names
+        self.class_names = self.pipe.class_names if all(map(knows_names, self.others.values())) else None
         # a base alone stops where its training did, which in a cascade only the next stage could ask it for
         self.is_alone = self.names == ("base",)
 
@@ -61,17 +64,19 @@ class Neighbours:
             labels: Classes of `count` images.
             low: Small images (count, 3, h, w) in [-1, 1], for a cascade that starts from such.
         """
-        args = self.args
+        args, told = self.args, labels
+        if labels is not None and self.class_names is not None:
+            told = [self.class_names[label] for label in labels]
         if self.is_alone:
             return {
-                "class_labels": labels,
+                "class_labels": told,
                 "num_inference_steps": args.num_inference_steps,
                 "guidance_scale": args.guidance_scale,
                 "num_images_per_prompt": count if labels is None else 1,
             }
         drawn_freely = labels is None and not self.needs_image
         return {
-            "class_labels": labels,
+            "class_labels": told,
             "image": (low + 1) / 2 if self.needs_image and low is not None else None,
             "num_inference_steps": args.num_inference_steps,
             "guidance_scale": [args.guidance_scale if name == self.own else None for name in self.names],
@@ -121,6 +126,14 @@ class Neighbours:
             made = self.cascade(**self.call(labels, low, count), **options, return_intermediates=True).intermediates
             drawn = list((made or {}).values())
         return [2 * images.float().to(self.pipe.device) - 1 for images in drawn]
+
+
+def knows_names(place: str) -> bool:
+    """Whether a saved stage has names for its classes."""
+    try:
+        return bool(DiffusionPipeline.load_config(place).get("class_names"))
+    except (OSError, ValueError):  # no stage, which `check` says
+        return False
 
 
 class CascadedValidation(Validation):

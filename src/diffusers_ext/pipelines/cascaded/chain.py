@@ -265,10 +265,29 @@ def _read_labels(
     what = "images" if images is not None else "prompts" if counts["prompt"] == count else "classes"
     for argument, number in counts.items():
         check_one_or_each(argument, number, count, what)
+    _check_same_classes(parts, labels)
     for name, ids in labels.items():
         if ids is not None and len(ids) == 1:
             labels[name] = ids * count
     return labels, count
+
+
+def _check_same_classes(parts: Mapping[str, Any], labels: Mapping[str, list[int] | None]) -> None:
+    """The classes that were asked for are called the same in all stages that know names."""
+    meant = {
+        name: [parts[name].class_names[label] for label in ids]
+        for name, ids in labels.items()
+        if ids is not None and parts[name].class_names and max(ids) < len(parts[name].class_names)
+    }
+    first = next(iter(meant), None)
+    for name, classes in meant.items():
+        pairs = zip(meant[first], classes, strict=True) if first is not None else ()
+        for one, other in pairs:
+            if one != other:
+                raise ValueError(
+                    f"`class_labels` names a class by a number that means {one!r} in {first} and {other!r} in {name}:"
+                    " pass the name, or stages that were trained on the same classes."
+                )
 
 
 def _check_other_kind(
