@@ -95,6 +95,7 @@ AUTO = {
     ),
     "paella-variation": {IMAGE: "PaellaImageVariationPipeline"},
     "ldm-text": {TEXT: "LDMTextPipeline"},
+    "glide": dict.fromkeys((TEXT, INPAINT), "GlidePipeline"),
     "ldm-upscale": {IMAGE: "LDMUpscalePipeline"},
     "ldm-inpaint": {INPAINT: "LDMInpaintPipeline"},
     "cascaded-upscale": {IMAGE: "CascadedUpscalePipeline"},

@@ -32,6 +32,7 @@ AUTO_PIPELINES = {
     "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {
         "paella": "PaellaPipeline",
         "ldm": "LDMTextPipeline",
+        "glide": "GlidePipeline",
         "versatile": "VersatilePipeline",
     },
     "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {
@@ -42,7 +43,11 @@ AUTO_PIPELINES = {
         "versatile": "VersatilePipeline",
         "versatile-edit": "VersatileEditPipeline",
     },
-    "AUTO_INPAINT_PIPELINES_MAPPING": {"paella": "PaellaInpaintPipeline", "ldm-inpaint": "LDMInpaintPipeline"},
+    "AUTO_INPAINT_PIPELINES_MAPPING": {
+        "paella": "PaellaInpaintPipeline",
+        "ldm-inpaint": "LDMInpaintPipeline",
+        "glide": "GlidePipeline",
+    },
 }
 
 

@@ -127,6 +127,35 @@ def test_unknown_wrapper_is_refused_by_name(name):
         assert getattr(owner, part) is network
 
 
+class Transparent(Shell):
+    """A wrapper that hands on everything, as peft's do."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_wrapper_that_shows_a_config_is_refused_with_the_network_that_it_holds(name):
+    pipe = CASES[name].build()
+    for part, network in networks(pipe).items():
+        owner, part = owner_of(pipe, part)
+        with pytest.raises(ValueError, match=rf"`{part}` is a Transparent around .*assign the .*wrapper's `inner`"):
+            setattr(owner, part, Transparent(network))
+        assert getattr(owner, part) is network
+
+
+def test_peft_model_is_refused_with_the_network_that_it_holds():
+    pipe = CASES["ldm-text"].build()
+    adapted = peft.get_peft_model(pipe.unet, peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="`unet` is a PeftModel around .*assign the .*wrapper's `base_model.model`"):
+        pipe.unet = adapted
+    pipe.unet = adapted.base_model.model
+    sample(pipe, "ldm-text")
+
+
 # --- offloading, group offloading, layerwise casting
 
 

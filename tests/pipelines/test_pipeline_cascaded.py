@@ -631,6 +631,7 @@ def test_pictures_of_the_wrong_size_and_places_to_start():
         ),
         ({"conditioning_mode": "both"}, ValueError, "`conditioning_mode` is 'both'; allowed are 'truncated'"),
         ({"prompt": "a star"}, ValueError, "`prompt` is 'a star', but none of the stages base, upscale_1, upscale_2"),
+        ({"negative_prompt": "a star"}, ValueError, "`negative_prompt` is 'a star', but none of the stages base"),
         ({"eta": 2}, ValueError, r"`eta` must lie in \[0, 1\]"),
         ({"output_type": "jpg"}, ValueError, "`output_type` must be one of"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, ValueError, "base: `latents` must have shape"),

@@ -25,6 +25,12 @@ def check_component(pipeline_class: Any, name: str, component: nn.Module, family
         return
     found = type(component)
     takers = [taker.__name__ for taker in family if issubclass(found, network_classes(taker, name))]
+    if inside := next((place for place, part in component.named_modules() if isinstance(part, wanted)), None):
+        raise ValueError(
+            f"`{name}` is a {found.__name__} around a network that {pipeline_class.__name__} takes. It sees through"
+            " torch.compile, DistributedDataParallel and DataParallel, and through no other wrapper: assign the"
+            f" network itself, the wrapper's `{inside}`."
+        )
     where = f" A {found.__name__} belongs into {' or '.join(takers)}." if takers else ""
     raise ValueError(
         f"`{name}` is a {found.__name__}, {pipeline_class.__name__} needs {_listed(wanted)}: load the one that the"

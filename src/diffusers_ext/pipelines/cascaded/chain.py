@@ -81,6 +81,7 @@ def plan_run(
     *,
     class_labels: Any,
     prompt: Any,
+    negative_prompt: Any,
     images: Tensor | None,
     num_inference_steps: Any,
     guidance_scale: Any,
@@ -116,7 +117,7 @@ def plan_run(
     steps = _each("num_inference_steps", num_inference_steps, list(stages))
     scales = _each("guidance_scale", guidance_scale, list(stages))
     levels = _each("noise_level", noise_level, [name for name in stages if name != "base"])
-    labels, count = _read_labels(parts, kinds, names, class_labels, prompt, images)
+    labels, count = _read_labels(parts, kinds, names, class_labels, prompt, negative_prompt, images)
     sizes = _sizes(parts, kinds, names, images, latents)
     batch_size = count * num_images_per_prompt
     check_generator(generator, batch_size, torch.device("cpu") if generator is None else _device_of(generator))
@@ -239,6 +240,7 @@ def _read_labels(
     names: list[str],
     class_labels: Any,
     prompt: Any,
+    negative_prompt: Any,
     images: Tensor | None,
 ) -> tuple[dict[str, list[int] | None], int]:
     """Class numbers by stage, and for how many classes, prompts or images the run draws."""
@@ -257,7 +259,7 @@ def _read_labels(
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
     given = {"class_labels": as_list(class_labels), "prompt": prompt}
-    for argument, value in given.items():
+    for argument, value in {**given, "negative_prompt": negative_prompt}.items():
         if value is not None and argument not in taken:
             raise ValueError(f"`{argument}` is {value!r}, but none of the stages {', '.join(names)} takes any.")
     counts = {name: max(len(value), 1) if isinstance(value, (list, tuple)) else 1 for name, value in given.items()}

@@ -429,6 +429,7 @@ class CascadedDiffusionPipeline(HousePipeline):
             {name: getattr(self, name) or self._sources[name] for name in self.stage_names},
             class_labels=class_labels,
             prompt=prompt,
+            negative_prompt=negative_prompt,
             images=pictures,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
