@@ -18,6 +18,7 @@ from filelock import FileLock
 from pipelines.tiny_glide import WIDTH, tiny_glide, tiny_piti
 from safetensors.torch import load_file
 
+from diffusers_ext.data.scenes import write_scenes
 from diffusers_ext.training.ldm.tasks.table import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +111,27 @@ def test_it_runs_in_bf16_with_weights_in_float32(name, tmp_path):
         assert value.dtype in (torch.float32, torch.int64) and bool(torch.isfinite(value).all()), key
     trained = load_file(next(folder.glob("checkpoint-2/*.safetensors")))
     assert {value.dtype for value in trained.values() if value.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name.endswith("-smoke") and name != "optimus-smoke"])
+def test_a_broken_picture_is_left_out(name, pictures, tmp_path):
+    """In a folder of one's own, wherever it lies; the run goes on and lists it."""
+    words = ["--train_data_dir", str(pictures), "--on_broken_picture", "skip", "--train_batch_size", "12"]
+    needed = {"versatile-smoke": ("--paraphrase_column", "full_text")}.get(name, ())
+    folder = run(name, tmp_path, *words, *needed)
+    (line,) = (folder / "broken_pictures.jsonl").read_text().splitlines()
+    assert "000005.png: image file is truncated" in json.loads(line)["error"]
+    assert len(losses(folder)) == 2 and list(folder.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """`scenes` as a user's folder, one of whose pictures is damaged."""
+    kinds = ("semantic", "sketch")
+    folder = write_scenes(tmp_path_factory.mktemp("data") / "scenes", 26, resolution=64, extra_pictures=kinds)
+    data = (folder / "000005.png").read_bytes()
+    (folder / "000005.png").write_bytes(data[: len(data) // 2])
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -202,6 +202,40 @@ def test_a_validation_that_a_kill_has_cut_off_is_made_up_for(tmp_path, steps):
     assert run("killed", validate, resume_from_checkpoint="latest")[1] == log and asked == []  # once is enough
 
 
+class OneIsBad(Numbers):
+    def __init__(self, bad: int):
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == self.bad:
+            raise ValueError("a.png cannot be read")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_learnt_before_a_bad_row_is_saved(tmp_path, workers):
+    plan = StepPlan(SAMPLES, 4, 2)
+    (_, bad) = plan.micro_batches(2)[1][0][1]  # in the second micro-batch of the third step
+    options = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "max_train_steps": 4, "use_ema": True}
+    straight = train(tmp_path / "straight", **options)
+    args = TrainArgs(output_dir=str(tmp_path / "bad"), learning_rate=1e-2, logging_steps=1, **options)
+    with pytest.raises(ValueError, match="a.png cannot be read"):
+        fit(start(args), Denoising(), OneIsBad(bad), args, transform=augment, num_workers=workers)
+    assert [path.name for path in (tmp_path / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
+    repaired = train(tmp_path / "bad", resume_from_checkpoint="latest", **options)
+    assert torch.equal(weights(repaired), weights(straight))
+
+
+def test_what_was_learnt_before_a_failed_validation_is_saved(tmp_path):
+    def fails(step):
+        raise ValueError("no memory left")
+
+    args = TrainArgs(output_dir=str(tmp_path), max_train_steps=9, validation_steps=3, train_batch_size=8)
+    with pytest.raises(ValueError, match="no memory left"):
+        fit(start(args), Denoising(), Numbers(), args, transform=augment, on_validate=fails)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     class Poisoned(Denoising):
         def losses(self, batch, generators, step):

@@ -91,6 +91,15 @@ def test_every_number_is_one_and_sizes_are_above_zero(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_a_cache_knows_no_other_rows(recipe):
+    if any(hasattr(section, "cache_dir") for section in parse(recipe)):
+        with pytest.raises(
+            ValueError, match="--on_broken_picture=skip with --cache_dir=cache: .* Leave one of them out"
+        ):
+            parse(recipe, "--cache_dir", "cache", "--center_crop", "true", "--on_broken_picture", "skip")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_lora_needs_a_network_to_stand_beside(recipe):
     if any(hasattr(section, "rank") for section in parse(recipe)):
         with pytest.raises(

@@ -46,7 +46,7 @@ def load_rows(args: PITIArgs, data: DataArgs) -> tuple[NamedRows, NamedRows, dic
     Raises:
         ValueError: A column is missing.
     """
-    source = replace(data, resolution=max(data.resolution, args.map_side))
+    source = data.changed(resolution=max(data.resolution, args.map_side))
     names = {column: column for column in args.columns(data.caption_column)}
     if data.dataset_name == "scenes":
         names = {name: OTHER_NAMES.get(column, (column,))[0] for name, column in names.items()}

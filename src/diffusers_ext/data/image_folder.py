@@ -23,7 +23,7 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..conditions.pixels import read_rgb
 from ..places import did_you_mean
 from .annotations import RowName
+from .broken_pictures import StandIns, UnreadablePicture
 from .folder_contents import IMAGE_SUFFIXES, METADATA_NAMES
 from .layouts import SPLIT_FOLDERS, Columns, Rows, caption_from_file_name, read_folder, split_folders
 from .metadata import check_text
@@ -61,7 +62,8 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
     transparent parts become white, and more than 8 bits are scaled to 8.
 
     Raises:
-        ValueError: The picture cannot be read; names `name`, or the path.
+        UnreadablePicture: It cannot be read; names `name`, or the path.
+        ValueError: It is no picture, or one of an unknown mode.
     """
     source = value
     if isinstance(value, dict):
@@ -81,7 +83,7 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
         image.load()
         return read_rgb(image) if rgb else ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UnreadablePicture(
             f"Cannot read the picture {name or '(bytes without a name)'}: {error}. Repair or remove it."
         ) from error
     except ValueError as error:
@@ -90,12 +92,28 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
 
 @dataclass(frozen=True)
 class _DecodeRows:
-    """The data set's transform: picture columns hold paths or file bytes, rows show PIL pictures."""
+    """The data set's transform: picture columns hold paths or file bytes, rows show PIL pictures.
+
+    With `stand_ins` other rows stand in for those whose pictures cannot be read; without, messages end in `advice`.
+    """
 
     rgb_columns: tuple[str, ...]
     other_columns: tuple[str, ...] = ()
+    stand_ins: StandIns | None = None
+    advice: str = ""
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        try:
+            return self.decode(batch)
+        except UnreadablePicture as error:
+            if self.stand_ins is None:
+                raise UnreadablePicture(f"{error}{self.advice}") from error
+        columns = (*self.rgb_columns, *self.other_columns)
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        read = [self.stand_ins.read(row, columns, self.decode) for row in rows]
+        return {name: [row[name] for row in read] for name in batch}
+
+    def decode(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         shown = dict(batch)
         for columns, rgb in ((self.rgb_columns, True), (self.other_columns, False)):
             for name in columns:
@@ -108,7 +126,8 @@ def decode_value(value: Any, *, rgb: bool = True) -> Any:
     """What a picture column holds: a picture, see `decode_image`, or the array of a .npy file (normals, depth).
 
     Raises:
-        ValueError: it cannot be read; names the file.
+        UnreadablePicture: it cannot be read; names the file.
+        ValueError: see `decode_image`.
     """
     path = value.get("path") if isinstance(value, dict) else value
     if not (isinstance(path, str) and path.lower().endswith(".npy")):
@@ -117,7 +136,7 @@ def decode_value(value: Any, *, rgb: bool = True) -> Any:
     try:
         return np.load(path if data is None else io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"Cannot read the array {path}: {error}. Repair or remove it.") from error
+        raise UnreadablePicture(f"Cannot read the array {path}: {error}. Repair or remove it.") from error
 
 
 def load_image_dataset(
@@ -280,6 +299,26 @@ def _draw(rows: Rows, count: int | None) -> tuple[Dataset, list[int] | None]:
         return rows.dataset, rows.repeats
     kept = sorted(np.random.Generator(np.random.Philox(0)).permutation(size)[:count].tolist())
     return rows.dataset.select(kept), None if rows.repeats is None else [rows.repeats[index] for index in kept]
+
+
+def without_broken_pictures(dataset: Dataset, listed: Path) -> Dataset:
+    """The same rows, but for those whose pictures cannot be read, in whose place others of them come up.
+
+    Args:
+        dataset: Of `load_image_dataset` or `load_image_splits`.
+        listed: File that lists the broken pictures.
+    """
+    return _with_transform(dataset, stand_ins=StandIns(dataset.with_format(None), listed))
+
+
+def with_advice(dataset: Dataset, advice: str) -> Dataset:
+    """The same rows; messages about pictures that cannot be read end in `advice`."""
+    return _with_transform(dataset, advice=advice)
+
+
+def _with_transform(dataset: Dataset, **options: Any) -> Dataset:
+    transform: Any = dataset.format["format_kwargs"]["transform"]
+    return dataset.with_transform(replace(transform, **options))
 
 
 def _show_pictures(dataset: Dataset, image_column: str) -> Dataset:

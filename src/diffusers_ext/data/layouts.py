@@ -137,6 +137,11 @@ def read_folder(folder: Path, columns: Columns, cache_dir: str | None = None) ->
     else:
         others = [*contents.others, *contents.texts]
         there = f"; it has {contents.names(others)}" if others else ""
+        if any(path.suffix.lower() == ".tar" for path in others):
+            there += (
+                f". Tars of WebDataset are read by --dataset_name {folder} with --image_column jpg and the like, the "
+                "suffixes of their members"
+            )
         raise ValueError(
             f"There are no pictures in {str(folder)!r} (looked for {', '.join(IMAGE_SUFFIXES)} and what else Pillow "
             f"reads, {', '.join(METADATA_NAMES)} and *.parquet){there}."

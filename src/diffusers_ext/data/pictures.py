@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .image_folder import load_image_splits, repeat_rows, wanted_columns
+from .image_folder import load_image_splits, repeat_rows, wanted_columns, with_advice, without_broken_pictures
 from .scenes import COLUMNS, TEXT_COLUMNS, load_scenes
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def load_pictures(
 
     Args:
         source: Which data set; see `PictureSource`. The options `random_flip` and `captions_from_names` count where it
-            has them.
+            has them, and so does `broken_pictures`, a file: it lists pictures that cannot be read, and other rows
+            stand in for theirs.
         columns: Columns that the recipe reads beside the picture. They must exist.
         text_columns: Those of them that hold captions besides `caption_column`.
     """
@@ -75,16 +76,25 @@ def load_pictures(
         dataset_config_name=source.dataset_config_name,
         max_samples=source.max_train_samples,
     )
-    dataset, validation = splits.train, splits.validation
+    dataset, validation, repeats = splits.train, splits.validation, splits.repeats
     if validation is not None:
         kept, _ = split_rows(len(validation), min(VALIDATION_SAMPLES, len(validation)))
         logger.info("Validation: %d of %d rows of the split %r.", len(kept), len(validation), splits.validation_split)
-        return repeat_rows(dataset, splits.repeats), validation.select(kept)
-    held_out, trained = hold_out(len(dataset))
-    if not held_out:
-        return repeat_rows(dataset, splits.repeats), dataset
-    repeats = None if splits.repeats is None else [splits.repeats[index] for index in trained]
-    return repeat_rows(dataset.select(trained), repeats), dataset.select(held_out)
+        validation = validation.select(kept)
+    else:
+        held_out, trained = hold_out(len(dataset))
+        validation = dataset.select(held_out) if held_out else dataset
+        dataset = dataset.select(trained) if held_out else dataset
+        repeats = [repeats[index] for index in trained] if held_out and repeats is not None else repeats
+    listed = getattr(source, "broken_pictures", None)
+    if listed is not None:  # each of the two sets stands in for itself
+        dataset, validation = (without_broken_pictures(one, listed) for one in (dataset, validation))
+    elif hasattr(source, "on_broken_picture"):
+        dataset, validation = (
+            with_advice(one, " To train without such pictures: --on_broken_picture skip.")
+            for one in (dataset, validation)
+        )
+    return repeat_rows(dataset, repeats), validation
 
 
 def hold_out(count: int) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
+from ..data.broken_pictures import BROKEN_LIST
 from ..places import did_you_mean, is_local, is_path
 from .presets import find_preset, optional_fields, preset_words, take_unset, without_the_source
 
@@ -49,7 +50,7 @@ def option(default: Any, text: str) -> Any:
 class DataArgs:
     """Where the training pictures come from; the layouts are described in training/README.md."""
 
-    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("dataloader_num_workers",)  # see TrainArgs
+    BOOKKEEPING: ClassVar[tuple[str, ...]] = ("dataloader_num_workers", "on_broken_picture")  # see TrainArgs
 
     dataset_name: str | None = option(None, "`scenes` (built in), or the name of a data set on the Hub.")
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set; the grounds of `scenes`.")
@@ -69,6 +70,12 @@ class DataArgs:
     center_crop: bool = option(False, "Crop the centre instead of a random place.")
     random_flip: bool = option(False, "Mirror half of the pictures left to right.")
     dataloader_num_workers: int = option(0, "Processes that load data; results do not depend on it.")
+    on_broken_picture: Literal["stop", "skip"] = option(
+        "stop",
+        "A file that cannot be read ends the run, or another row stands in for its row always, and "
+        f"<output_dir>/{BROKEN_LIST} names it; of more than a twentieth of the rows the run ends.",
+    )
+    broken_pictures: Path | None = field(default=None, init=False, repr=False, compare=False)  # that file, to skip
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.train_data_dir is None):
@@ -80,9 +87,15 @@ class DataArgs:
         positive(self, "resolution", "max_train_samples")
         between(self, 0, None, "dataloader_num_workers")
 
+    def changed(self, **options: Any) -> "DataArgs":
+        """The same source with other options."""
+        new = replace(self, **options)
+        new.broken_pictures = self.broken_pictures
+        return new
+
     def without_augmentation(self) -> "DataArgs":
         """The options of a validation: the centre of the picture, not mirrored."""
-        return replace(self, center_crop=True, random_flip=False)
+        return self.changed(center_crop=True, random_flip=False)
 
 
 @dataclass
@@ -285,6 +298,15 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         check_numbers(section)
     for train in (section for section in parsed if isinstance(section, TrainArgs)):
         train.origin.sections = parsed
+        for data in (section for section in parsed if isinstance(section, DataArgs)):
+            if data.on_broken_picture == "skip":
+                data.broken_pictures = Path(train.output_dir, BROKEN_LIST)
+            if data.on_broken_picture == "skip" and (cache := all_options(train).get("cache_dir")):
+                raise ValueError(
+                    f"--on_broken_picture=skip with --cache_dir={cache}: a cache is of the pictures alone, and what "
+                    "goes with them would be that of other rows. Leave one of them out; a cache is written before the "
+                    "training and names the picture that has to be removed."
+                )
         apply_launcher(train, given, of_the_preset)
     return parsed
 

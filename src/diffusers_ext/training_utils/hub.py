@@ -14,6 +14,7 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from ..data.broken_pictures import BROKEN_LIST
 from .lock import LOCK
 from .saved_folders import LIBRARY, SavedFolder, options_as_dicts, package, read_saved
 
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 # `pipelines/cards.py` says the same: neither of the two may import the other.
 INSTALL = "pip install .  # in a checkout of diffusers_ext; with its wheel: pip install path/to/diffusers_ext-*.whl"
 # What a training leaves beside its result and nobody wants to download.
-NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp", LOCK]
+NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp", LOCK, BROKEN_LIST]
 
 
 def write_model_card(

@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from torch import Generator, Tensor, nn
 from torch.utils.data import default_collate
 
+from ..data.broken_pictures import BROKEN_LIST
 from .args import TrainArgs, apply_launcher, check_places
 from .checkpoints import (
     CheckpointError,
@@ -73,6 +74,8 @@ def start(args: TrainArgs) -> Accelerator:
     if accelerator.is_main_process:
         try:
             prepare_folder(output_dir)
+            if args.resume_from_checkpoint is None:  # of a run before, which had no checkpoint
+                (output_dir / BROKEN_LIST).unlink(missing_ok=True)
         except FolderInUse as error:
             refused = [error]
     if (error := broadcast_object_list(refused)[0]) is not None:  # so that no process waits for another in vain
@@ -181,6 +184,7 @@ class Run:
         self.skipped: dict[str, SkippedSteps] = {}
         self.unread: deque[GradientNorm] = deque()
         self.step, self.window, self.values, self.ended = self.first_step, [], {}, False
+        self.saved = self.first_step  # the step of the last checkpoint
 
     def __enter__(self) -> "Run":
         self.log.begin(self.first_step)
@@ -200,9 +204,11 @@ class Run:
         for step in range(self.first_step, self.args.max_train_steps):
             parts = self.plan.micro_batches(step)
             self.step, self.values = step, {}
+            with self.saved_on_error(step):  # a bad row, say
+                read = [next(batches) for _ in parts]
             self.window = [
-                MicroBatch(next(batches), keys, len(keys) if weight else 0, weight, number, number == len(parts) - 1)
-                for number, (keys, weight) in enumerate(parts)
+                MicroBatch(batch, keys, len(keys) if weight else 0, weight, number, number == len(parts) - 1)
+                for number, (batch, (keys, weight)) in enumerate(zip(read, parts, strict=True))
             ]
             yield step, self.window
             if self.ended:
@@ -289,12 +295,29 @@ class Run:
             self.log.flush(done, lr=rate, **self.objective.logged())
         if saves:
             save_checkpoint(self.accelerator, done, self.parts, args, self.record)
+            self.saved = done
         if validates:
-            self.validate(done)
+            with self.saved_on_error(done):
+                self.validate(done)
         if self.ended and not self.finished:
             args.origin.stopped_by = self.stop.signal
             self.log.bar.close()
             logger.warning("%s: stopped after step %d; --resume_from_checkpoint latest goes on.", reason, done)
+
+    @contextmanager
+    def saved_on_error(self, done: int) -> Iterator[None]:
+        """Between two steps: an error ends the run with a checkpoint, so that nothing is lost of `done` steps.
+
+        Not with several processes: the others are at work, and would have to take part.
+        """
+        try:
+            yield
+        except Exception:
+            if done > self.saved and self.accelerator.num_processes == 1:
+                self.check_finite(up_to=done - 1)
+                save_checkpoint(self.accelerator, done, self.parts, self.args, self.record)
+                logger.warning("Step %d was saved; --resume_from_checkpoint latest goes on from there.", done)
+            raise
 
     def validates(self, done: int) -> bool:
         """Whether a validation follows so many steps."""
