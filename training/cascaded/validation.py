@@ -105,6 +105,7 @@ class Neighbours:
                 **call,
                 images=images,
                 prompt=None,
+                negative_prompt=None,
                 conditioning_mode=None,
                 start_stage=None,
                 stop_stage=None,
