@@ -25,7 +25,7 @@ from PIL import Image
 from diffusers_ext import LDMTextPipeline, LDMUpscalePipeline, PaellaPipeline
 from diffusers_ext.conditions.images import image_batch
 from diffusers_ext.data.labels import Classes, warn_of_numbers
-from diffusers_ext.data.scenes import load_scenes
+from diffusers_ext.data.scenes import CLASS_NAMES, load_scenes
 from diffusers_ext.evaluation.reconstruction import warn_of_first_stage
 from diffusers_ext.models.unet_paella import PaellaUNet
 from diffusers_ext.pipelines.ldm.first_stage import decode_first_stage, encode_first_stage
@@ -302,3 +302,14 @@ def test_says_which_numbers_folders_become_in_a_network_without_names(caplog):
     assert not caplog.text
     warn_of_numbers(Classes(3, ["cat", "dog", "fox"]), 1000, "place")
     assert "knows 1000 classes by number" in caplog.text and "cat is 0, dog is 1" in caplog.text
+
+
+def test_the_built_in_classes_keep_their_numbers(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "class_names": {"0": "red circle"}}))
+    words = ["cascaded-smoke", "--pretrained_model_name_or_path", str(tmp_path)]
+    args, data, _ = train_cascaded.parse_args(words)
+    with pytest.raises(ValueError, match="knows the classes red circle, but the data have others"):
+        train_cascaded.load_rows(args, data)
+    names = dict(enumerate(CLASS_NAMES))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "X", "class_names": names}))
+    assert len(train_cascaded.load_rows(args, data)[0])

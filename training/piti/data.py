@@ -179,7 +179,10 @@ class ConditionReader(Reader):
             return {"condition": sketch_condition(lines[None], self.side)[0], "sketch": lines}
         assert self.palette is not None
         palette = self.palette
-        labels = label_batch(values["semantic"], len(palette), palette=palette.tolist(), name="label map")
+        try:
+            labels = label_batch(values["semantic"], len(palette), palette=palette.tolist(), name="label map")
+        except ValueError as error:
+            raise ValueError(f"{error} --palette says which labels there are, and their colours.") from error
         cut = torch.from_numpy(crop.values(labels[0].numpy(), "label map"))
         labels = self._resized(cut[None].float())[0].long()
         return {"condition": label_condition(labels[None], palette, self.side)[0], "label_map": labels}

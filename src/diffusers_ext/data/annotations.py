@@ -161,6 +161,22 @@ def check_filled(dataset: Dataset, column: str, image_column: str) -> None:
             )
 
 
+def renumber_classes(dataset: Dataset, column: str, names: Sequence[str]) -> Dataset:
+    """The rows with other numbers for their classes.
+
+    Args:
+        column: A `ClassLabel`, all of whose names are among `names`.
+        names: Of the classes 0, 1, ...
+    """
+    from datasets import ClassLabel
+
+    plain, shape = dataset.with_format(None), dataset.format  # pictures stay undecoded
+    numbers = [names.index(name) for name in plain.features[column].names]
+    labels: Any = [numbers[label] for label in column_values(plain, column)]
+    plain = plain.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=list(names)))
+    return plain.with_format(shape["type"], shape["columns"], shape["output_all_columns"], **shape["format_kwargs"])
+
+
 def check_labels(dataset: Dataset, column: str, image_column: str, num_labels: int) -> None:
     """Class numbers of all rows lie in 0 ... num_labels - 1.
 

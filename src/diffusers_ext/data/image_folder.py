@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..conditions.pixels import read_rgb
 from ..places import did_you_mean
-from .annotations import RowName
+from .annotations import RowName, renumber_classes
 from .broken_pictures import StandIns, UnreadablePicture
 from .folder_contents import IMAGE_SUFFIXES, METADATA_NAMES
 from .layouts import SPLIT_FOLDERS, Columns, Rows, caption_from_file_name, read_folder, split_folders
@@ -338,7 +338,12 @@ def _check_columns(dataset: Dataset, columns: Columns, source: str) -> None:
     if missing:
         raise ValueError(
             f"There is no column {missing[0]!r} in {source}; its columns are {', '.join(dataset.column_names)}. "
-            "Name the right one (`image_column`, `caption_column`, `label_column`) or add it."
+            "Name the right one (`image_column`, `caption_column`, `label_column`) or add it"
+            + (
+                "."
+                if missing[0] in (columns.image, columns.caption, columns.label)
+                else f"; one of files has their names as {missing[0]}_file_name in metadata.jsonl."
+            )
         )
     for name in columns.needed:
         values = dataset.data.column(name)
@@ -398,9 +403,7 @@ def _encode_labels(dataset: Dataset, columns: Columns, source: str, like: Datase
     unknown = sorted(set(feature.names) - set(wanted.names))
     if unknown:
         raise ValueError(f"{source} has the class {unknown[0]!r}, which the training pictures lack.")
-    numbers = [wanted.names.index(name) for name in feature.names]
-    labels = [numbers[label] for label in dataset.data.column(column).to_pylist()]
-    return dataset.remove_columns(column).add_column(column, labels).cast_column(column, wanted)  # type: ignore
+    return renumber_classes(dataset, column, wanted.names)
 
 
 def _verify(dataset: Dataset, image_column: str, source: str) -> None:

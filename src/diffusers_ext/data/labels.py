@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..conditions.palettes import SCENES_CLASSES
-from .annotations import RowName, check_labels, column_values
+from .annotations import RowName, check_labels, column_values, renumber_classes
 from .pictures import PictureSource
 from .scenes import CLASS_NAMES, LABEL_COLUMN
 
@@ -97,31 +97,19 @@ def follow_names(
     Raises:
         ValueError: The data have names that the network does not know.
     """
-    from datasets import ClassLabel
-
-    feature, column = sets[0].features[source.label_column], source.label_column
-    names = list(CLASS_NAMES) if source.dataset_name == "scenes" else getattr(feature, "names", None)
+    column, is_built_in = source.label_column, source.dataset_name == "scenes"
+    names = list(CLASS_NAMES) if is_built_in else getattr(sets[0].features[column], "names", None)
     if known is None or names is None or names == list(known[: len(names)]):
         return sets
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if is_built_in or name not in known]  # the built-in numbers are fixed
     if unknown:
         raise ValueError(
             f"{place!r} knows the classes {', '.join(known[:5])}{' ...' if len(known) > 5 else ''}, but the data have "
             f"others: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}. Name them as there, or give its "
             f"numbers in a column {column!r} of integers."
         )
-    numbers = [known.index(name) for name in names]
     logger.info("Classes have the numbers that %r knows their names by.", place)
-    features = sets[0].features | {column: ClassLabel(names=list(known))}
-    train_set, validation_set = (
-        dataset.map(
-            lambda labels: {column: [numbers[label] for label in labels]},
-            batched=True,
-            input_columns=[column],
-            features=type(sets[0].features)(features),
-        )
-        for dataset in sets
-    )
+    train_set, validation_set = (renumber_classes(dataset, column, known) for dataset in sets)
     return train_set, validation_set
 
 

@@ -70,8 +70,10 @@ def respaced_timesteps(num_train_timesteps: int, respacing: str | int | Sequence
     Raises:
         ValueError: For words that are none of these, and counts that the schedule cannot give.
     """
-    is_one = isinstance(respacing, (str, numbers.Integral))  # also of numpy
-    text = str(respacing) if is_one else ",".join(map(str, respacing))
+    if isinstance(respacing, (str, int, numbers.Integral)):  # the last one for numpy's integers
+        text = str(respacing)
+    else:
+        text = ",".join(map(str, respacing))
     name = f"`timestep_respacing` is {text!r}"
     if text == "fast27":
         steps = respaced_timesteps(num_train_timesteps, FAST27)
