@@ -2,12 +2,15 @@
 
 The file of an adapter holds its own arguments and, under "scheduler", the config of the held scheduler with its class.
 To swap the solver, assign a scheduler to `.scheduler`. As always in diffusers, a scheduler can also be made of the
-config, `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`; it is then without the adapter.
+config, `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`, or of the file, with `from_pretrained` and
+`subfolder="scheduler"`; it is then without the adapter. For those who do so, the file shows the held one's values
+beside the own ones, too. An adapter reads them under "scheduler" alone.
 """
 
 import functools
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,13 +93,16 @@ class SchedulerAdapter(SchedulerMixin, ConfigMixin):
 
     @property
     def config(self) -> FrozenDict:
-        """The held scheduler's values, for those who ask for betas or make another scheduler of them, then the own.
-
-        The file holds each of them once: the former are part of `config["scheduler"]`.
-        """
+        """The held scheduler's values, for those who ask for betas or make another scheduler of them, then the own."""
         values = {**self.scheduler.config, **self._internal_dict}
         shown = {key: value for key, value in values.items() if not key.startswith("_")}
         return FrozenDict({**shown, "_class_name": type(self).__name__})
+
+    def to_json_string(self) -> str:
+        """What the file holds: the values of `config`."""
+        own = json.loads(super().to_json_string())
+        held = {key: _plain(value) for key, value in self.config.items()}
+        return json.dumps({**held, **own}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
