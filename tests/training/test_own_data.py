@@ -261,9 +261,9 @@ def test_the_number_of_labels_follows_from_the_data(pictures, predecessors, tmp_
         train_paella.main([*words, *again, "--num_labels", "11", "--output_dir", str(tmp_path / "other")])
 
 
-def class_rows(recipe: str, place: Path, folder: Path):
+def class_rows(recipe: str, place: Path, folder: Path, *more: str):
     """Training and validation rows of a recipe that fine-tunes `place` on folders of classes, and the column."""
-    words = ["--pretrained_model_name_or_path", str(place), "--train_data_dir", str(folder)]
+    words = ["--pretrained_model_name_or_path", str(place), "--train_data_dir", str(folder), *more]
     if recipe == "ldm":
         args, data, _ = train_ldm.parse_args(["ldm-smoke", "--task", "class", *words])
         return train_ldm.load_rows(train_ldm.TASKS["class"](args, data))
@@ -291,6 +291,13 @@ def test_folders_get_the_numbers_that_a_pretrained_network_knows_their_names_by(
             assert len(rows) in (1, 11)
             for row in (rows[index] for index in range(len(rows))):
                 assert row["label"] == known.index("cat" if row["image"].getpixel((0, 0))[0] else "dog")
+    (tmp_path / "own" / "cat" / "0.png").write_bytes(b"broken")  # another row stands in for it, with its own number
+    (place / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", key: dict(enumerate(["dog", "fox", "cat"]))})
+    )
+    for rows in class_rows(recipe, place, tmp_path / "own", "--on_broken_picture", "skip", "--output_dir", str(place)):
+        for row in (rows[index] for index in range(len(rows))):
+            assert row["label"] == (2 if row["image"].getpixel((0, 0))[0] else 0)
     (place / "model_index.json").write_text(json.dumps({"_class_name": "X", key: {"0": "fox", "1": "dog"}}))
     with pytest.raises(ValueError, match="knows the classes fox, dog, but the data have others: cat"):
         class_rows(recipe, place, tmp_path / "own")

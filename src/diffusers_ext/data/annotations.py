@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import Dataset as TorchDataset
@@ -174,7 +174,10 @@ def renumber_classes(dataset: Dataset, column: str, names: Sequence[str]) -> Dat
     numbers = [names.index(name) for name in plain.features[column].names]
     labels: Any = [numbers[label] for label in column_values(plain, column)]
     plain = plain.remove_columns(column).add_column(column, labels).cast_column(column, ClassLabel(names=list(names)))
-    return plain.with_format(shape["type"], shape["columns"], shape["output_all_columns"], **shape["format_kwargs"])
+    options = dict(shape["format_kwargs"])
+    if (stand_ins := getattr(options.get("transform"), "stand_ins", None)) is not None:  # rows with the old numbers
+        options["transform"] = replace(options["transform"], stand_ins=replace(stand_ins, rows=plain))
+    return plain.with_format(shape["type"], shape["columns"], shape["output_all_columns"], **options)
 
 
 def check_labels(dataset: Dataset, column: str, image_column: str, num_labels: int) -> None:
