@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         usage=partial(kind.usage, config=pipe.config, prompt=prompt),
         header=kind.card_tags(),
         lora=objective.denoiser if args.rank else None,
+        lora_part="upscale_unet" if args.upsamples else None,
     )
 
 

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -142,6 +143,23 @@ def test_sampling_that_does_not_fit_the_network_is_refused_before_the_first_step
             train_ldm.main([*words, *more])
         AcceleratorState._reset_state(reset_partial_state=True)
     assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_result_needs_a_folder(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir(mode=0o500)
+    for place, why in (
+        ("file", "file is no folder"),
+        ("file/run", "file is no folder"),
+        ("closed/run", "closed may not"),
+    ):
+        if why.startswith("closed") and os.access(tmp_path / "closed", os.W_OK):
+            continue  # nothing is closed to root
+        with pytest.raises(ValueError, match=f"--output_dir={tmp_path / place}: .*{why}.*Name another folder"):
+            importlib.import_module(f"train_{recipe}").main(
+                [str(PRESETS / f"{recipe}-smoke.yaml"), "--output_dir", str(tmp_path / place)]
+            )
 
 
 def test_several_trackers_and_all_that_are_installed():

@@ -18,6 +18,7 @@ from diffusers_ext.training.piti.data import UpscaleReader
 from diffusers_ext.training.piti.objective import Prediction
 from diffusers_ext.training.piti.upsampler import MapUpsamplerObjective, build_opponent, build_perceptual
 from diffusers_ext.training.piti.upsampler_networks import build_upsampler
+from diffusers_ext.training_utils.lora import LORA_FILE
 
 SMALL = [
     "--dataset_name", "scenes", "--dataset_config_name", "plain+one", "--max_train_samples", "24",
@@ -286,6 +287,24 @@ def test_an_upsampler_that_is_there_is_trained_on(tmp_path, prior):
         moved = [float((one - other).detach().abs().max()) for one, other in pairs]
         assert 0 < max(moved) < 1e-4
     assert type(trained.upscale_scheduler) is type(before.upscale_scheduler)
+
+
+def test_matrices_of_an_upsampler_do_not_get_into_the_base(tmp_path):
+    """Both have layers of the same names and sizes."""
+    tiny_piti("sketch").save_pretrained(tmp_path / "piti")
+    words = [*SKETCH, "--pretrained_model_name_or_path", str(tmp_path / "piti"), "--adversarial_weight", "0"]
+    folder = run([*words, "--rank", "2", "--learning_rate", "1e-2"], tmp_path / "run", 2)
+    trained, pipe = (PITIPipeline.from_pretrained(one) for one in (folder, tmp_path / "piti"))
+    with pytest.raises(ValueError, match="matrices of upscale_unet, not of unet: call `pipe.upscale_unet.load_lora_a"):
+        pipe.load_lora_weights(folder)
+    pipe.upscale_unet.load_lora_adapter(folder, prefix="upscale_unet", weight_name=LORA_FILE)  # as the message says
+    pipe.upscale_unet.fuse_lora()
+    pipe.upscale_unet.unload_lora()
+    for part in ("unet", "upscale_unet"):
+        merged, found = getattr(trained, part).state_dict(), getattr(pipe, part).state_dict()
+        assert all(torch.allclose(value, found[name], atol=1e-6) for name, value in merged.items())
+    base = PITIPipeline.from_pretrained(tmp_path / "piti").upscale_unet.state_dict()
+    assert not all(torch.equal(value, base[name]) for name, value in trained.upscale_unet.state_dict().items())
 
 
 def test_an_upsampler_keeps_the_colours_of_its_base(tmp_path):

@@ -5,7 +5,7 @@ gives no adapters, is an `LDMUNet` while it has some: the same network with the 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class AdapterMixin(LoraBaseMixin):
             raise ValueError(f"The pipeline was built without {NETWORK}, which LoRA matrices change.")
         place = {name: kwargs.pop(name) for name in _PLACE if name in kwargs}
         matrices, metadata = _read_matrices(pretrained_model_name_or_path_or_dict, **place)
+        _check_part(self.components, matrices, pretrained_model_name_or_path_or_dict)
         _check_matrices(network, matrices, pretrained_model_name_or_path_or_dict)
         if type(network) is UNet2DModel:
             network.__class__ = LDMUNet
@@ -280,6 +281,17 @@ def _read_matrices(source: str | Path | Mapping[str, Tensor], **place: Any) -> t
             state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
             metadata = metadata and {name.removeprefix(prefix): value for name, value in metadata.items()}
     return state_dict, metadata
+
+
+def _check_part(components: Collection[str], matrices: Mapping[str, Tensor], source: Any) -> None:
+    """Refuses matrices that name another part of the pipeline, such as an upsampler with layers of the same names."""
+    part = next((name for name in components if matrices and all(k.startswith(f"{name}.") for k in matrices)), None)
+    if part is not None:
+        place = "the matrices" if isinstance(source, Mapping) else repr(str(source))
+        raise ValueError(
+            f"`load_lora_weights` found in {place} matrices of {part}, not of {NETWORK}: call "
+            f"`pipe.{part}.load_lora_adapter({place}, prefix={part!r}, weight_name={LORA_WEIGHT_NAME_SAFE!r})`."
+        )
 
 
 def _check_matrices(network: nn.Module, matrices: Mapping[str, Tensor], source: Any) -> None:

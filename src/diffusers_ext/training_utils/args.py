@@ -362,11 +362,17 @@ def all_options(train: TrainArgs) -> dict[str, Any]:
 
 
 def check_places(train: TrainArgs) -> None:
-    """Refuses options that name a folder which is not there; the libraries would look for it on the Hub.
+    """Refuses options that name a folder which is not there (the libraries would look for it on the Hub), and an
+    `--output_dir` that cannot be one.
 
     Raises:
         ValueError: names the option, the folder, those with names near to it, and the way out.
     """
+    output_dir = Path(train.output_dir).absolute()
+    there = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written" if there.is_dir() else "is no folder"
+        raise ValueError(f"--output_dir={train.output_dir}: {there} {why}. Name another folder.")
     for name, value in all_options(train).items():
         if name.endswith(("_name_or_path", "_model")) or name in ("train_data_dir", "stages_before", "stages_after"):
             for place in value if isinstance(value, list) else [value]:

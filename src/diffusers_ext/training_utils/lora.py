@@ -25,10 +25,16 @@ def add_lora(network: nn.Module, rank: int, targets: Sequence[str] | None = None
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), network)
 
 
-def save_lora(network: nn.Module, folder: str | Path) -> None:
-    """Writes the matrices alone to `folder/pytorch_lora_weights.safetensors`, under the names that diffusers gives."""
+def save_lora(network: nn.Module, folder: str | Path, part: str | None = None) -> None:
+    """Writes the matrices alone to `folder/pytorch_lora_weights.safetensors`, under the names that diffusers gives.
+
+    Args:
+        part: Of a pipeline whose matrices they are, where it is not the one that `load_lora_weights` takes for
+            granted: their names begin with it, so that they do not get into the wrong network.
+    """
     state = get_peft_model_state_dict(network, adapter_name="default")
-    tensors = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    prefix = "" if part is None else f"{part}."
+    tensors = {f"{prefix}{name}": value.detach().contiguous().cpu() for name, value in state.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder, LORA_FILE), metadata={"format": "pt"})
 

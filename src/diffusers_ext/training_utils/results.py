@@ -34,6 +34,7 @@ def finish(
     usage: Callable[[str], str],
     header: Mapping[str, Any] | None = None,
     lora: nn.Module | None = None,
+    lora_part: str | None = None,
 ) -> None:
     """Ends a run: its result is published if training got there, the folder is unlocked, and a run that a signal has
     stopped ends with the status by which a shell knows it. See `publish_result` for the other arguments.
@@ -42,6 +43,7 @@ def finish(
         finished: What `fit` returned.
         lora: The network whose low-rank matrices (`lora.add_lora`) were trained: they are saved beside the result, and
             added to its weights in it.
+        lora_part: Its name in the pipeline, where that is not `unet`.
 
     Raises:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM. The time limit is no error: status 0.
@@ -49,7 +51,7 @@ def finish(
 
     def save_all(folder: Path) -> None:
         if lora is not None:
-            save_lora(lora, folder)
+            save_lora(lora, folder, lora_part)
             merge_lora(lora)
         save(folder)
 
