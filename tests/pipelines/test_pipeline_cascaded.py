@@ -454,6 +454,24 @@ def test_adapters_belong_to_a_stage(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_cascade_itself_has_no_network_and_no_scheduler():
+    pipe = tiny_cascade(2)
+    for name in ("unet", "scheduler"):
+        with pytest.raises(ValueError, match=rf"has a {name} a stage \(base, upscale_1\).*`pipe.base.{name} = ...`"):
+            setattr(pipe, name, getattr(pipe.base, name))
+
+
+def test_a_stage_can_be_taken_out_whether_it_was_read_or_not(tmp_path):
+    tiny_cascade(3).save_pretrained(tmp_path)
+    for lazily in (True, False):
+        pipe = CascadedDiffusionPipeline.from_pretrained(tmp_path, stage_by_stage=lazily)
+        pipe.upscale_2 = None
+        assert pipe.stage_names == ["base", "upscale_1"]
+        pipe.save_pretrained(tmp_path / str(lazily))
+        again = CascadedDiffusionPipeline.from_pretrained(tmp_path / str(lazily), stage_by_stage=True)
+        assert again.stage_names == ["base", "upscale_1"]
+
+
 def test_the_command_draws_with_it(tmp_path):
     tiny_cascade(2).save_pretrained(tmp_path)
     images, settings = drawing.draw(str(tmp_path), {"class_label": "star", "steps": 2, "num": 2}, seed=3)

@@ -245,10 +245,18 @@ class CascadedDiffusionPipeline(HousePipeline):
                     torch.cuda.empty_cache()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in STAGES and value is not None:
-            check_stage_kind(name, type(value))
-            self.register_to_config(**{name: _fetch_class_library_tuple(value)})  # diffusers' forgets what was None
-            self._sources.pop(name, None)
+        if name in ("unet", "scheduler"):
+            raise ValueError(
+                f"A cascade has a {name} a stage ({', '.join(self.stage_names)}): set that of a stage, for instance"
+                f" `pipe.base.{name} = ...`."
+            )
+        if name in STAGES:
+            if value is not None:
+                check_stage_kind(name, type(value))
+                self.register_to_config(
+                    **{name: _fetch_class_library_tuple(value)}
+                )  # diffusers' forgets what was None
+            self._sources.pop(name, None)  # also of a stage that is taken out
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
