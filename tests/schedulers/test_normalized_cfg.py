@@ -25,7 +25,8 @@ def test_every_solver_gets_the_normalised_prediction(name):
     ours = theirs = SAMPLE
     for t in plain.timesteps:
         theirs = plain.step(normalized_guidance(COND, UNCOND, 4.0), t, theirs, return_dict=False)[0]
-        ours = guided_step(guiding, COND, UNCOND, 4.0, t, ours)[0]
+        ours, shown = guided_step(guiding, COND, UNCOND, 4.0, t, ours)
+        assert torch.equal(shown, normalized_guidance(COND, UNCOND, 4.0))  # what callbacks make the clean image of
     assert torch.equal(ours, theirs)
 
 

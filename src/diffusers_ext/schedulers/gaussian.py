@@ -146,9 +146,11 @@ def guided_step(
         arguments: further ones of the step, see `step_arguments`.
 
     Returns:
-        The next sample and the guided prediction. Where the scheduler guides, the latter is only a preview.
+        The next sample and the guided prediction. Where the scheduler guides, the latter is mixed by its `mix`, if it
+        has one.
     """
-    guided = guide(cond, uncond, guidance_scale, mix=mix, channels=channels)
+    own_mix = getattr(scheduler, "mix", mix) if guides_itself(scheduler) else mix
+    guided = guide(cond, uncond, guidance_scale, mix=own_mix, channels=channels)
     prediction = guided
     if cond is not None and uncond is not None and guides_itself(scheduler):
         prediction = cond
