@@ -514,6 +514,10 @@ def test_noise_for_a_stage_that_was_not_trained_with_it():
     pipe = tiny_cascade(2)
     pipe.upscale_1 = tiny_upscale(conditioning_scheduler=None, default_noise_level=None)
     refused(pipe, "upscale_1: The pipeline was built without conditioning_scheduler", noise_level=101)
+    pipe.upscale_1.conditioning_scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    refused(pipe, "upscale_1: `conditioning_scheduler` is a FlowMatchEulerDiscreteScheduler, which has no `alphas_cum")
+    pipe.upscale_1.scheduler = None
+    refused(pipe, "upscale_1: The pipeline was built without scheduler")
 
 
 def test_a_stage_of_one_level_takes_no_other():

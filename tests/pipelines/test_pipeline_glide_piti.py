@@ -263,6 +263,7 @@ def test_bad_input_is_refused_before_a_network_runs(build, call, error, message)
     [
         ({"upscale_unet": tiny_decoder(3, 16)}, "`upscale_unet` takes 3 channels"),
         ({"unet": tiny_decoder(6)}, "`unet` takes 6 channels"),
+        ({"unet": tiny_decoder(sample_size=None)}, "`unet.config.sample_size` must be one side .*received None"),
         ({"condition_type": "sketch"}, "`encoder` takes 3 channels, but a condition of type 'sketch' has 1"),
         ({"upscale_encoder": None}, "without upscale_encoder"),
         ({"upscale_scheduler": None}, "without upscale_scheduler"),

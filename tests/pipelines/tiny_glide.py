@@ -25,7 +25,7 @@ def _seeded(build: Any, seed: int) -> Any:
 
 
 def tiny_decoder(
-    in_channels: int = 3, sample_size: int = 8, seed: int = 1, out_channels: int = 6
+    in_channels: int = 3, sample_size: int | None = 8, seed: int = 1, out_channels: int = 6
 ) -> UNet2DConditionModel:
     return _seeded(
         lambda: UNet2DConditionModel(

@@ -113,7 +113,10 @@ def plan_run(
     names = _running(parts, images, start_stage, stop_stage)
     for name in names:
         if isinstance(parts[name], CascadedStage):
-            parts[name].check_components()
+            try:
+                parts[name].check_components()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     steps = _each("num_inference_steps", num_inference_steps, list(stages))
     scales = _each("guidance_scale", guidance_scale, list(stages))
     levels = _each("noise_level", noise_level, [name for name in stages if name != "base"])

@@ -93,6 +93,12 @@ class CascadedUpscalePipeline(CascadedStage):
                 "`unet` takes no low-resolution image (its `low_res_channels` is 0): it belongs into a"
                 " CascadedBasePipeline."
             )
+        scheduler = self.conditioning_scheduler
+        if scheduler is not None and scheduler_attribute(scheduler, "alphas_cumprod") is None:
+            raise ValueError(
+                f"`conditioning_scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod`: it must be one"
+                " with the betas of the stage before, such as a DDPMScheduler."
+            )
 
     @property
     def corrupter(self) -> TruncatedConditioningScheduler | None:

@@ -45,6 +45,7 @@ from ..checks import (
     check_steps,
     check_temperature,
     check_timesteps,
+    sample_sides,
 )
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -173,6 +174,7 @@ class GlideBasePipeline(HousePipeline):
                     f"The pipeline was built without {missing}; the stage {name} needs it. Pass `{missing}=...` to"
                     " `from_pretrained` or to the constructor."
                 )
+            sample_sides(f"{prefix}unet.config.sample_size", unet.config["sample_size"])
             check_gaussian_scheduler(scheduler, type(self).__name__)
             check_predicted_channels(unet, scheduler, CHANNELS, prefix)
 
@@ -217,8 +219,7 @@ class GlideBasePipeline(HousePipeline):
     @staticmethod
     def sides(unet: Any) -> tuple[int, int]:
         """Height and width of the images of a U-Net."""
-        side = unet.config["sample_size"]
-        return (side, side) if isinstance(side, int) else tuple(side)
+        return sample_sides("unet.config.sample_size", unet.config["sample_size"])
 
     def draw_noise(
         self, unet: Any, batch_size: int, generator: Any, noise: Tensor | None, temperature: float
