@@ -999,6 +999,19 @@ def test_steps_that_a_scheduler_cannot_make_are_refused(name):
     _refused(pipe, name, ValueError, "UnCLIPScheduler, which takes no betas from a config", num_inference_steps=3)
 
 
+@pytest.mark.parametrize("name", ["cascaded-base", "glide", "piti"])
+def test_solvers_without_a_learned_variance_leave_that_of_the_network_out(name):
+    """Their own code does so for a prediction of the noise alone."""
+    pipe = CASES[name].build()
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler):
+        for prediction_type in ("epsilon", "v_prediction", "sample"):
+            drawn = []
+            for variance_type in ("learned_range", None):
+                pipe.scheduler = kind(variance_type=variance_type, prediction_type=prediction_type)
+                drawn.append(sample(pipe, name, output_type="latent"))
+            assert equal(*drawn)
+
+
 @pytest.mark.parametrize("name", ["glide-upscaled", "piti-upscaled", "cascaded"])
 def test_stages_may_share_one_scheduler(name):
     pipe, run = CASES[name].build(), {"num_inference_steps": 5}

@@ -104,7 +104,7 @@ def test_classes_that_are_no_schedulers_are_not_looked_up(name, class_name):
 
 @EACH
 def test_what_is_no_scheduler_is_refused(name):
-    for wrong in (3, "DDIMScheduler", torch.nn.Linear(1, 1)):
+    for wrong in (3, "DDIMScheduler", torch.nn.Linear(1, 1), diffusers.DDIMScheduler):
         with pytest.raises(TypeError, match=r"`scheduler` is a \w+: pass a scheduler, or the config of one"):
             adapter(name, wrong)
     made = adapter(name, ldm_scheduler())

@@ -61,5 +61,9 @@ def test_saves_and_loads(tmp_path):
     diffusers.EulerDiscreteScheduler(beta_end=0.03).save_pretrained(tmp_path / "euler")
     around = NormalizedCFGScheduler.from_pretrained(tmp_path / "euler")
     assert type(around.scheduler) is diffusers.EulerDiscreteScheduler and around.scheduler.config.beta_end == 0.03
+    with pytest.raises(TypeError, match="`guidance_scale` must be a number, received 'high'"):
+        NormalizedCFGScheduler(ldm_scheduler(), guidance_scale="high")
+    with pytest.raises(ValueError, match="`guidance_scale` is nan: it must be finite"):
+        NormalizedCFGScheduler(ldm_scheduler(), guidance_scale=float("nan"))
     with pytest.raises(ValueError, match="`guidance_rescale` is 2"):
         NormalizedCFGScheduler(ldm_scheduler(), guidance_rescale=2)

@@ -226,3 +226,9 @@ def test_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TruncatedConditioningScheduler(ddpm()).set_timesteps(10, stop_level=251)
+
+
+def test_noise_needs_levels():
+    flow = TruncatedConditioningScheduler(diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no `alphas_cumprod`"):
+        flow.corrupt(torch.zeros(1, 3, 4, 4), 3)

@@ -192,7 +192,7 @@ def _as_scheduler(scheduler: Any) -> Any:
     """A scheduler as it is, or the one that a config describes."""
     if isinstance(scheduler, Mapping):
         return _scheduler_class(scheduler.get("_class_name")).from_config(dict(scheduler))
-    if not hasattr(scheduler, "step") or not hasattr(scheduler, "config"):
+    if isinstance(scheduler, type) or not hasattr(scheduler, "step") or not hasattr(scheduler, "config"):
         raise TypeError(
             f"`scheduler` is a {type(scheduler).__name__}: pass a scheduler, or the config of one with its "
             "`_class_name`."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..guidance import Mix, guide
 
+LEAVES_VARIANCE_OUT = {"DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"}
 WAY_OUT = (
     "Use a scheduler of diffusers that denoises with betas (DDIM, DDPM, PNDM, Euler, DPM-Solver++, UniPC ...) and the"
     " checkpoint's config, for instance `EulerDiscreteScheduler.from_pretrained(<checkpoint>, subfolder='scheduler')`."
@@ -74,10 +75,10 @@ def set_steps(scheduler: Any, num_inference_steps: Any, device: Any, **options: 
 def takes_learned_variance(scheduler: Any) -> bool:
     """Whether the scheduler's step reads a variance from the second half of the prediction's channels.
 
-    Asked of its constructor: a config keeps the value that another scheduler was made with. `SASolverScheduler` only
-    leaves that half out, and draws its noise in the shape of the whole.
+    Asked of its constructor: a config keeps the value that another scheduler was made with. Some solvers only leave
+    that half out: of a noise prediction alone, or they draw noise in the shape of the whole.
     """
-    if any(kind.__name__ == "SASolverScheduler" for kind in type(scheduler_chain(scheduler)[-1]).__mro__):
+    if any(kind.__name__ in LEAVES_VARIANCE_OUT for kind in type(scheduler_chain(scheduler)[-1]).__mro__):
         return False
     return str(_own_setting(scheduler, "variance_type")).startswith("learned")
 

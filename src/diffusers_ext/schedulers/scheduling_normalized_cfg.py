@@ -4,6 +4,8 @@ Wang et al., "Pretraining is All You Need for Image-to-Image Translation" (PITI)
 released code has plain guidance only. The rule is `guidance.normalized_guidance`.
 """
 
+import math
+import numbers
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -30,7 +32,8 @@ class NormalizedCFGScheduler(SchedulerAdapter):
         per_channel: Takes the statistics of each channel of a sample, not of the whole sample.
 
     Raises:
-        ValueError: For a `guidance_rescale` outside of 0 to 1.
+        TypeError, ValueError: For a `guidance_scale` that is no finite number, and a `guidance_rescale` outside of 0
+            to 1.
     """
 
     def __init__(
@@ -40,6 +43,11 @@ class NormalizedCFGScheduler(SchedulerAdapter):
         guidance_rescale: float = 1.0,
         per_channel: bool = False,
     ):
+        for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"`{name}` must be a number, received {value!r}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` is {guidance_scale}: it must be finite.")
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(
                 f"`guidance_rescale` is {guidance_rescale}: it must lie between 0 (plain) and 1 (normalised)."

@@ -196,7 +196,13 @@ class TruncatedConditioningScheduler(SchedulerAdapter):
 
     def _signal(self, level: float | Tensor) -> Tensor:
         """sqrt(abar) at levels, float64 on the CPU: (1,) or (b,)."""
-        abar = scheduler_attribute(self, "alphas_cumprod").cpu().double()
+        abar = scheduler_attribute(self, "alphas_cumprod")
+        if abar is None:
+            name = type(scheduler_chain(self)[-1]).__name__
+            raise ValueError(
+                f"{name} has no `alphas_cumprod`, the noise levels of a training with betas: use another."
+            )
+        abar = abar.cpu().double()
         ratios = torch.cat([abar.new_zeros(1), ((1 - abar) / abar).sqrt()])  # of noise and signal at 0, 1 ... T
         levels = torch.as_tensor(level).detach().cpu().double().reshape(-1)
         low = levels.long()

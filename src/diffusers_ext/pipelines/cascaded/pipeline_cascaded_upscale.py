@@ -96,8 +96,8 @@ class CascadedUpscalePipeline(CascadedStage):
         scheduler = self.conditioning_scheduler
         if scheduler is not None and scheduler_attribute(scheduler, "alphas_cumprod") is None:
             raise ValueError(
-                f"`conditioning_scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod`: it must be one"
-                " with the betas of the stage before, such as a DDPMScheduler."
+                f"`conditioning_scheduler` is a {type(scheduler).__name__}, which has no `alphas_cumprod`: it must be"
+                " one with the betas of the stage before, such as a DDPMScheduler."
             )
 
     @property
