@@ -196,8 +196,10 @@ def test_a_validation_that_a_kill_has_cut_off_is_made_up_for(tmp_path, steps):
     straight, log = run("straight", validate)
     with pytest.raises(KeyboardInterrupt):
         run("killed", killed)
+    (tmp_path / "killed" / ".tmp-0123abcd-log.jsonl").touch()  # as a kill leaves it within a write
     resumed, again = run("killed", validate, resume_from_checkpoint="latest")
     assert torch.equal(weights(resumed), weights(straight)) and again == log
+    assert not list((tmp_path / "killed").glob(".*"))
     asked.clear()
     assert run("killed", validate, resume_from_checkpoint="latest")[1] == log and asked == []  # once is enough
 

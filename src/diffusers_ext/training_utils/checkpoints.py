@@ -169,6 +169,13 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_half_files(folder: Path) -> None:
+    """Removes what a kill has left of `replace_file` in a folder."""
+    for path in folder.iterdir():
+        if re.match(r"\.tmp-[0-9a-f]{8}-", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Checks the manifest of a checkpoint, and size and SHA-256 of every file against it; returns the manifest.
 

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 # `pipelines/cards.py` says the same: neither of the two may import the other.
 INSTALL = "pip install .  # in a checkout of diffusers_ext; with its wheel: pip install path/to/diffusers_ext-*.whl"
 # What a training leaves beside its result and nobody wants to download.
-NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp", LOCK, BROKEN_LIST]
+NOT_FOR_THE_HUB = ["checkpoint-*", "checkpoint-*/**", "logs/**", "*.tmp", ".tmp-*", LOCK, BROKEN_LIST]
 
 
 def write_model_card(

@@ -36,6 +36,7 @@ from .checkpoints import (
     load_state,
     publish,
     put_aside,
+    remove_half_files,
     rotate,
     save_state,
 )
@@ -106,6 +107,7 @@ def prepare_folder(output_dir: Path) -> None:
     acquire(output_dir)
     recover_result(output_dir)
     rotate(output_dir, None)
+    remove_half_files(output_dir)
 
 
 class Run:
