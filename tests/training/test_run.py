@@ -371,6 +371,20 @@ def test_what_the_two_learn_of_each_other(tmp_path, form):
     assert moved < 0 if form is MARKS else moved > 0  # down the term: less generated, or more real
 
 
+def test_a_launcher_that_compiles_leaves_the_penalty_its_second_derivative(tmp_path, monkeypatch):
+    found = []
+    for backend in ("NO", "AOT_EAGER"):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        args = TrainArgs(output_dir=str(tmp_path / backend), max_train_steps=2, train_batch_size=10, logging_steps=1)
+        discriminator = judge()
+        opponent = Opponent(discriminator, 0, goes_first=True, **WGAN)
+        fit_adversarial(start(args), Plain(), opponent, range(10), args, transform=picture)
+        found.append(torch.cat([p.detach().flatten() for p in discriminator.parameters()]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_an_opponent_cannot_go_first_and_last():
     with pytest.raises(ValueError, match="`fresh_forward` and `goes_first` are both set"):
         Opponent(judge(), 0, hinge_discriminator_loss, fresh_forward=True, goes_first=True)

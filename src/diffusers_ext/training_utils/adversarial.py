@@ -128,6 +128,8 @@ def fit_adversarial(
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     if opponent is not None:
         disc, disc_optimizer = accelerator.prepare(opponent.network, disc_optimizer)
+        if opponent.penalty:  # torch cannot differentiate twice through what a launcher's --dynamo_backend compiles
+            disc = getattr(disc, "_orig_mod", disc)
 
     def train_opponent(
         rival: Opponent, found: Mapping[str, Tensor], micro: MicroBatch, batch: Any, generators: list[Generator]
