@@ -59,6 +59,7 @@ class StandIns:
             ValueError: Too many pictures are broken.
         """
         key = " ".join(_name(row[name]) for name in picture_columns if name in row)
+        found: UnreadablePicture | None = None
         for attempt in range(_TRIES):
             try:
                 return {name: values[0] for name, values in decode({k: [v] for k, v in row.items()}).items()}
@@ -68,6 +69,7 @@ class StandIns:
             number = int.from_bytes(hashlib.sha256(f"{attempt} {key}".encode()).digest()[:8], "big") % len(self.rows)
             other: Mapping[str, Any] = self.rows[number]  # type: ignore[assignment]
             row = {name: other[name] for name in row}
+        assert found is not None
         raise found
 
     def note(self, error: UnreadablePicture) -> None:

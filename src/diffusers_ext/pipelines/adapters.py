@@ -72,7 +72,8 @@ class AdapterMixin(LoraBaseMixin):
             raise ValueError(f"The pipeline was built without {NETWORK}, which LoRA matrices change.")
         place = {name: kwargs.pop(name) for name in _PLACE if name in kwargs}
         matrices, metadata = _read_matrices(pretrained_model_name_or_path_or_dict, **place)
-        _check_part(self.components, matrices, pretrained_model_name_or_path_or_dict)
+        pipe: Any = self
+        _check_part(pipe.components, matrices, pretrained_model_name_or_path_or_dict)
         _check_matrices(network, matrices, pretrained_model_name_or_path_or_dict)
         if type(network) is UNet2DModel:
             network.__class__ = LDMUNet
@@ -81,7 +82,7 @@ class AdapterMixin(LoraBaseMixin):
             prefix=None,
             adapter_name=adapter_name,
             hotswap=hotswap,
-            **{"metadata": metadata, "_pipeline": self} | kwargs,
+            **{"metadata": metadata, "_pipeline": pipe} | kwargs,
         )
 
     @classmethod
