@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.data.broken_pictures import UnreadablePicture
+from diffusers_ext.data.broken_pictures import UnreadablePictureError
 from diffusers_ext.data.pictures import load_pictures
 from diffusers_ext.training_utils.args import DataArgs
 
@@ -104,5 +104,7 @@ def test_a_run_that_stops_says_how_not_to(folder):
     train, _ = load(folder, skip=False)
     (folder / f"{number(train[5])}.png").write_bytes(b"")
     assert train[4]
-    with pytest.raises(UnreadablePicture, match=r"Repair or remove it. To train without .* --on_broken_picture skip."):
+    with pytest.raises(
+        UnreadablePictureError, match=r"Repair or remove it. To train without .* --on_broken_picture skip."
+    ):
         train[5]

@@ -26,7 +26,7 @@ _FEW, _SHARE = 3, 0.05  # so many may be broken in any data set, and of a large 
 _TRIES = 8
 
 
-class UnreadablePicture(ValueError):
+class UnreadablePictureError(ValueError):
     """The file of a picture (or of a .npy array) is damaged, or is something else."""
 
 
@@ -59,11 +59,11 @@ class StandIns:
             ValueError: Too many pictures are broken.
         """
         key = " ".join(_name(row[name]) for name in picture_columns if name in row)
-        found: UnreadablePicture | None = None
+        found: UnreadablePictureError | None = None
         for attempt in range(_TRIES):
             try:
                 return {name: values[0] for name, values in decode({k: [v] for k, v in row.items()}).items()}
-            except UnreadablePicture as error:
+            except UnreadablePictureError as error:
                 found = error
                 self.note(error)
             number = int.from_bytes(hashlib.sha256(f"{attempt} {key}".encode()).digest()[:8], "big") % len(self.rows)
@@ -72,7 +72,7 @@ class StandIns:
         assert found is not None
         raise found
 
-    def note(self, error: UnreadablePicture) -> None:
+    def note(self, error: UnreadablePictureError) -> None:
         """Lists a picture, once.
 
         Raises:

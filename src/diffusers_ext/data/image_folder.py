@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..conditions.pixels import read_rgb
 from ..places import did_you_mean
 from .annotations import RowName, renumber_classes
-from .broken_pictures import StandIns, UnreadablePicture
+from .broken_pictures import StandIns, UnreadablePictureError
 from .folder_contents import IMAGE_SUFFIXES, METADATA_NAMES
 from .layouts import SPLIT_FOLDERS, Columns, Rows, caption_from_file_name, read_folder, split_folders
 from .metadata import check_text
@@ -62,7 +62,7 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
     transparent parts become white, and more than 8 bits are scaled to 8.
 
     Raises:
-        UnreadablePicture: It cannot be read; names `name`, or the path.
+        UnreadablePictureError: It cannot be read; names `name`, or the path.
         ValueError: It is no picture, or one of an unknown mode.
     """
     source = value
@@ -83,7 +83,7 @@ def decode_image(value: Any, *, rgb: bool = True, name: str | None = None) -> Im
         image.load()
         return read_rgb(image) if rgb else ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(
+        raise UnreadablePictureError(
             f"Cannot read the picture {name or '(bytes without a name)'}: {error}. Repair or remove it."
         ) from error
     except ValueError as error:
@@ -105,9 +105,9 @@ class _DecodeRows:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         try:
             return self.decode(batch)
-        except UnreadablePicture as error:
+        except UnreadablePictureError as error:
             if self.stand_ins is None:
-                raise UnreadablePicture(f"{error}{self.advice}") from error
+                raise UnreadablePictureError(f"{error}{self.advice}") from error
         columns = (*self.rgb_columns, *self.other_columns)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         read = [self.stand_ins.read(row, columns, self.decode) for row in rows]
@@ -126,7 +126,7 @@ def decode_value(value: Any, *, rgb: bool = True) -> Any:
     """What a picture column holds: a picture, see `decode_image`, or the array of a .npy file (normals, depth).
 
     Raises:
-        UnreadablePicture: it cannot be read; names the file.
+        UnreadablePictureError: it cannot be read; names the file.
         ValueError: see `decode_image`.
     """
     path = value.get("path") if isinstance(value, dict) else value
@@ -136,7 +136,7 @@ def decode_value(value: Any, *, rgb: bool = True) -> Any:
     try:
         return np.load(path if data is None else io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UnreadablePicture(f"Cannot read the array {path}: {error}. Repair or remove it.") from error
+        raise UnreadablePictureError(f"Cannot read the array {path}: {error}. Repair or remove it.") from error
 
 
 def load_image_dataset(
