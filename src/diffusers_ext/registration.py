@@ -106,8 +106,8 @@ def _load_parts() -> None:
         part = Path(options["cached_folder"], options["name"])
         if not _is_pipeline(part):
             return load(*args, **options)
-        variant = options["model_variants"].get(options["name"])
-        handed_on = {key: options[key] for key in ("dtype", "use_safetensors", "low_cpu_mem_usage")}
+        variant = options.get("model_variants", {}).get(options["name"])
+        handed_on = {key: options[key] for key in ("dtype", "use_safetensors", "low_cpu_mem_usage") if key in options}
         return DiffusionPipeline.from_pretrained(part, variant=variant, **handed_on)
 
     module.load_sub_model = load_sub_model
@@ -116,6 +116,8 @@ def _load_parts() -> None:
         return
 
     def _identify_model_variants(folder: str, variant: str, config: dict) -> dict:
+        if variant is None:
+            return {}
         nested = {name for name in config if _is_pipeline(Path(folder, name))}
         found = find(folder=folder, variant=variant, config={k: v for k, v in config.items() if k not in nested})
         for name in nested:

@@ -446,8 +446,8 @@ def _part(name: str, kind: str, path: Path, among: Sequence[Path] = ()) -> str:
     weights = [file for folder in among or [path] for file in sorted(folder.rglob("*.safetensors"))]
     if not weights:
         return f"{name}: {kind}"
-    for folder in among or [path]:
-        check_whole_files(folder)
+    if not among:  # else each was checked for its own line
+        check_whole_files(path)
     count, size = sum(map(_count, weights)), sum(file.stat().st_size for file in weights)
     return f"{name}: {kind}, {count:,} parameters, {size / 1e6:.1f} MB"
 

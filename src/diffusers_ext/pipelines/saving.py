@@ -91,8 +91,7 @@ def _unsaveable(name: str, network: nn.Module) -> str | None:
 
 
 def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, Tensor) and value.is_floating_point() and value.dtype in _FILE_DTYPES
-    return not is_number or bool(value.isfinite().all())
+    return not isinstance(value, Tensor) or value.dtype not in _FILE_DTYPES or bool(value.isfinite().all())
 
 
 def _is_like(one: Tensor, other: Tensor) -> bool:

@@ -253,9 +253,8 @@ class CascadedDiffusionPipeline(HousePipeline):
         if name in STAGES:
             if value is not None:
                 check_stage_kind(name, type(value))
-                self.register_to_config(
-                    **{name: _fetch_class_library_tuple(value)}
-                )  # diffusers' forgets what was None
+                library_class = _fetch_class_library_tuple(value)
+                self.register_to_config(**{name: library_class})  # diffusers' forgets what was None
             self._sources.pop(name, None)  # also of a stage that is taken out
         super().__setattr__(name, value)
 
@@ -491,7 +490,6 @@ class CascadedDiffusionPipeline(HousePipeline):
             samples = plan.hand_on(samples, quantize_between_stages)
 
         # 3. As the caller wants it
-        self.maybe_free_model_hooks()
         intermediates = shown if return_intermediates else None
         if not return_dict:
             return (images, intermediates) if return_intermediates else (images,)

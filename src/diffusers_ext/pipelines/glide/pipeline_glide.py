@@ -150,16 +150,16 @@ class GlidePipeline(GlideBasePipeline):
         check_one_or_each("negative_prompt", len(negative), len(texts), "prompts")
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         run = Run(
-            self.resolve_scale(guidance_scale),
-            eta,
-            generator,
-            latents,
-            upscale_latents,
-            upscale_temperature,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            num_inference_steps,
-            upscale_num_inference_steps,
+            guidance_scale=self.resolve_scale(guidance_scale),
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            upscale_latents=upscale_latents,
+            upscale_temperature=upscale_temperature,
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+            num_inference_steps=num_inference_steps,
+            upscale_num_inference_steps=upscale_num_inference_steps,
         )
         images, keep = self._read_images(image, mask_image, len(texts))
         batch_size = len(texts) * num_images_per_prompt

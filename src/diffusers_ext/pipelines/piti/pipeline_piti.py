@@ -288,16 +288,16 @@ image = pipe(label_map=Image.open("labels.png")).images[0]  # one label a pixel"
         conditions = self.read_conditions(label_map=label_map, sketch=sketch, normals=normals, depth=depth)
         check_integer("num_images_per_prompt", num_images_per_prompt, 1)
         run = Run(
-            self.resolve_scale(guidance_scale),
-            eta,
-            generator,
-            latents,
-            upscale_latents,
-            upscale_temperature,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            num_inference_steps,
-            upscale_num_inference_steps,
+            guidance_scale=self.resolve_scale(guidance_scale),
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            upscale_latents=upscale_latents,
+            upscale_temperature=upscale_temperature,
+            callback=callback_on_step_end,
+            callback_tensors=callback_on_step_end_tensor_inputs,
+            num_inference_steps=num_inference_steps,
+            upscale_num_inference_steps=upscale_num_inference_steps,
         )
         batch_size = len(conditions) * num_images_per_prompt
         self.check_run(run, batch_size, output_type)
